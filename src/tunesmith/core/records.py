@@ -1,0 +1,136 @@
+"""The on-disk schema: what a run leaves behind and what comparison and report read. Dataclasses to JSON and back.
+
+Every record carries `schema`, raised when a field changes meaning. Readers refuse a newer schema, ignore nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from tunesmith.core.errors import DataError
+
+SCHEMA = 1
+
+
+class _Record:
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, place: str = "record") -> Self:
+        if value.get("schema") != SCHEMA:
+            raise DataError(
+                place,
+                f"record schema {value.get('schema')!r}",
+                rule=f"this version reads schema {SCHEMA}",
+                cure="Use the version that wrote it",
+            )
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        given = {key: item for key, item in value.items() if key != "schema"}
+        if unknown := sorted(given.keys() - names):
+            raise DataError(place, f"unknown record field {unknown[0]!r}", rule=f"fields of {cls.__name__} are fixed")
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise DataError(place, str(error), rule=f"fields of {cls.__name__} are fixed") from None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord(_Record):
+    """One optimizer step, a line of `steps.jsonl`. `loss` is nats per target token over the whole step."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_target_tokens: int
+    step_seconds: float
+    peak_bytes: int
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRecord(_Record):
+    """One test row under one arm and seed, a line of `answers.jsonl`: everything intervals are computed from.
+
+    nll:               sum over target tokens, nats (None where an arm has no likelihood).
+    nll_content:       the same without the turn's end token.
+    cluster:           rows of one cluster are resampled together.
+    scores:            metric name -> value of this row.
+    """
+
+    row: int
+    row_id: str
+    place: str
+    cluster: str
+    question: str
+    truth: str
+    answer: str | None = None
+    nll: float | None = None
+    nll_content: float | None = None
+    num_target_tokens: int = 0
+    num_bytes: int = 0
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    finished: bool = True
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord(_Record):
+    """One arm and seed scored by the judge (`eval.json`), beside its `answers.jsonl`.
+
+    metrics:    name -> mean over rows; `nll` is token-weighted; `perplexity` = exp(nll); `bits_per_byte`.
+    forgetting: `general_nll`, `general_nll_base`, `general_tokens`, `kl_from_base` (nats per token), None if not asked.
+    """
+
+    model: str
+    adapter: str | None
+    prompting: str
+    metrics: dict[str, float]
+    num_rows: int
+    num_target_tokens: int
+    data_sha256: str
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    forgetting: dict[str, float] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord(_Record):
+    """One training run (`run.json`), written at its end; `status` is "done", "interrupted" or "failed".
+
+    config:       the resolved job, every default written out.
+    fingerprints: sha256 of data splits, template, base weights, code.
+    versions:     python, torch, tunesmith ...; hardware: cpu, cores, threads, gpu.
+    """
+
+    status: str
+    method: str
+    framework: str
+    model: str
+    seed: int
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    learning_rate: float = 0.0
+    steps: int = 0
+    trained_parameters: int = 0
+    total_parameters: int = 0
+    train_tokens: int = 0
+    target_tokens: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    size_bytes: int = 0
+    best_step: int | None = None
+    validation_loss: float | None = None
+    warnings: list[str] = field(default_factory=list)

@@ -1,0 +1,131 @@
+"""The only place that spells the file names of a run folder, and the lock that lets one process own it.
+
+    DIR/
+      job.json            the resolved job, every default written out
+      run.json            RunRecord
+      steps.jsonl         StepRecord a line
+      prepared/           token rows and conversations of each split (data/prepare.py)
+      checkpoints/step-N/ atomic: files, manifest.json with hashes
+      adapter/ or model/  what was trained, in PEFT or HF format
+      eval.json, answers.jsonl
+      report.html
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.core.errors import RunDirError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.json"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def steps(self) -> Path:
+        return self.root / "steps.jsonl"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def answers(self) -> Path:
+        return self.root / "answers.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def rejects(self) -> Path:
+        return self.root / "rejected_rows.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        return self.root / "comparison.json"
+
+    def arm(self, name: str, seed: int) -> RunDir:
+        """Folder of one arm and seed inside a comparison."""
+        return RunDir(self.root / "arms" / name / f"seed-{seed}")
+
+    def trial(self, name: str, trial: int) -> RunDir:
+        """Folder of one learning-rate trial of an arm inside a comparison."""
+        return RunDir(self.root / "arms" / name / "trials" / str(trial))
+
+    def create(self) -> RunDir:
+        """Make the folder and prove that it can be written, before any work is done."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".probe.{os.getpid()}"
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise as_rundir_error(error, self.root) from None
+        return self
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder; a second owner is refused, naming the first. The lock dies with the process."""
+        path = self.root / ".lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise as_rundir_error(error, self.root) from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise RunDirError(
+                    str(self.root), f"in use by {owner}", rule="one run owns a folder", cure="Wait, or give another --out"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def as_rundir_error(error: OSError, place: Path) -> RunDirError:
+    """Turn a failed write into one line with its cure."""
+    if error.errno == errno.ENOSPC:
+        return RunDirError(str(place), "no space left on the disk", cure="Free some space, then run the command again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return RunDirError(str(place), "cannot be written", rule="the output folder must be writable", cure="Give another --out")
+    return RunDirError(str(place), error.strerror or str(error), cure="Give another --out")

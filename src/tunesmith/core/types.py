@@ -1,0 +1,73 @@
+"""Types that cross layers. Nouns only; no behaviour beyond what keeps them consistent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ConversationKind = Literal["chat", "completion", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from: `place` is `train.jsonl:17` (line), `data.parquet:17` (row) or `org/name:train:17`."""
+
+    place: str
+    source: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `weight` 0 keeps an assistant turn out of the loss; `extra` carries template fields
+    (`tool_calls`, `name`, `tool_call_id`, `reasoning_content`) through to the chat template untouched."""
+
+    role: Role
+    content: str
+    weight: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One data row in the one shape that rendering knows.
+
+    kind "chat":        rendered with the chat template; assistant turns of weight > 0 are trained.
+    kind "completion":  two messages, user (the prompt) and assistant (the completion), joined as raw text
+                        without a template; the completion and the EOS after it are trained.
+    kind "text":        one assistant message; every token is trained.
+    """
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    kind: ConversationKind = "chat"
+    tools: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """Text of the last assistant turn: the truth when this row is a test row."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A rendered row: what every method, framework and judge gets.
+
+    ids:   token ids, (T,).
+    mask:  1 where the token is a *target* (its own prediction is trained or scored), else 0, (T,). mask[0] is 0.
+    row_id: hash of (ids, mask); equal rows have equal ids.
+    num_answer_bytes: UTF-8 bytes of the trained text, for bits per byte.
+    """
+
+    ids: Sequence[int]
+    mask: Sequence[int]
+    origin: Origin
+    row_id: str
+    num_answer_bytes: int = 0
+
+    @property
+    def num_targets(self) -> int:
+        return sum(self.mask)
