@@ -1,0 +1,1 @@
+"""The job file: a typed spec (pydantic, unknown keys refused), YAML with line numbers, `--set`, JSON Schema."""

@@ -1,0 +1,269 @@
+"""Every key of a job file: type, default, and the sentence that documents it.
+
+The JSON Schema for editors and `docs/job-file.md` are generated from this file; help text lives nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Auto = Literal["auto"]
+
+
+class Spec(BaseModel):
+    """Frozen, strict about types, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Spec):
+    """The base model. A bare string is `{name: ...}`."""
+
+    name: str
+    """Bundled name (`tunesmith/tiny`), folder, or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it resolves to is pinned in the record."""
+
+
+class SourceSpec(Spec):
+    """One source of rows. A bare string is `{path: ...}`."""
+
+    path: str
+    """Bundled name, file (.jsonl, .json, .csv, .parquet), folder, glob, or hub id (`org/name` or `org/name:split`)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in a mix: 0.5 uses half of its rows, 2 uses each row twice in an epoch."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; the commit it resolves to is pinned in the record."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """Shape of the rows; `auto` detects it per source and says what it found."""
+
+
+class SplitSpec(Spec):
+    """Held-out rows: a share of `train`, cut by clusters of near-duplicates, or a named source."""
+
+    validation: Fraction | str = 0.1
+    """Share of rows, or a source. Selects the best checkpoint and learning rate."""
+    test: Fraction | str = 0.1
+    """Share of rows, or a source. Sealed: only the judge reads it."""
+
+
+class DataSpec(Spec):
+    train: str | list[str | SourceSpec] | SourceSpec
+    """Training rows: one source, or a list that mixes sources by weight."""
+    split: SplitSpec = SplitSpec()
+    max_tokens: PositiveInt = 1024
+    """Longest row in tokens."""
+    too_long: Literal["drop", "truncate", "refuse"] = "drop"
+    """What happens to rows above `max_tokens`. Counted and shown in each case; `truncate` cuts the end, answer included."""
+    template: str | None = None
+    """Chat template for a model that has none (or in place of its own): a name (`chatml`, `llama-3`, `alpaca`, ...) or a
+    Jinja file."""
+    deduplicate: Literal["none", "exact"] = "exact"
+    """`exact` trains equal rows once. Near-duplicates are reported and kept in one split, never dropped."""
+    streaming: bool = False
+    """Read `train` row by row in constant memory: named split files, windowed shuffle, exact-hash deduplication only."""
+    shuffle_window: PositiveInt = 4096
+    """Rows shuffled together while streaming."""
+    seed: int = 0
+    """Seed of the split. The order of training rows follows `train.seed`."""
+
+
+class FullSpec(Spec):
+    """Full fine-tuning: every weight, fp32 master copies."""
+
+    name: Literal["full"]
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters on a frozen base."""
+
+    name: Literal["lora", "qlora"]
+    rank: PositiveInt = 32
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale numerator; the adapter's output is multiplied by alpha / rank. Default: twice the rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get an adapter, by the end of their names (`q_proj`, `mlp.down_proj`)."""
+    modules_to_save: list[str] = []
+    """Modules trained whole beside the adapters (`embed_tokens`, `lm_head`)."""
+    new_tokens: list[str] = []
+    """Tokens added to the vocabulary; the embedding (and head) are then trained whole and saved."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA)."""
+    adapter: str | None = None
+    """Adapter folder to continue from."""
+    base: Literal["auto", "full", "int8", "nf4"] = "auto"
+    """Storage of the frozen base: `auto` is `nf4` for qlora and `full` (the training precision) for lora."""
+    double_quant: bool = True
+    """Quantise the NF4 block scales too."""
+
+    @property
+    def scaling_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def storage(self) -> Literal["full", "int8", "nf4"]:
+        if self.base == "auto":
+            return "nf4" if self.name == "qlora" else "full"
+        return self.base
+
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> LoraSpec:
+        if self.name == "qlora" and self.storage != "nf4":
+            raise ValueError(f"qlora trains on an nf4 base, not {self.base!r}; write `name: lora` with this base")
+        return self
+
+
+MethodSpec: TypeAlias = Annotated[
+    Annotated[FullSpec, Tag("full")] | Annotated[LoraSpec, Tag("lora")],
+    Discriminator(lambda v: "full" if (v.get("name") if isinstance(v, dict) else getattr(v, "name", None)) == "full" else "lora"),
+]
+METHODS = ("full", "lora", "qlora")
+
+
+class TrainSpec(Spec):
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_rows: PositiveInt = 16
+    """Rows per optimizer step: the quantity every framework can express."""
+    micro_batch_tokens: PositiveInt | Auto = "auto"
+    """Tokens per forward pass. Never changes the result, only speed and memory."""
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Peak learning rate; `auto` follows the model's width and the method."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after warm-up, to zero."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (on matrices only)."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null turns clipping off."""
+    seed: int = 0
+    """Seed of adapter weights, row order and dropout."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute precision; `auto` is bf16 where the hardware has it, else fp32 on a CPU and fp16 on a GPU."""
+    evaluate_every: PositiveInt | Literal["epoch", "never"] = "epoch"
+    """Steps between validation losses."""
+    keep_best: bool = True
+    """End with the weights of the lowest validation loss seen."""
+    save_every: PositiveInt | Literal["epoch", "never"] = "epoch"
+    """Steps between checkpoints. A signal always saves one."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept, newest first."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Where steps are logged besides `steps.jsonl`."""
+
+
+METRICS = ("nll", "exact_match", "token_f1", "rouge_l", "json_valid", "json_schema", "json_fields", "choice_accuracy")
+MetricName = Literal["exact_match", "token_f1", "rouge_l", "json_valid", "json_schema", "json_fields", "choice_accuracy"]
+
+
+class SamplingSpec(Spec):
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps all tokens."""
+    seed: int = 0
+
+
+class EvaluateSpec(Spec):
+    metrics: list[MetricName] | Auto = "auto"
+    """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON."""
+    max_new_tokens: PositiveInt = 256
+    """Longest generated answer; how often it is reached is reported."""
+    sampling: SamplingSpec = SamplingSpec()
+    max_rows: PositiveInt | None = None
+    """Score only the first rows of the test split."""
+    shots: PositiveInt = 4
+    """Examples in the prompt of the few-shot arm, drawn from train with the arm's seed."""
+    retrieved: PositiveInt = 4
+    """Examples or passages in the prompt of retrieval arms."""
+    documents: str | None = None
+    """Folder of .txt/.md documents for retrieval; default: the training rows."""
+    schema_file: str | None = None
+    """JSON Schema that answers must match (metric json_schema)."""
+    general: str | None = None
+    """Held-out general text (.txt or .jsonl with `text`) for the forgetting measure; default: the bundled text."""
+    forgetting: bool = True
+    """Measure loss on general text before and after, and KL from the base."""
+
+
+class ArmSpec(Spec):
+    """One thing to compare. A bare string names it: `zero-shot`, `few-shot`, `rag`, `full`, `lora`, `qlora`, or a trained
+    arm with retrieval, `lora+rag`."""
+
+    name: str | None = None
+    """Name in tables; default: made from the rest."""
+    method: Literal["zero-shot", "few-shot", "rag"] | MethodSpec | Literal["full", "lora", "qlora"]
+    framework: Literal["tunesmith"] = "tunesmith"
+    rag: bool = False
+    """Answer with retrieved examples in the prompt."""
+    learning_rate: Annotated[float, Field(gt=0)] | Auto | None = None
+    """This arm's learning rate; default: the job's."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """This arm's epochs; default: the job's."""
+
+
+class TuneSpec(Spec):
+    trials: Annotated[int, Field(ge=0)] = 0
+    """Learning rates tried per trained arm, equally many for each, chosen on validation. 0 keeps the given ones."""
+    factor: Annotated[float, Field(gt=1)] = 2.0
+    """Ratio between neighbouring learning rates, around each arm's own prior."""
+
+
+class CompareSpec(Spec):
+    arms: Annotated[list[str | ArmSpec], Field(min_length=1)] = ["zero-shot", "few-shot", "rag", "lora", "full"]
+    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    """Paired: the same seeds, row order and initial adapters for every arm."""
+    metric: MetricName | Literal["nll"] = "exact_match"
+    """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
+    tune: TuneSpec = TuneSpec()
+    parallel: PositiveInt | Auto = "auto"
+    """Arms at a time. `auto`: one per core on a CPU (one thread each), one on a GPU."""
+
+
+class Job(Spec):
+    model: str | ModelSpec
+    """Base model: bundled name, folder, or hub id."""
+    data: DataSpec
+    method: Literal["full", "lora", "qlora"] | MethodSpec = "lora"
+    """`full`, `lora` or `qlora`, or a mapping with its settings."""
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    compare: CompareSpec = CompareSpec()
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(name=self.model) if isinstance(self.model, str) else self.model
+
+    @property
+    def method_spec(self) -> FullSpec | LoraSpec:
+        return as_method_spec(self.method)
+
+
+def as_method_spec(method: Any) -> FullSpec | LoraSpec:
+    """The full spec of a method given by name or as a spec."""
+    if isinstance(method, FullSpec | LoraSpec):
+        return method
+    return FullSpec(name="full") if method == "full" else LoraSpec(name=method)
+
+
+def as_source_specs(train: str | SourceSpec | list[str | SourceSpec]) -> list[SourceSpec]:
+    """The sources of a `data.train` value, in order."""
+    items = train if isinstance(train, list) else [train]
+    return [SourceSpec(path=item) if isinstance(item, str) else item for item in items]
