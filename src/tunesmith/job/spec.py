@@ -45,10 +45,11 @@ class SourceSpec(Spec):
 class SplitSpec(Spec):
     """Held-out rows: a share of `train`, cut by clusters of near-duplicates, or a named source."""
 
-    validation: Fraction | str = 0.1
-    """Share of rows, or a source. Selects the best checkpoint and learning rate."""
-    test: Fraction | str = 0.1
-    """Share of rows, or a source. Sealed: only the judge reads it."""
+    validation: Fraction | str = "auto"
+    """Share of rows, or a source; `auto` takes the split that comes with the source (a folder's or hub data set's own
+    `validation`), else 0.1. Selects the best checkpoint and learning rate."""
+    test: Fraction | str = "auto"
+    """Share of rows, or a source; `auto` as above. Sealed: only the judge reads it."""
 
 
 class DataSpec(Spec):
