@@ -62,14 +62,21 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise JobError(place, f"not YAML: {error.problem}", cure="Check indentation, quotes and colons") from None
+        raise JobError(
+            place, f"not YAML: {error.problem}", cure="Check indentation, quotes and colons"
+        ) from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise JobError(str(path), f"not YAML: {str(error).splitlines()[0]}", cure="Check the file") from None
     if document is None:
-        raise JobError(str(path), "is empty", rule="a job names a model and data", cure="Start from: tunesmith init")
+        raise JobError(
+            str(path), "is empty", rule="a job names a model and data", cure="Start from: tunesmith init"
+        )
     if not isinstance(document, dict):
         raise JobError(
-            f"{path}:1", f"is a {_yaml_type(document)}", rule="a job is a mapping", cure="Start from: tunesmith init"
+            f"{path}:1",
+            f"is a {_yaml_type(document)}",
+            rule="a job is a mapping",
+            cure="Start from: tunesmith init",
         )
     places: dict[Location, str] = {}
     _collect_places(document, (), places, str(path))
@@ -79,11 +86,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_JOB_BYTES:
-            raise JobError(str(path), "is larger than 1 MB", rule="a job file is short", cure="Is this a data file?")
+            raise JobError(
+                str(path), "is larger than 1 MB", rule="a job file is short", cure="Is this a data file?"
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise JobError(
-            str(path), (error.strerror or str(error)).lower(), cure="Check the path, or write one with: tunesmith init"
+            str(path),
+            (error.strerror or str(error)).lower(),
+            cure="Check the path, or write one with: tunesmith init",
         ) from None
     if raw.startswith(b"\xef\xbb\xbf"):
         raise JobError(f"{path}:1", "starts with a byte order mark", cure="Save the file without BOM")
@@ -93,7 +104,9 @@ def _read_text(path: Path) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise JobError(f"{path}:{line}", "is not UTF-8", rule="a job file is UTF-8", cure="Convert it") from None
+        raise JobError(
+            f"{path}:{line}", "is not UTF-8", rule="a job file is UTF-8", cure="Convert it"
+        ) from None
 
 
 def _refuse_aliases_and_tags(text: str, path: Path) -> None:
@@ -103,15 +116,21 @@ def _refuse_aliases_and_tags(text: str, path: Path) -> None:
     for event in YAML(typ="rt").parse(text):
         place = f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
         if isinstance(event, AliasEvent):
-            raise JobError(place, "uses a YAML alias", rule="a job file is plain data", cure="Write the value out")
+            raise JobError(
+                place, "uses a YAML alias", rule="a job file is plain data", cure="Write the value out"
+            )
         tag = getattr(event, "ctag", None) or getattr(event, "tag", None)
         if tag is not None and str(tag) not in ("None", "!"):
-            raise JobError(place, f"uses the YAML tag {tag}", rule="a job file is plain data", cure="Remove the tag")
+            raise JobError(
+                place, f"uses the YAML tag {tag}", rule="a job file is plain data", cure="Remove the tag"
+            )
         name = type(event).__name__
         depth += name.endswith("StartEvent") and not name.startswith(("Stream", "Document"))
         depth -= name.endswith("EndEvent") and not name.startswith(("Stream", "Document"))
         if depth > 20:
-            raise JobError(place, "is nested more than 20 deep", rule="a job file is shallow", cure="Check indentation")
+            raise JobError(
+                place, "is nested more than 20 deep", rule="a job file is shallow", cure="Check indentation"
+            )
 
 
 def _collect_places(node: Any, at: Location, places: dict[Location, str], path: str) -> None:
@@ -158,7 +177,11 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[Location
         if child is None:
             child = {}
         if not isinstance(child, dict):
-            raise JobError(place, f"{'.'.join(map(str, at))} is a {_yaml_type(child)}, not a mapping", cure="Check the key")
+            raise JobError(
+                place,
+                f"{'.'.join(map(str, at))} is a {_yaml_type(child)}, not a mapping",
+                cure="Check the key",
+            )
         node[name] = child
         node = child
     node[last] = value
@@ -184,7 +207,9 @@ def _explain(error: ValidationError, places: Mapping[Location, str], path: str, 
     location, item = best
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), path)
     # Errors at a parent of this place are other branches of the same union, not further findings.
-    others = len({where for where, _ in cleaned if where != location[: len(where)] and where[:-1] != location[:-1]})
+    others = len(
+        {where for where, _ in cleaned if where != location[: len(where)] and where[:-1] != location[:-1]}
+    )
     cure = _cure(location, item)
     if others:
         cure = f"{cure} ({others} more to mend)".strip()
@@ -210,7 +235,12 @@ def _user_location(location: Location, values: Any) -> Location:
 
 def _is_field_name(part: str | int) -> bool:
     """A missing key keeps its name in a location; the tag of a union branch (`FullSpec`, `list[...]`) does not."""
-    return isinstance(part, str) and part.isidentifier() and part.islower() and part not in ("str", "float", "int", "lora", "full")
+    return (
+        isinstance(part, str)
+        and part.isidentifier()
+        and part.islower()
+        and part not in ("str", "float", "int", "lora", "full")
+    )
 
 
 def _finding(location: Location, item: Any, cleaned: list[tuple[Location, Any]]) -> str:
@@ -223,7 +253,11 @@ def _finding(location: Location, item: Any, cleaned: list[tuple[Location, Any]])
         return f"key {key!r} is missing"
     if kind == "value_error":
         return f"{key}: {item['ctx']['error']}"
-    shown = repr(item["input"]) if not isinstance(item["input"], dict | list) else f"a {_yaml_type(item['input'])}"
+    shown = (
+        repr(item["input"])
+        if not isinstance(item["input"], dict | list)
+        else f"a {_yaml_type(item['input'])}"
+    )
     wanted = list(dict.fromkeys(_wanted(other) for where, other in cleaned if where == location))
     return f"{key} is {shown[:60]}; it should be {' or '.join(wanted)}"
 
@@ -271,7 +305,9 @@ def _sibling_keys(location: Location) -> list[str]:
     return sorted({key for node in nodes for key in node.get("properties", {})})
 
 
-def _child_schemas(node: dict[str, Any], part: str | int, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+def _child_schemas(
+    node: dict[str, Any], part: str | int, definitions: dict[str, Any]
+) -> list[dict[str, Any]]:
     child = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
     return _flatten(child, definitions) if child else []
 
@@ -285,9 +321,14 @@ def _flatten(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str
 
 
 def _yaml_type(value: Any) -> str:
-    return {dict: "mapping", list: "list", str: "text", bool: "true/false", int: "number", float: "number"}.get(
-        type(_plain(value)), "empty value"
-    )
+    return {
+        dict: "mapping",
+        list: "list",
+        str: "text",
+        bool: "true/false",
+        int: "number",
+        float: "number",
+    }.get(type(_plain(value)), "empty value")
 
 
 _PATH_KEYS = (("model",), ("model", "name"), ("data", "template"), ("method", "adapter"), ("data", "train"))

@@ -52,12 +52,19 @@ _SECTIONS: tuple[tuple[str, type[Spec]], ...] = (
 
 def job_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a job file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema(), "title": "Tunesmith job"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Job.model_json_schema(),
+        "title": "Tunesmith job",
+    }
 
 
 def job_reference() -> str:
     """`docs/job-file.md`: every key, its type, default and meaning."""
-    parts = ["# The job file\n", "Made from the schema by `tunesmith schema --markdown`; do not edit by hand.\n"]
+    parts = [
+        "# The job file\n",
+        "Made from the schema by `tunesmith schema --markdown`; do not edit by hand.\n",
+    ]
     parts.append(f"```yaml\n{EXAMPLE_JOB}```\n")
     parts.append(
         "Unknown keys are refused with line number and a guess. Paths are relative to the job file. "
@@ -77,7 +84,11 @@ def _key_table(spec: type[Spec]) -> str:
     properties = spec.model_json_schema()["properties"]
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in spec.model_fields.items():
-        shown = "required" if field.is_required() else f"`{_show_default(field.get_default(call_default_factory=True))}`"
+        shown = (
+            "required"
+            if field.is_required()
+            else f"`{_show_default(field.get_default(call_default_factory=True))}`"
+        )
         meaning = (field.description or "").replace("\n", " ").replace("|", "\\|")
         rows.append(f"| `{name}` | {_show_type(properties[name])} | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"

@@ -56,6 +56,7 @@ class DataSpec(Spec):
     train: str | list[str | SourceSpec] | SourceSpec
     """Training rows: one source, or a list that mixes sources by weight."""
     split: SplitSpec = SplitSpec()
+    """Validation and test rows."""
     max_tokens: PositiveInt = 1024
     """Longest row in tokens."""
     too_long: Literal["drop", "truncate", "refuse"] = "drop"
@@ -77,12 +78,14 @@ class FullSpec(Spec):
     """Full fine-tuning: every weight, fp32 master copies."""
 
     name: Literal["full"]
+    """The method."""
 
 
 class LoraSpec(Spec):
     """Low-rank adapters on a frozen base."""
 
     name: Literal["lora", "qlora"]
+    """The method; qlora is lora on an nf4 base."""
     rank: PositiveInt = 32
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -116,17 +119,24 @@ class LoraSpec(Spec):
             return "nf4" if self.name == "qlora" else "full"
         return self.base
 
-
     @model_validator(mode="after")
     def _check_storage(self) -> LoraSpec:
         if self.name == "qlora" and self.storage != "nf4":
-            raise ValueError(f"qlora trains on an nf4 base, not {self.base!r}; write `name: lora` with this base")
+            raise ValueError(
+                f"qlora trains on an nf4 base, not {self.base!r}; write `name: lora` with this base"
+            )
         return self
 
 
 MethodSpec: TypeAlias = Annotated[
     Annotated[FullSpec, Tag("full")] | Annotated[LoraSpec, Tag("lora")],
-    Discriminator(lambda v: "full" if (v.get("name") if isinstance(v, dict) else getattr(v, "name", None)) == "full" else "lora"),
+    Discriminator(
+        lambda v: (
+            "full"
+            if (v.get("name") if isinstance(v, dict) else getattr(v, "name", None)) == "full"
+            else "lora"
+        )
+    ),
 ]
 METHODS = ("full", "lora", "qlora")
 
@@ -149,8 +159,11 @@ class TrainSpec(Spec):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay (on matrices only)."""
     beta1: Fraction = 0.9
+    """AdamW: decay of the mean of gradients."""
     beta2: Fraction = 0.999
+    """AdamW: decay of the mean of squared gradients."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: added to the root of the second moment."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null turns clipping off."""
     seed: int = 0
@@ -169,17 +182,30 @@ class TrainSpec(Spec):
     """Where steps are logged besides `steps.jsonl`."""
 
 
-METRICS = ("nll", "exact_match", "token_f1", "rouge_l", "json_valid", "json_schema", "json_fields", "choice_accuracy")
-MetricName = Literal["exact_match", "token_f1", "rouge_l", "json_valid", "json_schema", "json_fields", "choice_accuracy"]
+METRICS = (
+    "nll",
+    "exact_match",
+    "token_f1",
+    "rouge_l",
+    "json_valid",
+    "json_schema",
+    "json_fields",
+    "choice_accuracy",
+)
+MetricName = Literal[
+    "exact_match", "token_f1", "rouge_l", "json_valid", "json_schema", "json_fields", "choice_accuracy"
+]
 
 
 class SamplingSpec(Spec):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps all tokens."""
+    """Sample from the k likeliest tokens; 0 keeps all."""
     seed: int = 0
+    """Seed of sampling; each prompt draws from its own stream."""
 
 
 class EvaluateSpec(Spec):
@@ -188,6 +214,7 @@ class EvaluateSpec(Spec):
     max_new_tokens: PositiveInt = 256
     """Longest generated answer; how often it is reached is reported."""
     sampling: SamplingSpec = SamplingSpec()
+    """How answers are drawn; greedy by default."""
     max_rows: PositiveInt | None = None
     """Score only the first rows of the test split."""
     shots: PositiveInt = 4
@@ -211,7 +238,9 @@ class ArmSpec(Spec):
     name: str | None = None
     """Name in tables; default: made from the rest."""
     method: Literal["zero-shot", "few-shot", "rag"] | MethodSpec | Literal["full", "lora", "qlora"]
+    """A way of prompting, or a training method by name or with its settings."""
     framework: Literal["tunesmith"] = "tunesmith"
+    """Who trains it."""
     rag: bool = False
     """Answer with retrieved examples in the prompt."""
     learning_rate: Annotated[float, Field(gt=0)] | Auto | None = None
@@ -228,12 +257,20 @@ class TuneSpec(Spec):
 
 
 class CompareSpec(Spec):
-    arms: Annotated[list[str | ArmSpec], Field(min_length=1)] = ["zero-shot", "few-shot", "rag", "lora", "full"]
+    arms: Annotated[list[str | ArmSpec], Field(min_length=1)] = [
+        "zero-shot",
+        "few-shot",
+        "rag",
+        "lora",
+        "full",
+    ]
+    """What is compared: names, or mappings with settings."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
     metric: MetricName | Literal["nll"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
     tune: TuneSpec = TuneSpec()
+    """Learning-rate search, equal for every trained arm."""
     parallel: PositiveInt | Auto = "auto"
     """Arms at a time. `auto`: one per core on a CPU (one thread each), one on a GPU."""
 
@@ -242,11 +279,15 @@ class Job(Spec):
     model: str | ModelSpec
     """Base model: bundled name, folder, or hub id."""
     data: DataSpec
+    """Rows, splits, lengths, template."""
     method: Literal["full", "lora", "qlora"] | MethodSpec = "lora"
     """`full`, `lora` or `qlora`, or a mapping with its settings."""
     train: TrainSpec = TrainSpec()
+    """Steps, learning rate, precision, checkpoints."""
     evaluate: EvaluateSpec = EvaluateSpec()
+    """What the judge measures, and how prompted arms are prompted."""
     compare: CompareSpec = CompareSpec()
+    """Arms, seeds, the metric that decides."""
 
     @property
     def model_spec(self) -> ModelSpec:

@@ -1,0 +1,1 @@
+"""Verbs. Parses, calls `tunesmith.api`, prints. Results on stdout, everything else on stderr."""

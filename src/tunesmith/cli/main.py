@@ -1,0 +1,232 @@
+"""The command line: one verb a function, each a thin layer over `tunesmith.api`.
+
+Nothing heavy is imported before a verb runs, so `--help` and bad job files answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.jsonl import dump_json
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune a language model, and know what you gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML). `tunesmith init` writes one.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. train.epochs=1.")
+]
+OutDir = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything the command writes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+OnBadRow = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option("--on-bad-row", help="Stop at a bad row, or skip it and write it to rejected_rows.jsonl."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming what DIR holds.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.yaml"),
+    model: Annotated[str | None, typer.Option(help="Base model: bundled name, folder or hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows: bundled name, file, folder or hub id.")] = None,
+) -> None:
+    """Write a commented job file, and the schema that gives editors completion."""
+    from tunesmith.job.init import write_example_job
+
+    write_example_job(path, model=model, data=data)
+    _say(f"Wrote {path}. Next: tunesmith check {path}")
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+) -> None:
+    """Print the JSON Schema of the job file."""
+    from tunesmith.job.schema import job_reference, job_schema
+
+    print(job_reference() if markdown else dump_json(job_schema(), indent=2), end="" if markdown else "\n")
+
+
+@app.command()
+def check(job_file: JobFile, overrides: Overrides = [], on_bad_row: OnBadRow = "refuse", as_json: AsJson = False) -> None:  # noqa: B006
+    """Look at the data before training: counts, lengths, what is lost, duplicates, leaks, masks."""
+    from tunesmith import api
+    from tunesmith.cli import show
+
+    report = api.check(api.load_job(job_file, overrides), on_bad_row=on_bad_row)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        show.print_check(report)
+    raise typer.Exit(2 if report.errors else 0)
+
+
+@app.command()
+def preview(
+    job_file: JobFile,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to print.")] = 3,
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which split.")] = "train",
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Print rows as they are trained: trained, masked and stop tokens in colour."""
+    from tunesmith import api
+    from tunesmith.cli import show
+
+    previews = api.preview(api.load_job(job_file, overrides), rows=rows, split=split)
+    if as_json:
+        _print_json([item.to_json() for item in previews])
+    else:
+        show.print_previews(previews)
+
+
+@app.command()
+def train(
+    job_file: JobFile,
+    out: OutDir,
+    overrides: Overrides = [],  # noqa: B006
+    on_bad_row: OnBadRow = "refuse",
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model. Run the same command again to resume after an interruption."""
+    from tunesmith import api
+    from tunesmith.cli.progress import watch
+
+    job = api.load_job(job_file, overrides)
+    with watch() as on_event:
+        record = api.train(job, out=out, on_bad_row=on_bad_row, fresh=fresh, on_event=on_event)
+    if as_json:
+        _print_json(record.to_json())
+    else:
+        from tunesmith.cli import show
+
+        show.print_run(record, out)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder, model folder or name.")],
+    data: Annotated[str, typer.Option("--data", help="Rows to score: file, folder, bundled name or hub id.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep answers.jsonl and eval.json here.")] = None,
+    generate: Annotated[bool, typer.Option(help="Also generate answers and score them.")] = True,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+    template: Annotated[str | None, typer.Option(help="Chat template, name or file, if the model has none.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one it names.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score any model, adapter or run on rows with answers."""
+    from tunesmith import api
+    from tunesmith.cli.progress import watch
+
+    with watch() as on_event:
+        record = api.evaluate(
+            target, data=data, out=out, generate=generate, max_rows=max_rows, template=template, base=base,
+            on_event=on_event,
+        )  # fmt: skip
+    if as_json:
+        _print_json(api.evaluation_json(record))
+    else:
+        from tunesmith.cli import show
+
+        show.print_evaluation(record)
+
+
+@app.command()
+def compare(
+    job_file: JobFile,
+    out: OutDir,
+    overrides: Overrides = [],  # noqa: B006
+    on_bad_row: OnBadRow = "refuse",
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run every arm on the same rows, judge them alike, and write the report. Resumes where it stopped."""
+    from tunesmith import api
+    from tunesmith.cli.progress import watch
+
+    job = api.load_job(job_file, overrides)
+    with watch() as on_event:
+        comparison = api.compare(job, out=out, on_bad_row=on_bad_row, fresh=fresh, on_event=on_event)
+    _print_comparison(comparison, out, as_json)
+
+
+@app.command()
+def demo(
+    out: OutDir = Path("demo-run"),
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare prompting, retrieval and fine-tuning on the bundled model and data, offline, in minutes."""
+    from tunesmith import api
+    from tunesmith.cli.progress import watch
+
+    job = api.demo_job(overrides)
+    with watch() as on_event:
+        comparison = api.compare(job, out=out, fresh=fresh, on_event=on_event)
+    _print_comparison(comparison, out, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a comparison.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild the report of a comparison from its files."""
+    from tunesmith import api
+
+    comparison = api.report(run)
+    if markdown:
+        print(api.report_markdown(comparison))
+    else:
+        _print_comparison(comparison, run, as_json)
+
+
+def _print_comparison(comparison: Any, out: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(comparison.public_json())
+    else:
+        from tunesmith.cli import show
+
+        show.print_comparison(comparison, out)
+
+
+def _print_json(value: Any) -> None:
+    print(dump_json(value))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: faults of the user's making end in one line and their exit code, never in a traceback."""
+    try:
+        app()
+    except TunesmithError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("error: interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The only place that starts processes: own process group, bounded log, timeouts, resource use read by the parent.
+
+A worker gets the path of a task file, prints events as JSON lines on stdout and logs on stderr, and leaves its result in
+files. Nothing that it prints is trusted further than being shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.core.errors import ArmFailed
+from tunesmith.core.events import Event, OnEvent
+
+MAX_LINE_BYTES = 1 << 16
+MAX_LOG_BYTES = 32 << 20
+GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUse:
+    """What a worker cost, measured from outside.
+
+    cpu_seconds: user and system time of the worker and its children. peak_bytes: largest resident size.
+    """
+
+    exit_code: int
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run_process(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    task: str,
+    on_event: OnEvent,
+    stop: threading.Event,
+    threads: int = 1,
+    idle_seconds: float = 3600.0,
+) -> ProcessUse:
+    """Run one worker to its end, passing its events on.
+
+    stop:         when set, the worker gets SIGTERM (it saves a checkpoint) and, after a grace period, SIGKILL.
+    idle_seconds: a worker silent for this long is ended.
+    Raises ArmFailed in one line when it ends badly; the line is the worker's own last error, or names the log.
+    """
+    started = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as log_handle:
+        child = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(threads),
+            start_new_session=True,
+        )
+        try:
+            failure, timed_out = _pump(child, log_handle, task, on_event, stop, idle_seconds)
+        finally:
+            _end_group(child.pid, signal.SIGKILL)
+            _, status, use = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            for pipe in (child.stdout, child.stderr):
+                if pipe:
+                    pipe.close()
+    outcome = ProcessUse(
+        child.returncode, time.monotonic() - started, use.ru_utime + use.ru_stime, use.ru_maxrss * 1024
+    )
+    if outcome.exit_code and not stop.is_set():
+        finding = failure or (
+            "was silent for too long" if timed_out else f"ended with exit code {outcome.exit_code}"
+        )
+        raise ArmFailed(task, finding, cure=f"Its log: {log}")
+    return outcome
+
+
+def _environment(threads: int) -> dict[str, str]:
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return {**os.environ, **counts, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _pump(
+    child: subprocess.Popen[bytes],
+    log_handle: object,
+    task: str,
+    on_event: OnEvent,
+    stop: threading.Event,
+    idle_seconds: float,
+) -> tuple[str, bool]:
+    """Read both pipes until they close. Returns the worker's last error line and whether it was ended for silence."""
+    assert child.stdout is not None and child.stderr is not None
+    selector = selectors.DefaultSelector()
+    buffers = {child.stdout: bytearray(), child.stderr: bytearray()}
+    for pipe in buffers:
+        os.set_blocking(pipe.fileno(), False)
+        selector.register(pipe, selectors.EVENT_READ)
+    failure, logged, last_sign = "", 0, time.monotonic()
+    ended_at: float | None = None
+    timed_out = False
+    while selector.get_map():
+        for key, _ in selector.select(timeout=0.2):
+            chunk = os.read(key.fd, MAX_LINE_BYTES)
+            if not chunk:
+                selector.unregister(key.fileobj)
+                continue
+            last_sign = time.monotonic()
+            if key.fileobj is child.stderr:
+                if logged < MAX_LOG_BYTES:
+                    log_handle.write(chunk)  # type: ignore[attr-defined]
+                    log_handle.flush()  # type: ignore[attr-defined]
+                logged += len(chunk)
+                continue
+            for event in _take_events(buffers[child.stdout], chunk):
+                if event.kind == "failed":
+                    failure = event.text
+                else:
+                    on_event(event)
+        now = time.monotonic()
+        timed_out = timed_out or now - last_sign > idle_seconds
+        if (stop.is_set() or timed_out) and ended_at is None:
+            ended_at = now
+            _end_group(child.pid, signal.SIGTERM)
+        if ended_at is not None and now - ended_at > GRACE_SECONDS:
+            _end_group(child.pid, signal.SIGKILL)
+    return failure, timed_out
+
+
+def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
+    """Complete lines of the worker's stdout that are events; anything else on stdout is dropped."""
+    buffer += chunk
+    *lines, rest = bytes(buffer).split(b"\n")
+    buffer[:] = rest[-MAX_LINE_BYTES:]
+    events = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+            events.append(Event.from_json(value))
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return events
+
+
+def _end_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return
