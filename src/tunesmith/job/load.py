@@ -167,11 +167,11 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[Location
     except YAMLError:
         raise JobError(place, "has a value that is not YAML", cure="Quote it") from None
     *parents, last = key.strip().split(".")
-    node = values
+    node: dict[str, Any] = values
     at: Location = ()
     for name in parents:
         at = (*at, name)
-        child = node.get(name)
+        child: Any = node.get(name)
         if isinstance(child, str) and name in ("method", "model"):
             child = {"name": child}  # the short form of a mapping
         if child is None:
@@ -331,9 +331,18 @@ def _yaml_type(value: Any) -> str:
     }.get(type(_plain(value)), "empty value")
 
 
-_PATH_KEYS = (("model",), ("model", "name"), ("data", "template"), ("method", "adapter"), ("data", "train"))
-_PATH_KEYS += (("data", "split", "validation"), ("data", "split", "test"))
-_PATH_KEYS += tuple(("evaluate", key) for key in ("documents", "schema_file", "general"))
+_PATH_KEYS: tuple[Location, ...] = (
+    ("model",),
+    ("model", "name"),
+    ("method", "adapter"),
+    ("data", "template"),
+    ("data", "train"),
+    ("data", "split", "validation"),
+    ("data", "split", "test"),
+    ("evaluate", "documents"),
+    ("evaluate", "schema_file"),
+    ("evaluate", "general"),
+)
 
 
 def resolve_paths(job: Job, folder: Path) -> Job:
