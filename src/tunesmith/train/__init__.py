@@ -1,0 +1,1 @@
+"""Training: the one loop, optimizer and schedule, checkpoints, meter, trackers."""

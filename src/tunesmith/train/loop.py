@@ -1,0 +1,446 @@
+"""The one training loop. What differs between methods is handed in: how rows become a batch, and its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+
+from tunesmith.core.errors import Interrupted, JobError, RunDirError, TrainingFailed
+from tunesmith.core.records import StepRecord
+from tunesmith.core.rundir import RunDir
+from tunesmith.core.types import TokenRow
+from tunesmith.job.spec import TrainSpec
+from tunesmith.train.checkpoint import (
+    Checkpoint,
+    delete_old_checkpoints,
+    list_checkpoints,
+    open_newest,
+    write_checkpoint,
+)
+from tunesmith.train.meter import Meter
+from tunesmith.train.optim import LossScale, MasterAdamW
+from tunesmith.train.order import EpochOrder, RowSource
+from tunesmith.train.schedule import count_steps, count_warmup_steps, learning_rate_at
+from tunesmith.train.signals import StopNow, StopSignals, catch_signals
+from tunesmith.train.state import (
+    Best,
+    Pending,
+    TrainState,
+    copy_weights,
+    describe_environment,
+    describe_run,
+    pack_state,
+    pack_tensors,
+    put_weights,
+    refuse_other_run,
+    restore,
+)
+from tunesmith.train.step import LossFunction, MakeBatch, Stepper, TrainableModel, read_random, set_random
+from tunesmith.train.steplog import StepLog
+from tunesmith.train.trackers import open_trackers
+
+# Tokens per forward pass when the job says `auto`. A core's caches are full long before 2,048 tokens; a GPU's units
+# are busy from about 16,384. Where that doesn't fit, the first step finds out and halves it.
+_AUTO_BUDGET = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What there is to show after a step. loss: nats per target token of this step. seconds_left: an estimate."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+    peak_bytes: int
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOutcome:
+    """A finished run. The model holds the best weights if `keep_best` and there was validation, else the last.
+
+    validation_loss: of the weights the model ends with, nats per target token; None without validation.
+    best_step:       the step these weights are from; None without validation.
+    tokens, seconds and peak include the parts of the run before interruptions.
+    """
+
+    steps: int
+    epochs: float
+    loss: float
+    validation_loss: float | None
+    best_step: int | None
+    trained_parameters: int
+    train_tokens: int
+    target_tokens: int
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    micro_batch_tokens: int
+    continued_from: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def train(
+    model: TrainableModel,
+    rows: Sequence[TokenRow] | RowSource,
+    spec: TrainSpec,
+    run_dir: RunDir,
+    *,
+    make_batch: MakeBatch,
+    loss: LossFunction,
+    evaluate: Callable[[], float] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+) -> TrainOutcome:
+    """Train `model` in place and return what it cost. The caller holds `run_dir.lock()`.
+
+    rows:       a sequence (reordered every epoch from seed and epoch alone), or a source with its own order.
+    spec:       with `learning_rate` a number; see `schedule.auto_learning_rate`.
+    make_batch: (rows, device) -> batch.   loss: (model, batch) -> sum over target tokens, nats.
+    evaluate:   validation loss of the model as it is, nats per target token; called in eval mode.
+    resume:     continue from the newest intact checkpoint, if there is one.
+    identity:   what else must be equal for a checkpoint to fit (method, data, base model), JSON.
+
+    An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and torch.
+    Raises TrainingFailed (not finite, out of memory), Interrupted (signal, checkpoint saved), RunDirError (disk),
+    JobError (a checkpoint of another job).
+    """
+    if spec.learning_rate == "auto":
+        raise ValueError("resolve train.learning_rate before training: schedule.auto_learning_rate")
+    named = dict(model.named_trainable())
+    device = next(iter(named.values())).device if named else torch.device("cpu")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), catch_signals() as stop:
+        torch.manual_seed(spec.seed)
+        run = _Run(
+            model,
+            rows,
+            spec,
+            run_dir,
+            named,
+            device,
+            stop,
+            make_batch,
+            loss,
+            evaluate,
+            on_step,
+            identity or {},
+        )
+        try:
+            run.open(resume=resume)
+            return run.finish_all_steps()
+        finally:
+            run.close()
+
+
+class _Run:
+    """One call of `train`: the parts and the order in which they act."""
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        rows: Sequence[TokenRow] | RowSource,
+        spec: TrainSpec,
+        run_dir: RunDir,
+        named: dict[str, torch.nn.Parameter],
+        device: torch.device,
+        stop: StopSignals,
+        make_batch: MakeBatch,
+        loss: LossFunction,
+        evaluate: Callable[[], float] | None,
+        on_step: Callable[[Progress], None] | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.model, self.spec, self.run_dir, self.named, self.device = model, spec, run_dir, named, device
+        self.stop, self.evaluate, self.on_step = stop, evaluate, on_step
+        self.source: RowSource
+        if hasattr(rows, "steps_from"):
+            self.source = cast(RowSource, rows)
+        else:
+            self.source = EpochOrder(
+                cast(Sequence[TokenRow], rows), batch_rows=spec.batch_rows, seed=spec.seed
+            )
+        self.total_steps = _count_total_steps(spec, self.source)
+        self.warmup_steps = count_warmup_steps(self.total_steps, warmup=spec.warmup)
+        self.meter = Meter(device)
+        self.optimizer = MasterAdamW(
+            named, beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay
+        )
+        is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.scale = LossScale(enabled=is_fp16)
+        self.stepper = Stepper(
+            model,
+            self.optimizer,
+            make_batch=make_batch,
+            loss=loss,
+            device=device,
+            budget_tokens=_choose_budget(spec, device),
+            clip_norm=spec.clip_norm,
+            scale=self.scale,
+        )
+        self.identity = describe_run(spec, named, rows=self.source.fingerprint(), given=identity)
+        self.environment = describe_environment(device)
+        self.state = TrainState()
+        self.continued_from: int | None = None
+        self.saved_step: int | None = None
+        self.log: StepLog | None = None
+        self.trackers: list[Any] = []
+
+    # --- start and end ------------------------------------------------------------------------------------------
+
+    def open(self, *, resume: bool) -> None:
+        checkpoint, warnings = None, []
+        if resume:
+            checkpoint, warnings = open_newest(self.run_dir.checkpoints)
+        elif list_checkpoints(self.run_dir.checkpoints):
+            raise RunDirError(
+                str(self.run_dir.root),
+                "holds checkpoints of an earlier run",
+                rule="a run never overwrites another",
+                cure="Continue it with --resume, or give another --out",
+            )
+        if checkpoint is not None:
+            self._continue_from(checkpoint)
+        self._warn(*warnings)
+        if not self.meter.peak_is_own:
+            self._warn("peak memory is that of the whole process: this system can't reset it")
+        # A pending step is logged once its validation is done.
+        logged = self.state.step - (1 if self.state.pending else 0)
+        self.log = StepLog(self.run_dir.steps, last_step=logged)
+        self.trackers = open_trackers(
+            self.spec.trackers, run_root=self.run_dir.root, config=self.identity, first_step=logged
+        )
+        self.model.train()
+
+    def _continue_from(self, checkpoint: Checkpoint) -> None:
+        stored = checkpoint.state
+        refuse_other_run(stored["identity"], self.identity, place=checkpoint.folder)
+        self.state = restore(
+            checkpoint, named=self.named, optimizer=self.optimizer, scale=self.scale, device=self.device
+        )
+        self.continued_from = self.saved_step = self.state.step
+        self.meter.continue_from(stored["totals"])
+        if stored["micro_batches"]["asked"] == self.spec.micro_batch_tokens:
+            # The schedule of micro-batches is part of the bits: one halved by lack of memory stays halved.
+            self.stepper.budget_tokens = stored["micro_batches"]["budget_tokens"]
+        else:
+            self._warn(
+                f"train.micro_batch_tokens changed after step {self.state.step}: equal to rounding only"
+            )
+        for key, value in self.environment.items():
+            if stored["environment"].get(key) != value:
+                was = stored["environment"].get(key)
+                self._warn(
+                    f"{key} changed after step {self.state.step} ({was} to {value}): equal to rounding only"
+                )
+
+    def _warn(self, *texts: str) -> None:
+        self.state.warnings += [text for text in texts if text not in self.state.warnings]
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+        if self.log is not None:
+            self.log.close()
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def finish_all_steps(self) -> TrainOutcome:
+        if self.state.pending is not None:
+            self._finish_step(self.state.pending)
+        steps = self.source.steps_from(self.state.position)
+        self.meter.skip_time()
+        while self.state.step < self.total_steps:
+            self._stop_if_asked()
+            self._finish_step(self._take_step(next(steps)))
+        self._stop_if_asked()
+        return self._conclude()
+
+    def _take_step(self, step_rows: Any) -> Pending:
+        assert self.spec.learning_rate != "auto"
+        rate = learning_rate_at(
+            self.state.step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            peak=self.spec.learning_rate,
+            schedule=self.spec.schedule,
+        )
+        result = self.stepper.take(step_rows.rows, step=self.state.step + 1, learning_rate=rate)
+        seconds = self.meter.count_step(
+            num_tokens=result.num_tokens, num_target_tokens=result.num_target_tokens
+        )
+        self.state.step += 1
+        self.state.position = step_rows.position
+        self.state.epoch = step_rows.epoch
+        self.state.last_loss = result.loss
+        self._warn(*result.notes)
+        record = StepRecord(
+            step=self.state.step,
+            epoch=step_rows.epoch,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            num_tokens=result.num_tokens,
+            num_target_tokens=result.num_target_tokens,
+            step_seconds=seconds,
+            peak_bytes=self.meter.peak,
+        )
+        return Pending(record, step_rows.ends_epoch)
+
+    def _finish_step(self, taken: Pending) -> None:
+        """Validate if due, log, report, save if due."""
+        record = taken.record
+        if self.evaluate is not None and self._is_due(self.spec.evaluate_every, taken.ends_epoch):
+            self.state.pending = taken
+            record = replace(record, validation_loss=self._validate())
+            self.state.pending = None
+        assert self.log is not None
+        self.log.append(record)
+        for tracker in self.trackers:
+            tracker.log(record)
+        self._report(record)
+        if self._is_due(self.spec.save_every, taken.ends_epoch):
+            self._save()
+        self.meter.skip_time()
+
+    def _is_due(self, every: int | str, ends_epoch: bool) -> bool:
+        """Every N steps or at epoch ends; the last step counts as both."""
+        if every == "never":
+            return False
+        if self.state.step == self.total_steps:
+            return True
+        return ends_epoch if every == "epoch" else self.state.step % int(every) == 0
+
+    def _validate(self) -> float:
+        """Validation loss; keeps the weights if it is the lowest. A signal cuts it off: see `Pending`."""
+        assert self.evaluate is not None
+        random = read_random(self.device)
+        self.model.train(False)
+        try:
+            with self.stop.interruptible():
+                value = float(self.evaluate())
+        except StopNow:
+            set_random(random, self.device)
+            self._stop_if_asked()
+            raise AssertionError("StopNow without a signal") from None
+        finally:
+            self.model.train(True)
+            # Whatever validation draws, training goes on as if there had been none.
+            set_random(random, self.device)
+        if not math.isfinite(value):
+            raise TrainingFailed(
+                f"step {self.state.step}",
+                f"the validation loss is {value}",
+                rule="a run with such weights has diverged",
+                cure="Lower train.learning_rate",
+            )
+        self.state.last_validation_loss = value
+        if self.state.best is None or value < self.state.best.loss:
+            kept = copy_weights(self.named) if self.spec.keep_best else {}
+            self.state.best = Best(self.state.step, value, kept)
+        return value
+
+    def _report(self, record: StepRecord) -> None:
+        if self.on_step is None:
+            return
+        self.on_step(
+            Progress(
+                step=record.step,
+                total_steps=self.total_steps,
+                epoch=record.epoch,
+                loss=record.loss,
+                learning_rate=record.learning_rate,
+                tokens_per_second=self.meter.tokens_per_second(),
+                seconds_left=self.meter.seconds_left(self.total_steps - record.step),
+                peak_bytes=record.peak_bytes,
+                validation_loss=record.validation_loss,
+            )
+        )
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        assert self.log is not None
+        tensors = pack_tensors(self.state, self.optimizer, device=self.device)
+        state = pack_state(
+            self.state,
+            scale=self.scale,
+            budget_tokens=self.stepper.budget_tokens,
+            totals=self.meter.totals(),
+            identity=self.identity,
+            environment=self.environment,
+            asked_budget=self.spec.micro_batch_tokens,
+        )
+        self.log.flush_to_disk()
+        write_checkpoint(self.run_dir.checkpoints, self.state.step, tensors=tensors, state=state)
+        delete_old_checkpoints(self.run_dir.checkpoints, keep=self.spec.keep_checkpoints)
+        self.saved_step = self.state.step
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.received is None:
+            return
+        # Nothing is lost by a signal before the first step.
+        if self.state.step and (self.saved_step != self.state.step or self.state.pending is not None):
+            self._save()
+        saved = f"checkpoint of step {self.state.step} saved" if self.state.step else "nothing to save yet"
+        raise Interrupted(
+            str(self.run_dir.root),
+            f"stopped by {self.stop.name} after step {self.state.step} of {self.total_steps}, {saved}",
+            signal_number=self.stop.received,
+            cure="Run the command again with --resume to continue",
+        )
+
+    def _conclude(self) -> TrainOutcome:
+        best = self.state.best
+        if best is not None and self.spec.keep_best:
+            put_weights(self.named, best.weights)
+        for name, parameter in self.named.items():
+            if not torch.isfinite(parameter).all():
+                raise TrainingFailed(
+                    f"step {self.state.step}", f"{name} is not finite", cure="Lower train.learning_rate"
+                )
+        if self.scale.overflows:
+            self._warn(f"fp16: {self.scale.overflows} overflows, repeated with a smaller loss scale")
+        kept_best = best is not None and self.spec.keep_best
+        totals = self.meter.totals()
+        return TrainOutcome(
+            steps=self.state.step,
+            epochs=self.state.epoch,
+            loss=self.state.last_loss,
+            validation_loss=best.loss if best and kept_best else self.state.last_validation_loss,
+            best_step=best.step if best and kept_best else (self.state.step if best else None),
+            trained_parameters=sum(parameter.numel() for parameter in self.named.values()),
+            train_tokens=int(totals["train_tokens"]),
+            target_tokens=int(totals["target_tokens"]),
+            wall_seconds=totals["wall_seconds"],
+            cpu_seconds=totals["cpu_seconds"],
+            peak_bytes=int(totals["peak_bytes"]),
+            micro_batch_tokens=self.stepper.budget_tokens,
+            continued_from=self.continued_from,
+            warnings=self.state.warnings,
+        )
+
+
+def _count_total_steps(spec: TrainSpec, source: RowSource) -> int:
+    if spec.steps is None and source.steps_per_epoch is None:
+        raise JobError(
+            "train.steps",
+            "is not given, and the number of rows isn't known",
+            rule="a schedule needs the number of steps",
+            cure="Give train.steps with data.streaming",
+        )
+    return count_steps(epochs=spec.epochs, steps=spec.steps, steps_per_epoch=source.steps_per_epoch or 1)
+
+
+def _choose_budget(spec: TrainSpec, device: torch.device) -> int:
+    if spec.micro_batch_tokens == "auto":
+        return _AUTO_BUDGET.get(device.type, _AUTO_BUDGET["cpu"])
+    return spec.micro_batch_tokens

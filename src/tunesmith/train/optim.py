@@ -1,0 +1,185 @@
+"""AdamW with fp32 master weights and states, gradient clipping, and dynamic loss scaling for fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_OWN_MASTER = (torch.float32, torch.float64)
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class MasterAdamW:
+    """AdamW over named parameters of any float dtype, computed in fp32.
+
+    A parameter in bf16 or fp16 gets an fp32 master copy. Its gradients are added up in fp32, micro-batch by
+    micro-batch, the update happens on the master, and the parameter is the master rounded. Updates far below the
+    rounding step of bf16 (most of them at usual learning rates) are thereby kept. fp32 parameters are their own master.
+
+    Weight decay applies to matrices only: vectors (norms, biases, DoRA magnitudes) are scales, not directions.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not named:
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        self.masters: dict[str, Tensor] = {}
+        self._rounded: list[Tensor] = []
+        self._rounded_masters: list[Tensor] = []
+        for name, parameter in named.items():
+            self.masters[name] = self._make_master(parameter)
+        matrices = [m for m in self.masters.values() if m.ndim >= 2]
+        vectors = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            betas=(beta1, beta2),
+            eps=epsilon,
+            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
+        )
+        # States exist from the start: running out of memory then happens here, not halfway into the first update.
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def _make_master(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.dtype in _OWN_MASTER:
+            return parameter
+        master = parameter.detach().float().requires_grad_()
+        self._rounded.append(parameter.detach())
+        self._rounded_masters.append(master)
+
+        def move_gradient(rounded: Tensor) -> None:
+            gradient = rounded.grad
+            if gradient is None:
+                return
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                master.grad.add_(gradient)
+            rounded.grad = None
+
+        parameter.register_post_accumulate_grad_hook(move_gradient)
+        return master
+
+    def gradients(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def clear_gradients(self) -> None:
+        for master in self.masters.values():
+            master.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm over all gradients, a scalar on their device; the caller decides when to wait for it."""
+        gradients = self.gradients()
+        if not gradients:
+            return torch.zeros((), device=next(iter(self.masters.values())).device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
+        """Multiply gradients by `gradient_factor` (clipping, loss scale), take one step, clear gradients."""
+        gradients = self.gradients()
+        if gradient_factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, gradient_factor)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self.round_masters()
+        self.clear_gradients()
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Set every low-precision parameter to its master, rounded to nearest."""
+        if self._rounded:
+            torch._foreach_copy_(self._rounded, self._rounded_masters)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state, flat: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. Not copies."""
+        return {
+            f"{kind}.{name}": self._adamw.state[master][kind]
+            for name, master in self.masters.items()
+            for kind in _MOMENTS
+        }
+
+    @torch.no_grad()
+    def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        """Copy masters and states in, in place. Raises ValueError if names or shapes differ."""
+        copy_tensors(self.masters, weights)
+        copy_tensors(self.state_tensors(), states)
+        self.round_masters()
+
+
+@torch.no_grad()
+def copy_tensors(into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name, in place. Raises ValueError if names or shapes differ: broadcasting would hide it."""
+    if different := into.keys() ^ source.keys():
+        raise ValueError(f"tensor {sorted(different)[0]!r} is on one side only")
+    for name, target in into.items():
+        if target.shape != source[name].shape:
+            raise ValueError(
+                f"tensor {name!r}: shape {tuple(source[name].shape)}, expected {tuple(target.shape)}"
+            )
+        target.copy_(source[name])
+
+
+def clip_factor(norm: float, *, clip_norm: float | None) -> float:
+    """What gradients of this norm are multiplied by so that their norm does not exceed `clip_norm`."""
+    if clip_norm is None:
+        return 1.0
+    # The small term is the one torch's own clipping uses, so that clipped arms of a comparison agree.
+    return min(1.0, clip_norm / (norm + 1e-6))
+
+
+@dataclass(slots=True)
+class LossScale:
+    """Dynamic loss scale for fp16, whose smallest gradients would otherwise round to zero.
+
+    `value` multiplies the loss before backward and divides the gradients after it. An overflow halves it and the
+    step is repeated; after `growth_interval` steps without one it doubles. Always a power of two, hence exact.
+    With `enabled` false the value is 1 for ever.
+    """
+
+    enabled: bool
+    value: float = 2.0**16
+    steps_without_overflow: int = 0
+    overflows: int = 0
+    growth_interval: int = 2000
+    largest: float = 2.0**24
+
+    def __post_init__(self) -> None:
+        if not self.enabled:
+            self.value = 1.0
+
+    def shrink(self) -> bool:
+        """Halve after an overflow. False if it can't shrink: then the gradient itself is not finite."""
+        if not self.enabled or self.value <= 1.0:
+            return False
+        self.value /= 2
+        self.overflows += 1
+        self.steps_without_overflow = 0
+        return True
+
+    def count_good_step(self) -> None:
+        if not self.enabled:
+            return
+        self.steps_without_overflow += 1
+        if self.steps_without_overflow >= self.growth_interval:
+            self.value = min(self.largest, self.value * 2)
+            self.steps_without_overflow = 0

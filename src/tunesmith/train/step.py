@@ -1,0 +1,218 @@
+"""One optimizer step: micro-batches forward and backward, one division, clipping, update; repeated where that helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import TrainingFailed
+from tunesmith.core.types import TokenRow
+from tunesmith.data.batch import plan_micro_batches
+from tunesmith.train.optim import LossScale, MasterAdamW, clip_factor
+
+_MAX_NAMED_ROWS = 5
+
+
+class LossSum(Protocol):
+    """Sum of losses over target tokens, nats, a scalar tensor; the loop divides."""
+
+    @property
+    def total(self) -> Tensor: ...
+    @property
+    def num_targets(self) -> int: ...
+
+
+class TrainableModel(Protocol):
+    def named_trainable(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def train(self, mode: bool = True) -> Any: ...
+
+
+MakeBatch = Callable[[Sequence[TokenRow], torch.device], Any]
+LossFunction = Callable[[Any, Any], LossSum]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """loss: nats per target token over the whole step; grad_norm: before clipping; notes: halvings of
+    the micro-batch budget."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_target_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def read_random(device: torch.device) -> dict[str, Tensor]:
+    """The generators that dropout draws from, as byte tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def count_targets(row: TokenRow) -> int:
+    """Target tokens of a row."""
+    # An array sums itself: adding its uint8 items one by one would wrap at 256.
+    return int(row.mask.sum()) if hasattr(row.mask, "sum") else sum(row.mask)  # type: ignore[attr-defined]
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    The loss of each micro-batch is a sum over its target tokens, divided by the target tokens of the *whole* step,
+    which are counted before the first backward. How rows are spread over micro-batches therefore changes nothing
+    but rounding. `budget_tokens` bounds the tokens of one forward pass; running out of memory halves it and repeats
+    the step from the same random state.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: MasterAdamW,
+        *,
+        make_batch: MakeBatch,
+        loss: LossFunction,
+        device: torch.device,
+        budget_tokens: int,
+        clip_norm: float | None,
+        scale: LossScale,
+    ) -> None:
+        self.model, self.optimizer, self.scale = model, optimizer, scale
+        self.budget_tokens = budget_tokens
+        self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
+
+    def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
+        """Train on `rows` once. Weights change only if loss and gradients are finite.
+
+        step: counted from 1, for messages.
+        Raises TrainingFailed naming step and rows if they aren't finite, or if a single row does not fit memory.
+        """
+        # Labels come first: the divisor must be known before any backward.
+        targets = [count_targets(row) for row in rows]
+        trained = [row for row, count in zip(rows, targets, strict=True) if count]
+        num_targets = sum(targets)
+        if not num_targets:
+            raise TrainingFailed(
+                f"step {step}", f"no target token in {name_rows(rows)}", rule="a step trains tokens"
+            )
+        random = read_random(self._device)
+        notes: list[str] = []
+        while True:
+            loss_sum, norm = self._accumulate(trained, num_targets, step, notes)
+            loss, norm = loss_sum / num_targets, norm / self.scale.value
+            if math.isfinite(loss) and math.isfinite(norm):
+                break
+            self.optimizer.clear_gradients()
+            if not math.isfinite(loss) or not self.scale.shrink():
+                set_random(random, self._device)
+                raise self._explain_non_finite(trained, step=step, loss=loss, norm=norm)
+            set_random(random, self._device)
+        factor = clip_factor(norm, clip_norm=self._clip_norm) / self.scale.value
+        self.optimizer.update(learning_rate=learning_rate, gradient_factor=factor)
+        self.scale.count_good_step()
+        return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets, tuple(notes))
+
+    def _accumulate(
+        self, rows: Sequence[TokenRow], num_targets: int, step: int, notes: list[str]
+    ) -> tuple[float, float]:
+        """Gradients of all micro-batches; (loss sum in nats, norm of the scaled gradient)."""
+        lengths = [len(row.ids) for row in rows]
+        random = read_random(self._device)
+        while True:
+            plan = plan_micro_batches(lengths, budget_tokens=self.budget_tokens)
+            outcome = self._run_micro_batches(rows, plan, num_targets)
+            if isinstance(outcome, Tensor):
+                # The one place where the host waits for the device.
+                loss_sum, norm = torch.stack([outcome, self.optimizer.gradient_norm().double()]).tolist()
+                return loss_sum, norm
+            self.optimizer.clear_gradients()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            tokens = sum(lengths[number] for number in plan[outcome])
+            if len(plan[outcome]) == 1:
+                raise TrainingFailed(
+                    f"step {step}",
+                    f"out of memory with one row of {tokens} tokens ({name_rows([rows[plan[outcome][0]]])})",
+                    cure="Lower data.max_tokens, or take a smaller model or method: qlora",
+                )
+            self.budget_tokens = tokens // 2
+            notes.append(
+                f"step {step}: out of memory, repeated with {self.budget_tokens} tokens per forward pass"
+            )
+            set_random(random, self._device)
+
+    def _run_micro_batches(
+        self, rows: Sequence[TokenRow], plan: Sequence[Sequence[int]], num_targets: int
+    ) -> Tensor | int:
+        """The step's loss sum, a float64 scalar on the device; or the number of the micro-batch that didn't fit."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, numbers in enumerate(plan):
+            try:
+                batch = self._make_batch([rows[number] for number in numbers], self._device)
+                total = self._loss(self.model, batch).total
+                (total * (self.scale.value / num_targets)).backward()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Returned, not handled here: the traceback holds the very tensors that must be freed first.
+                return index
+            loss_sum += total.detach()
+        return loss_sum
+
+    def _explain_non_finite(
+        self, rows: Sequence[TokenRow], *, step: int, loss: float, norm: float
+    ) -> TrainingFailed:
+        """Run every row alone and name those that are not finite by themselves."""
+        guilty = [row for row in rows if not self._is_finite_alone(row)]
+        finding = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        if len(guilty) == len(rows) > 1:
+            where, cure = (
+                f"for each of {name_rows(rows)}",
+                "Lower train.learning_rate, or set train.precision: fp32",
+            )
+        elif guilty:
+            where, cure = f"because of {name_rows(guilty)}", "Repair or remove these rows"
+        else:
+            where, cure = f"for {name_rows(rows)} together, for none alone", "Lower train.learning_rate"
+        return TrainingFailed(
+            f"step {step}",
+            f"{finding} {where}",
+            rule="weights are only updated by finite gradients",
+            cure=cure,
+        )
+
+    def _is_finite_alone(self, row: TokenRow) -> bool:
+        total = self._loss(self.model, self._make_batch([row], self._device)).total
+        if not math.isfinite(total.item()):
+            return False
+        (total * self.scale.value).backward()
+        norm = self.optimizer.gradient_norm().item()
+        self.optimizer.clear_gradients()
+        return math.isfinite(norm)
+
+
+def name_rows(rows: Sequence[TokenRow]) -> str:
+    """Places of rows, the first few: `train.jsonl:17, train.jsonl:40 and 3 more`."""
+    places = ", ".join(row.origin.place for row in rows[:_MAX_NAMED_ROWS])
+    more = len(rows) - _MAX_NAMED_ROWS
+    return f"{places} and {more} more" if more > 0 else places
