@@ -1,0 +1,1 @@
+"""Rows in, token rows out: sources, formats, checks, split, tokenizer, template, render, batch. Never imports torch."""

@@ -1,0 +1,38 @@
+"""Which rows make a step, and which of them share a forward pass. Deterministic, numpy and standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def plan_epoch(num_rows: int, *, batch_rows: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of each optimizer step of one epoch: every row once, the last step may be smaller.
+
+    The order depends on (seed, epoch) alone, so a resumed run and another framework see the same steps.
+    """
+    if batch_rows < 1:
+        raise ValueError(f"batch_rows is {batch_rows}, must be positive")
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+    return [order[start : start + batch_rows] for start in range(0, num_rows, batch_rows)]
+
+
+def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
+    """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens.
+
+    lengths: tokens of each row. A row longer than the budget stands alone.
+    Rows are taken from long to short, so that a group's rows have similar lengths; ties keep their order.
+    """
+    if budget_tokens < 1:
+        raise ValueError(f"budget_tokens is {budget_tokens}, must be positive")
+    groups: list[list[int]] = []
+    used = 0
+    for position in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        if groups and used + lengths[position] <= budget_tokens:
+            groups[-1].append(position)
+            used += lengths[position]
+        else:
+            groups.append([position])
+            used = lengths[position]
+    return groups

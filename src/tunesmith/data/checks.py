@@ -1,0 +1,304 @@
+"""What is in the data, as data: counts, lengths, losses by truncation, duplicates, overlap, stop tokens; and findings.
+
+Every repair, drop and surprise becomes a `Finding`; nothing here changes a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from tunesmith.core.types import Conversation, TokenRow
+from tunesmith.data.render import Renderer, text_of
+from tunesmith.data.split import find_near_pairs, hash_conversation, shingle, split_words
+
+NGRAM_WORDS = 13
+_PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know. level "error" stops a run, "warning" is shown, "note" is kept."""
+
+    level: Literal["error", "warning", "note"]
+    code: str
+    message: str
+    count: int = 0
+    split: str = ""
+
+
+@dataclass(slots=True)
+class SourceFacts:
+    """One source of one split: what was read, as which shape, and what was not taken."""
+
+    name: str
+    split: str
+    format: str
+    num_rows: int = 0
+    num_rejected: int = 0
+    revision: str | None = None
+
+
+@dataclass(slots=True)
+class SplitFacts:
+    """One split after rendering. Lengths and targets are in tokens.
+
+    num_lost_targets: answer tokens in rows that were dropped or cut for length.
+    length_percentiles: of the rows before dropping or cutting, by percentile ("50", "95", "100" ...).
+    """
+
+    num_conversations: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    num_answer_bytes: int = 0
+    length_percentiles: dict[str, int] = field(default_factory=dict[str, int])
+    num_dropped: int = 0
+    num_truncated: int = 0
+    num_lost_targets: int = 0
+    num_without_targets: int = 0
+    num_without_stop: int = 0
+    num_exact_duplicates: int = 0
+    num_near_duplicates: int = 0
+    num_clusters: int = 0
+
+
+@dataclass(slots=True)
+class Overlap:
+    """How many rows of a held-out split also stand in train: equal, near (Jaccard >= 0.8), or sharing 13 words in a row."""
+
+    num_rows: int = 0
+    num_exact: int = 0
+    num_same_question: int = 0
+    num_near: int = 0
+    num_shared_13grams: int = 0
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """The answer of `tunesmith check`, and `checks.json` of a prepared folder."""
+
+    sources: list[SourceFacts] = field(default_factory=list[SourceFacts])
+    splits: dict[str, SplitFacts] = field(default_factory=dict[str, SplitFacts])
+    overlap: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    @property
+    def warnings(self) -> list[str]:
+        """Messages of findings that a person should see."""
+        return [item.message for item in self.findings if item.level != "note"]
+
+    @property
+    def errors(self) -> list[str]:
+        return [item.message for item in self.findings if item.level == "error"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CheckReport:
+        return cls(
+            sources=[SourceFacts(**item) for item in value["sources"]],
+            splits={name: SplitFacts(**item) for name, item in value["splits"].items()},
+            overlap={name: Overlap(**item) for name, item in value["overlap"].items()},
+            counts=dict(value["counts"]),
+            findings=[Finding(**item) for item in value["findings"]],
+        )
+
+
+def measure_lengths(lengths: Sequence[int]) -> dict[str, int]:
+    """Length percentiles in tokens, each a length that occurs."""
+    if not lengths:
+        return {}
+    values = np.percentile(np.asarray(lengths), _PERCENTILES, method="inverted_cdf")
+    return {str(p): int(cast("float", v)) for p, v in zip(_PERCENTILES, values, strict=True)}
+
+
+def count_rows(facts: SplitFacts, rows: Iterable[TokenRow], *, stop_ids: Sequence[int]) -> None:
+    """Add the kept rows' tokens, targets and missing stop tokens to a split's facts."""
+    stops = set(stop_ids)
+    for row in rows:
+        facts.num_rows += 1
+        facts.num_tokens += len(row.ids)
+        facts.num_targets += row.num_targets
+        facts.num_answer_bytes += row.num_answer_bytes
+        if not (row.mask[-1] and row.ids[-1] in stops):
+            facts.num_without_stop += 1
+
+
+def measure_overlap(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> Overlap:
+    """Compare a held-out split with train, reading train once."""
+    overlap = Overlap(num_rows=len(held_out))
+    train_hashes = {hash_conversation(c) for c in train}
+    train_questions = {_question(c) for c in train}
+    overlap.num_exact = sum(hash_conversation(c) in train_hashes for c in held_out)
+    overlap.num_same_question = sum(_question(c) in train_questions for c in held_out)
+    overlap.num_near = len(find_near_across(train, held_out))
+    grams = [_grams(c) for c in held_out]
+    wanted = frozenset[int]().union(*grams) if grams else frozenset[int]()
+    seen: set[int] = set()
+    for conversation in train:
+        seen |= wanted & _grams(conversation)
+    overlap.num_shared_13grams = sum(not gram.isdisjoint(seen) for gram in grams)
+    return overlap
+
+
+def find_near_across(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[int]:
+    """Numbers of held-out rows that are connected to a train row through near-duplicates."""
+    pairs = find_near_pairs([shingle(c) for c in (*train, *held_out)])
+    root = list(range(len(train) + len(held_out)))
+
+    def find(item: int) -> int:
+        while root[item] != item:
+            root[item] = root[root[item]]
+            item = root[item]
+        return item
+
+    for left, right in pairs:
+        low, high = sorted((find(left), find(right)))
+        root[high] = low
+    # Train comes first and roots are smallest members, so a held-out row's root is in train if any member is.
+    return [n for n in range(len(held_out)) if find(len(train) + n) < len(train)]
+
+
+def _question(conversation: Conversation) -> str:
+    return text_of(m for m in conversation.messages[:-1] if m.role != "system") or conversation.answer
+
+
+def _grams(conversation: Conversation) -> frozenset[int]:
+    words = split_words(text_of(m for m in conversation.messages if m.role != "system"))
+    return frozenset(hash(tuple(words[n : n + NGRAM_WORDS])) for n in range(len(words) - NGRAM_WORDS + 1))
+
+
+def find_special_tokens(conversations: Iterable[Conversation], renderer: Renderer) -> int:
+    """Rows whose own text spells a special token: it becomes that token, and may end a turn early."""
+    specials = [token for token in renderer.tokenizer.added_tokens if len(token) > 2 and not token.isspace()]
+    return sum(
+        any(token in message.content for message in c.messages for token in specials)
+        if _may_hold(c)
+        else False
+        for c in conversations
+    )
+
+
+def _may_hold(conversation: Conversation) -> bool:
+    return any("<" in message.content or "[" in message.content for message in conversation.messages)
+
+
+# What rendering counts, and how it is told. (level, message with {n})
+_RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
+    "rows_with_bos_twice": (
+        "warning",
+        "{n} rows start with BOS twice: the template writes it and so does the data",
+    ),
+    "rows_without_bos": ("warning", "{n} rows have no BOS, though the tokenizer puts one before plain text"),
+    "eos_added_after_answer": (
+        "note",
+        "{n} rows got the tokenizer's EOS after the last answer: the template ends answers without a stop token",
+    ),
+    "empty_reasoning_added": (
+        "warning",
+        "{n} answers without reasoning were given an empty block: the template's prompt opens one",
+    ),
+    "conversations_as_one_row_per_turn": (
+        "note",
+        "{n} conversations became one row per assistant turn: the template rewrites earlier turns",
+    ),
+    "answers_rewritten_by_template": (
+        "warning",
+        "{n} answers are changed by the template; the changed text is trained",
+    ),
+    "boundaries_cut_through_a_token": (
+        "note",
+        "{n} rows were tokenised in parts, because a token would straddle the start or end of an answer",
+    ),
+}
+
+
+def find_findings(report: CheckReport, renderer: Renderer) -> list[Finding]:
+    """Everything in a report worth a sentence, worst first."""
+    found: list[Finding] = []
+    for code, count in report.counts.items():
+        if count and code in _RENDER_FINDINGS:
+            level, message = _RENDER_FINDINGS[code]
+            found.append(Finding(level, code, message.format(n=count), count))
+    if n := report.counts.get("rows_with_special_tokens", 0):
+        text = f"{n} rows spell a special token in their own text; it is read as that token"
+        found.append(Finding("warning", "rows_with_special_tokens", text, n))
+    for source in report.sources:
+        if source.num_rejected:
+            text = f"{source.name}: {source.num_rejected} bad rows skipped, written to rejected_rows.jsonl"
+            found.append(Finding("warning", "rejected_rows", text, source.num_rejected, source.split))
+    for name, facts in report.splits.items():
+        found += _find_in_split(name, facts)
+    for name, overlap in report.overlap.items():
+        found += _find_in_overlap(name, overlap)
+    if (token := _unlisted_end(renderer)) is not None:
+        text = (
+            f"the template ends answers with {token!r}, which is not among the tokenizer's or model's stop tokens; "
+            "we stop on it, other software needs it in generation_config.json"
+        )
+        found.append(Finding("warning", "end_token_not_listed", text))
+    order = {"error": 0, "warning": 1, "note": 2}
+    return sorted(found, key=lambda item: order[item.level])
+
+
+def _unlisted_end(renderer: Renderer) -> str | None:
+    listed = set(renderer.tokenizer.eos_ids)
+    return next((renderer.tokenizer.token(i) for i in renderer.stop_ids if i not in listed), None)
+
+
+def _find_in_split(name: str, facts: SplitFacts) -> list[Finding]:
+    found: list[Finding] = []
+
+    def add(level: Literal["error", "warning", "note"], code: str, count: int, text: str) -> None:
+        if count:
+            found.append(Finding(level, code, f"{name}: {count} {text}", count, name))
+
+    lost = f"which loses {facts.num_lost_targets} answer tokens"
+    add(
+        "warning",
+        "dropped_rows",
+        facts.num_dropped,
+        f"rows are longer than max_tokens and were dropped, {lost}",
+    )
+    add(
+        "warning",
+        "truncated_rows",
+        facts.num_truncated,
+        f"rows are longer than max_tokens and were cut, {lost}",
+    )
+    add(
+        "warning",
+        "rows_without_targets",
+        facts.num_without_targets,
+        "rows have no trained token and were left out",
+    )
+    add(
+        "warning",
+        "rows_without_stop",
+        facts.num_without_stop,
+        "rows do not train a stop token; answers may not end",
+    )
+    add("note", "exact_duplicates", facts.num_exact_duplicates, "rows repeat an earlier row exactly")
+    add("note", "near_duplicates", facts.num_near_duplicates, "rows are near-duplicates of another row")
+    return found
+
+
+def _find_in_overlap(name: str, overlap: Overlap) -> list[Finding]:
+    found: list[Finding] = []
+    for code, count, text in (
+        ("overlap_exact", overlap.num_exact, "also stand in train"),
+        ("overlap_near", overlap.num_near, "are near-duplicates of train rows"),
+        ("overlap_13grams", overlap.num_shared_13grams, f"share {NGRAM_WORDS} words in a row with train"),
+    ):
+        if count:
+            level: Literal["warning", "note"] = "note" if code == "overlap_13grams" else "warning"
+            text = f"{name}: {count} of {overlap.num_rows} rows {text}"
+            found.append(Finding(level, code, text, count, name))
+    return found

@@ -1,0 +1,168 @@
+"""From sources to conversations by split: formats detected, bad rows refused or set aside, held-out rows cut off."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import DataError
+from tunesmith.core.jsonl import write_jsonl
+from tunesmith.core.types import Conversation, Origin
+from tunesmith.data.checks import CheckReport, SourceFacts, SplitFacts
+from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row
+from tunesmith.data.sources import Source, find_sources, mix_rows, read_rows
+from tunesmith.data.split import assign_splits, find_split_groups, hash_conversation
+from tunesmith.job.spec import DataSpec, SourceSpec, as_source_specs
+
+DEFAULT_SHARE = 0.1
+_DETECT_ROWS = 100
+
+
+@dataclass(slots=True)
+class Rejects:
+    """Bad rows set aside with their reasons.
+
+    path: where `write` puts them; None refuses instead of collecting, unless `collect` says to count only.
+    """
+
+    path: Path | None
+    collect: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def __post_init__(self) -> None:
+        self.collect = self.collect or self.path is not None
+
+    def add(self, origin: Origin, raw: bytes, error: DataError) -> None:
+        text = raw[:2000].decode("utf-8", errors="replace")
+        self.rows.append({"place": origin.place, "source": origin.source, "reason": str(error), "row": text})
+
+    def write(self) -> None:
+        """Write the file, if there is anything to write."""
+        if self.path is not None and self.rows:
+            write_jsonl(self.path, self.rows)
+
+
+def read_conversations(
+    source: Source, rejects: Rejects, facts: SourceFacts, *, fmt: str = "auto"
+) -> Iterator[Conversation]:
+    """Conversations of one split of one source. The shape is detected from its first rows unless `fmt` names it."""
+    on_bad = rejects.add if rejects.collect else None
+    before = len(rejects.rows)
+    rows = read_rows(source, on_bad=on_bad)
+    head = list(itertools.islice(rows, _DETECT_ROWS))
+    found: FormatName = (
+        detect_format((raw.value for raw in head), place=source.name) if fmt == "auto" else fmt
+    )  # type: ignore[assignment]
+    facts.format = found
+    for raw in itertools.chain(head, rows):
+        try:
+            conversation = _parse(raw, found)
+        except DataError as error:
+            if not rejects.collect:
+                raise
+            rejects.add(raw.origin, repr(raw.value).encode(), error)
+            continue
+        facts.num_rows += 1
+        yield conversation
+    facts.num_rejected = len(rejects.rows) - before
+
+
+def _parse(raw: RawRow, fmt: FormatName) -> Conversation:
+    return parse_row(raw, fmt)
+
+
+def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> dict[str, list[Conversation]]:
+    """Conversations of train, validation and test, as the job asks; facts about sources go to the report."""
+    parts = [_read_source(spec, data, rejects, report) for spec in as_source_specs(data.train)]
+    train: list[tuple[SourceSpec, list[Conversation]]] = [
+        (spec, _deduplicate(part["train"], data, report)) for spec, part in parts
+    ]
+    held_out: dict[str, list[Conversation]] = {}
+    shares: dict[str, float] = {}
+    for name, wish in (("test", data.split.test), ("validation", data.split.validation)):
+        own = [c for _, part in parts for c in part.get(name, [])]
+        if wish == "auto" and own:
+            held_out[name] = own
+        elif isinstance(wish, str) and wish != "auto":
+            held_out[name] = _read_named(wish, name, rejects, report)
+        elif share := DEFAULT_SHARE if wish == "auto" else float(wish):
+            shares[name] = share
+    if shares:
+        train = _cut_off(train, shares, data, held_out)
+    mixed: list[Conversation] = []
+    for spec, rows in train:
+        keys = [hash_conversation(c) for c in rows]
+        mixed += [rows[n] for n in mix_rows(keys, weight=spec.weight, seed=data.seed)]
+    found = {"train": mixed, "validation": held_out.get("validation"), "test": held_out.get("test")}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _read_source(
+    spec: SourceSpec, data: DataSpec, rejects: Rejects, report: CheckReport
+) -> tuple[SourceSpec, dict[str, list[Conversation]]]:
+    """All splits that a source brings and the job will use."""
+    wanted = {"train"} | {n for n in ("validation", "test") if getattr(data.split, n) == "auto"}
+    part: dict[str, list[Conversation]] = {}
+    for name, source in find_sources(spec).items():
+        if name in wanted:
+            part[name] = _read_all(source, name, spec.format, rejects, report)
+    if "train" not in part:
+        raise DataError(spec.path, "no train split", rule="training rows come from a split named train")
+    return spec, part
+
+
+def _read_named(text: str, name: str, rejects: Rejects, report: CheckReport) -> list[Conversation]:
+    """A held-out split named by its own source: the split of that name, else the source's only rows."""
+    found = find_sources(SourceSpec(path=text))
+    return _read_all(found.get(name, found["train"]), name, "auto", rejects, report)
+
+
+def _read_all(
+    source: Source, name: str, fmt: str, rejects: Rejects, report: CheckReport
+) -> list[Conversation]:
+    facts = SourceFacts(name=source.name, split=name, format=fmt, revision=source.revision)
+    report.sources.append(facts)
+    rows = list(read_conversations(source, rejects, facts, fmt=fmt))
+    if not rows:
+        raise DataError(
+            source.name,
+            f"all {facts.num_rejected} rows are bad",
+            rule="a source has at least one good row",
+            cure=f"The first: {rejects.rows[0]['reason']}" if rejects.rows else "",
+        )
+    return rows
+
+
+def _deduplicate(rows: list[Conversation], data: DataSpec, report: CheckReport) -> list[Conversation]:
+    """Rows without exact repeats if the job asks for that; repeats are counted either way."""
+    facts = report.splits.setdefault("train", SplitFacts())
+    first: dict[str, Conversation] = {}
+    for row in rows:
+        first.setdefault(hash_conversation(row), row)
+    facts.num_exact_duplicates += len(rows) - len(first)
+    return list(first.values()) if data.deduplicate == "exact" else rows
+
+
+def _cut_off(
+    train: Sequence[tuple[SourceSpec, list[Conversation]]],
+    shares: dict[str, float],
+    data: DataSpec,
+    held_out: dict[str, list[Conversation]],
+) -> list[tuple[SourceSpec, list[Conversation]]]:
+    """Cut held-out rows off the training rows by groups; the cut rows go to `held_out`."""
+    flat = [row for _, rows in train for row in rows]
+    names = assign_splits(find_split_groups(flat), shares=shares, seed=data.seed)
+    for name in shares:
+        held_out[name] = [row for row, split in zip(flat, names, strict=True) if split == name]
+        if not held_out[name]:
+            raise DataError(
+                "data.split",
+                f"{name} would be empty: {len(flat)} rows form too few groups of near-duplicates",
+                rule="each split gets at least one group",
+                cure=f"Give more rows, or name a file under data.split.{name}",
+            )
+    cut = iter(names)
+    return [(spec, [row for row in rows if next(cut) == "train"]) for spec, rows in train]

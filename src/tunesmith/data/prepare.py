@@ -1,0 +1,427 @@
+"""From a job's data section to a prepared folder that every arm, framework and the judge read.
+
+prepared/
+  prepared.json                  splits, fingerprints
+  checks.json                    CheckReport
+  train.safetensors              ids int32, mask uint8, offsets int64 (rows + 1)
+  train.rows.jsonl               place, row_id, cluster, conversation, bytes of each token row
+  train.conversations.jsonl      the conversations behind them
+  validation.*                   the same
+  sealed/test.*                  the same: hand over the folder without it, and no trainer can see a test row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from tunesmith.core.errors import DataError
+from tunesmith.core.fingerprint import hash_row, hash_rows
+from tunesmith.core.jsonl import read_json, read_jsonl, write_bytes_atomic, write_json, write_jsonl
+from tunesmith.core.rundir import as_rundir_error
+from tunesmith.core.types import Conversation, Message, Origin, TokenRow
+from tunesmith.data.checks import (
+    CheckReport,
+    SplitFacts,
+    count_rows,
+    find_findings,
+    find_special_tokens,
+    measure_lengths,
+    measure_overlap,
+)
+from tunesmith.data.collect import Rejects, collect_splits
+from tunesmith.data.render import Renderer
+from tunesmith.data.split import find_clusters, hash_conversation
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.job.spec import DataSpec
+
+SPLITS = ("train", "validation", "test")
+_BATCH = 256
+
+
+class HasData(Protocol):
+    """A job, or anything with its `data` section."""
+
+    @property
+    def data(self) -> DataSpec: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A split in memory: token rows, the conversation number of each, and the conversations that have rows."""
+
+    rows: list[TokenRow]
+    numbers: list[int]
+    conversations: list[Conversation]
+
+
+class TokenRows(Sequence[TokenRow]):
+    """Token rows over flat arrays; a row is made when asked for and copies nothing."""
+
+    def __init__(
+        self,
+        ids_T: npt.NDArray[np.int32],
+        mask_T: npt.NDArray[np.uint8],
+        offsets: npt.NDArray[np.int64],
+        facts: Sequence[Mapping[str, Any]],
+    ) -> None:
+        # Views of memory, not arrays: their items are Python integers, so sum() cannot overflow a byte.
+        self._ids, self._mask = memoryview(ids_T), memoryview(mask_T)
+        self._offsets: list[int] = offsets.tolist()
+        self._facts = facts
+        self.lengths: list[int] = np.diff(offsets).tolist()
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        start, end = self._offsets[index], self._offsets[index + 1]
+        fact = self._facts[index]
+        return TokenRow(
+            ids=self._ids[start:end],
+            mask=self._mask[start:end],
+            origin=Origin(fact["place"], fact["source"], fact["index"]),
+            row_id=fact["row_id"],
+            num_answer_bytes=fact["bytes"],
+        )
+
+
+class Prepared:
+    """A prepared folder, read split by split when asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._cache: dict[str, Any] = {}
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", read_json(self.folder / "prepared.json"))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits whose files are there; a folder handed to a trainer has no test."""
+        return tuple(name for name in self._index["splits"] if self._path(name, "safetensors").is_file())
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's rows, of the template and of the tokenizer."""
+        return dict(self._index["fingerprints"])
+
+    @cached_property
+    def report(self) -> CheckReport:
+        return CheckReport.from_json(cast("dict[str, Any]", read_json(self.folder / "checks.json")))
+
+    def rows(self, split: str) -> TokenRows:
+        """Token rows of a split. Raises DataError if its files are missing or damaged."""
+        return self._once(("rows", split), lambda: self._read_rows(split))
+
+    def conversations(self, split: str) -> list[Conversation]:
+        """The conversations that have rows in a split."""
+        path = self._path(split, "conversations.jsonl")
+        return self._once(
+            ("conversations", split),
+            lambda: [_conversation_from_json(value) for _, value in read_jsonl(path)],
+        )
+
+    def clusters(self, split: str) -> list[str]:
+        """Cluster id of each token row: rows of one cluster are resampled together."""
+        return [fact["cluster"] for fact in self._facts(split)]
+
+    def conversation_numbers(self, split: str) -> list[int]:
+        """For each token row, the number of its conversation in `conversations(split)`."""
+        return [fact["conversation"] for fact in self._facts(split)]
+
+    def conversation_clusters(self, split: str) -> list[str]:
+        """Cluster id of each conversation."""
+        found = dict(zip(self.conversation_numbers(split), self.clusters(split), strict=True))
+        return [found[number] for number in range(len(self.conversations(split)))]
+
+    def _facts(self, split: str) -> list[dict[str, Any]]:
+        path = self._path(split, "rows.jsonl")
+        return self._once(("facts", split), lambda: [value for _, value in read_jsonl(path)])
+
+    def _once(self, key: tuple[str, str], read: Any) -> Any:
+        name = "/".join(key)
+        if name not in self._cache:
+            self._cache[name] = read()
+        return self._cache[name]
+
+    def _path(self, split: str, suffix: str) -> Path:
+        return _split_path(self.folder, split, suffix)
+
+    def _read_rows(self, split: str) -> TokenRows:
+        path = self._path(split, "safetensors")
+        try:
+            arrays = load(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                str(path),
+                f"split {split!r} is not in this folder",
+                rule=f"it holds {', '.join(self.splits) or 'no split'}",
+            ) from None
+        except (OSError, SafetensorError) as error:
+            raise DataError(str(path), f"cannot be read ({error})", cure="Prepare the data again") from None
+        facts = self._facts(split)
+        offsets = cast("npt.NDArray[np.int64]", arrays["offsets"])
+        if len(offsets) != len(facts) + 1 or int(offsets[-1]) != len(arrays["ids"]):
+            raise DataError(str(path), "does not match its rows.jsonl", cure="Prepare the data again")
+        return TokenRows(
+            cast("npt.NDArray[np.int32]", arrays["ids"]),
+            cast("npt.NDArray[np.uint8]", arrays["mask"]),
+            offsets,
+            facts,
+        )
+
+
+def load_prepared(folder: str | Path) -> Prepared:
+    """Open a prepared folder. Raises DataError if it is not one."""
+    root = Path(folder)
+    if not (root / "prepared.json").is_file():
+        raise DataError(
+            str(root), "not a prepared folder", rule="it holds prepared.json", cure="Prepare the data again"
+        )
+    return Prepared(root)
+
+
+def prepare_data(
+    job: HasData,
+    *,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    splits: Sequence[str] = SPLITS,
+) -> Prepared:
+    """Read, check, split and render a job's data into `folder`.
+
+    on_bad_row: "refuse" raises at the first bad row; "skip" writes bad rows with their reasons to rejected_rows.jsonl
+    beside `folder`.
+    splits: which to write; cutting the others off happens all the same, so leaving test out changes no train row.
+    Raises DataError naming the row or source; RunDirError if the folder cannot be written.
+    """
+    root = Path(folder)
+    rejects = Rejects(root.parent / "rejected_rows.jsonl" if on_bad_row == "skip" else None)
+    renderer = Renderer(tokenizer, job.data)
+    report, rendered = _prepare(job.data, renderer, rejects)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        rejects.write()
+        fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
+        for name, split in rendered.items():
+            fingerprints[f"{name}_sha256"] = hash_rows(row.row_id for row in split.rows)
+            if name in splits:
+                _write_split(root, name, split)
+        write_json(root / "checks.json", report.to_json())
+        # Last: a folder with this file is complete.
+        index = {"schema": 1, "splits": [n for n in rendered if n in splits], "fingerprints": fingerprints}
+        write_json(root / "prepared.json", index)
+    except OSError as error:
+        raise as_rundir_error(error, root) from None
+    return Prepared(root)
+
+
+def check(
+    job: HasData,
+    *,
+    tokenizer: Tokenizer,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    rejects: Path | None = None,
+) -> CheckReport:
+    """Everything `prepare_data` would find, without writing a prepared folder.
+
+    rejects: where skipped rows go (default: nowhere; they are counted).
+    """
+    collected = Rejects(rejects, collect=on_bad_row == "skip")
+    report, _ = _prepare(job.data, Renderer(tokenizer, job.data), collected)
+    collected.write()
+    return report
+
+
+def _prepare(
+    data: DataSpec, renderer: Renderer, rejects: Rejects
+) -> tuple[CheckReport, dict[str, _Rendered]]:
+    report = CheckReport()
+    collected = collect_splits(data, rejects, report)
+    rendered: dict[str, _Rendered] = {}
+    for name, conversations in collected.items():
+        facts = report.splits.setdefault(name, SplitFacts())
+        rendered[name] = _render_split(conversations, renderer, data, facts, rejects)
+        if not rendered[name].rows:
+            raise DataError(
+                f"data, split {name}",
+                f"none of its {len(conversations)} rows can be used",
+                rule=f"a split has at least one row of at most {data.max_tokens} tokens",
+                cure="Raise data.max_tokens, or give more rows",
+            )
+        clusters = find_clusters(conversations)
+        facts.num_clusters = len(set(clusters))
+        facts.num_near_duplicates = len(conversations) - len(set(_near_clusters(conversations)))
+        report.counts["rows_with_special_tokens"] = report.counts.get(
+            "rows_with_special_tokens", 0
+        ) + find_special_tokens(conversations, renderer)
+    for name in ("validation", "test"):
+        if name in collected and "train" in collected:
+            report.overlap[name] = measure_overlap(collected["train"], collected[name])
+    report.counts |= dict(renderer.counts)
+    report.findings = find_findings(report, renderer)
+    return report, rendered
+
+
+def _near_clusters(conversations: Sequence[Conversation]) -> list[str]:
+    plain = [dataclasses.replace(c, extra={}) for c in conversations]
+    return find_clusters(plain)
+
+
+def _render_split(
+    conversations: Sequence[Conversation],
+    renderer: Renderer,
+    data: DataSpec,
+    facts: SplitFacts,
+    rejects: Rejects,
+) -> _Rendered:
+    """Token rows of a split within `max_tokens`; conversations that lose all rows are left out."""
+    kept: list[TokenRow] = []
+    numbers: list[int] = []
+    used: list[Conversation] = []
+    lengths: list[int] = []
+    for start in range(0, len(conversations), _BATCH):
+        batch = conversations[start : start + _BATCH]
+        for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
+            lengths += [len(row.ids) for row in rows]
+            fitting = [row for row in (_fit_row(row, data, facts) for row in rows) if row is not None]
+            if fitting:
+                kept += fitting
+                numbers += [len(used)] * len(fitting)
+                used.append(conversation)
+    facts.num_conversations = len(used)
+    facts.length_percentiles = measure_lengths(lengths)
+    count_rows(facts, kept, stop_ids=renderer.stop_ids)
+    return _Rendered(kept, numbers, used)
+
+
+def _render_batch(
+    batch: Sequence[Conversation], renderer: Renderer, rejects: Rejects
+) -> list[list[TokenRow]]:
+    try:
+        return renderer.render_conversations(batch)
+    except DataError:
+        if not rejects.collect:
+            raise
+    rows: list[list[TokenRow]] = []
+    for conversation in batch:
+        try:
+            rows.append(renderer.render_conversation(conversation))
+        except DataError as error:
+            rejects.add(conversation.origin, b"", error)
+            rows.append([])
+    return rows
+
+
+def _fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
+    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted."""
+    if len(row.ids) > data.max_tokens:
+        if data.too_long == "refuse":
+            raise DataError(
+                row.origin.place,
+                f"{len(row.ids)} tokens",
+                rule=f"data.max_tokens is {data.max_tokens}",
+                cure="Raise it, or set data.too_long to drop or truncate",
+            )
+        if data.too_long == "drop":
+            facts.num_dropped += 1
+            facts.num_lost_targets += row.num_targets
+            return None
+        row = _cut_row(row, data.max_tokens, facts)
+    if not any(row.mask):
+        facts.num_without_targets += 1
+        return None
+    return row
+
+
+def _cut_row(row: TokenRow, max_tokens: int, facts: SplitFacts) -> TokenRow:
+    ids, mask = list(row.ids[:max_tokens]), list(row.mask[:max_tokens])
+    facts.num_truncated += 1
+    facts.num_lost_targets += row.num_targets - sum(mask)
+    # Bytes of the kept part in proportion to its tokens: the cut may fall inside a character.
+    num_bytes = round(row.num_answer_bytes * sum(mask) / max(1, row.num_targets))
+    return TokenRow(ids, mask, row.origin, hash_row(ids, mask), num_bytes)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _split_path(folder: Path, split: str, suffix: str) -> Path:
+    return (folder / "sealed" if split == "test" else folder) / f"{split}.{suffix}"
+
+
+def _write_split(folder: Path, name: str, split: _Rendered) -> None:
+    _split_path(folder, name, "x").parent.mkdir(parents=True, exist_ok=True)
+    offsets = np.zeros(len(split.rows) + 1, dtype=np.int64)
+    np.cumsum([len(row.ids) for row in split.rows], out=offsets[1:])
+    arrays = {
+        "ids": _join([row.ids for row in split.rows], np.int32),
+        "mask": _join([row.mask for row in split.rows], np.uint8),
+        "offsets": offsets,
+    }
+    write_bytes_atomic(_split_path(folder, name, "safetensors"), save(arrays))
+    clusters = find_clusters(split.conversations)
+    facts = [
+        {
+            "place": row.origin.place,
+            "source": row.origin.source,
+            "index": row.origin.index,
+            "row_id": row.row_id,
+            "bytes": row.num_answer_bytes,
+            "cluster": clusters[number],
+            "conversation": number,
+        }
+        for row, number in zip(split.rows, split.numbers, strict=True)
+    ]
+    write_jsonl(_split_path(folder, name, "rows.jsonl"), facts)
+    conversations = (_conversation_to_json(c) for c in split.conversations)
+    write_jsonl(_split_path(folder, name, "conversations.jsonl"), conversations)
+
+
+def _join(parts: Iterable[Sequence[int]], dtype: Any) -> npt.NDArray[Any]:
+    return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+
+
+def _conversation_to_json(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "hash": hash_conversation(conversation),
+        "kind": conversation.kind,
+        "messages": [
+            {"role": m.role, "content": m.content, "weight": m.weight, "extra": dict(m.extra)}
+            for m in conversation.messages
+        ],
+        "tools": [dict(tool) for tool in conversation.tools],
+        "extra": dict(conversation.extra),
+        "origin": dataclasses.asdict(conversation.origin),
+    }
+
+
+def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:
+    return Conversation(
+        messages=tuple(Message(**item) for item in value["messages"]),
+        origin=Origin(**value["origin"]),
+        kind=value["kind"],
+        tools=tuple(value["tools"]),
+        extra=value["extra"],
+    )

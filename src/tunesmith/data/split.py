@@ -1,0 +1,143 @@
+"""Clusters of near-duplicates, and splits that keep a cluster on one side.
+
+Near means a Jaccard similarity of at least 0.8 over word trigrams (character 4-grams for short texts) of everything but
+the system message. Candidates come from MinHash, and each is checked exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from tunesmith.core.fingerprint import hash_json
+from tunesmith.core.types import Conversation
+from tunesmith.data.render import text_of
+
+THRESHOLD = 0.8
+_NUM_PERMUTATIONS = 128
+_NUM_BANDS = 16
+_WORD = re.compile(r"\w+")
+_FEW_WORDS = 8
+
+
+def hash_conversation(conversation: Conversation) -> str:
+    """16 hex digits over what a row says: equal for equal rows wherever they stand."""
+    turns = [[m.role, m.content, m.weight, dict(m.extra)] for m in conversation.messages]
+    return hash_json([conversation.kind, turns, [dict(tool) for tool in conversation.tools]])[:16]
+
+
+def split_words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def shingle(conversation: Conversation) -> set[str]:
+    """The pieces whose overlap measures similarity."""
+    text = text_of(message for message in conversation.messages if message.role != "system")
+    words = split_words(text)
+    if len(words) >= _FEW_WORDS:
+        return {f"{a} {b} {c}" for a, b, c in zip(words, words[1:], words[2:], strict=False)}
+    joined = " ".join(words) or text.strip()
+    return {joined[start : start + 4] for start in range(max(1, len(joined) - 3))}
+
+
+def find_near_pairs(shingles: Sequence[set[str]]) -> list[tuple[int, int]]:
+    """Pairs (i < j) of near-duplicates, enough to connect each cluster (not every pair of a cluster)."""
+    from rensa import RMinHash, RMinHashLSH
+
+    index = RMinHashLSH(THRESHOLD, _NUM_PERMUTATIONS, _NUM_BANDS)
+    joined = _Union(len(shingles))
+    pairs: list[tuple[int, int]] = []
+    for number, pieces in enumerate(shingles):
+        sketch = RMinHash(_NUM_PERMUTATIONS, 42)
+        sketch.update(sorted(pieces))
+        for other in sorted(index.query(sketch)):
+            if joined.root(other) == joined.root(number):
+                continue
+            if _jaccard(shingles[other], pieces) >= THRESHOLD:
+                joined.join(other, number)
+                pairs.append((other, number))
+        index.insert(number, sketch)
+    return pairs
+
+
+def _jaccard(left: set[str], right: set[str]) -> float:
+    small, large = sorted((len(left), len(right)))
+    if not large:
+        return 1.0
+    if small < THRESHOLD * large:
+        return 0.0
+    shared = len(left & right)
+    return shared / (len(left) + len(right) - shared)
+
+
+class _Union:
+    """Disjoint sets over 0..n-1."""
+
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
+
+    def root(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, left: int, right: int) -> None:
+        left, right = sorted((self.root(left), self.root(right)))
+        self._parent[right] = left
+
+
+def find_clusters(conversations: Sequence[Conversation]) -> list[str]:
+    """Cluster id of each conversation: the one given with the row (`cluster`, `family`), else its near-duplicates'.
+
+    Ids do not depend on the order of the rows.
+    """
+    near = _group(conversations, given=False)
+    return [str(c.extra.get("cluster", name)) for c, name in zip(conversations, near, strict=True)]
+
+
+def find_split_groups(conversations: Sequence[Conversation]) -> list[str]:
+    """Group id of each conversation for splitting: rows that share a given cluster or are near-duplicates stay together."""
+    return _group(conversations, given=True)
+
+
+def _group(conversations: Sequence[Conversation], *, given: bool) -> list[str]:
+    hashes = [hash_conversation(conversation) for conversation in conversations]
+    union = _Union(len(conversations))
+    for left, right in find_near_pairs([shingle(conversation) for conversation in conversations]):
+        union.join(left, right)
+    if given:
+        first: dict[str, int] = {}
+        for number, conversation in enumerate(conversations):
+            if (name := conversation.extra.get("cluster")) is not None:
+                union.join(first.setdefault(str(name), number), number)
+    smallest: dict[int, str] = {}
+    for number, digest in enumerate(hashes):
+        root = union.root(number)
+        smallest[root] = min(smallest.get(root, digest), digest)
+    return [smallest[union.root(number)] for number in range(len(hashes))]
+
+
+def assign_splits(groups: Sequence[str], *, shares: dict[str, float], seed: int) -> list[str]:
+    """Split name of each row: whole groups, drawn by the hash of (seed, group) until a share of the rows is reached.
+
+    shares: rows of each held-out split as a share of all; the rest is "train". Each held-out split gets at least one
+    group where there are enough. The result does not depend on the order of the rows.
+    """
+    sizes: dict[str, int] = {}
+    for group in groups:
+        sizes[group] = sizes.get(group, 0) + 1
+    order = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    chosen: dict[str, str] = {}
+    for name, share in shares.items():
+        target = round(share * len(groups)) or (1 if share > 0 else 0)
+        free = [group for group in order if group not in chosen]
+        taken = 0
+        for group in free:
+            if taken + sizes[group] <= target:
+                chosen[group] = name
+                taken += sizes[group]
+        if target and not taken and len(free) > 1:
+            chosen[min(free, key=lambda group: sizes[group])] = name
+    return [chosen.get(group, "train") for group in groups]
