@@ -1,0 +1,243 @@
+"""From `compare.arms` to a list of arms that can be run: names, kinds, seeds, and which arms share one training.
+
+A prompted arm answers with the base model; a trained arm answers with what its training left. `lora` and
+`lora+rag` are two arms over one training: the second only puts retrieved examples into the prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tunesmith.core.errors import JobError
+from tunesmith.job.spec import ArmSpec, FullSpec, Job, LoraSpec, TuneSpec, as_method_spec
+
+Prompting = Literal["zero-shot", "few-shot", "rag"]
+PROMPTED = ("zero-shot", "few-shot", "rag")
+TRAINED = ("full", "lora", "qlora")
+ARM_NAMES = (*PROMPTED, *TRAINED, *(f"{method}+rag" for method in TRAINED))
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedArm:
+    """One arm, ready to run.
+
+    prompting:     how its prompts are made; "zero-shot" is the question alone.
+    method:        None for a prompted arm.
+    learning_rate: "auto" follows model and method.
+    epochs:        None when the job counts steps and this arm does not say otherwise.
+    seeds:         seeds to score: all of the job's, or the first alone where the seed changes nothing.
+    trained_by:    name of the arm whose training it uses (its own, where it trains); None when prompted.
+    """
+
+    name: str
+    kind: Literal["prompted", "trained"]
+    prompting: Prompting
+    method: FullSpec | LoraSpec | None
+    framework: str
+    learning_rate: float | Literal["auto"]
+    epochs: float | None
+    seeds: tuple[int, ...]
+    deterministic: bool
+    trained_by: str | None
+
+    @property
+    def trains(self) -> bool:
+        """True if this arm's own folder gets a training."""
+        return self.trained_by == self.name
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What decides the trained weights, seed aside: arms with equal settings share a training."""
+        return (self.method, self.framework, self.learning_rate, self.epochs)
+
+
+def plan_arms(job: Job) -> list[PlannedArm]:
+    """Expand `job.compare.arms`, in order.
+
+    Raises JobError for an unknown arm (with the nearest name), a name that is no folder name, and a repeated name.
+    """
+    arms: list[PlannedArm] = []
+    if repeated := _find_repeated(job.compare.seeds):
+        raise JobError(
+            "compare.seeds",
+            f"seed {repeated[0]} appears twice",
+            rule="each seed is one independent run",
+            cure="Remove one",
+        )
+    for number, item in enumerate(job.compare.arms):
+        place = f"compare.arms[{number}]"
+        spec = _parse_name(item, job, place) if isinstance(item, str) else item
+        arm = _plan_arm(spec, job, place)
+        for other in arms:
+            if other.name.lower() == arm.name.lower():
+                raise JobError(
+                    place,
+                    f"a second arm called {arm.name!r}",
+                    rule="arm names are unique",
+                    cure="Give one a `name:`",
+                )
+        arms.append(arm)
+    return _share_training(arms)
+
+
+def _find_repeated(seeds: Sequence[int]) -> list[int]:
+    return [seed for index, seed in enumerate(seeds) if seed in seeds[:index]]
+
+
+def _parse_name(text: str, job: Job, place: str) -> ArmSpec:
+    """`lora+rag` -> ArmSpec(method=lora, rag=True)."""
+    name, plus, extra = text.strip().lower().partition("+")
+    if text.strip().lower() not in ARM_NAMES:
+        near = difflib.get_close_matches(text.strip().lower().replace("_", "-"), ARM_NAMES, n=1, cutoff=0.5)
+        raise JobError(
+            place,
+            f"unknown arm {text!r}",
+            rule=f"arms are {', '.join(ARM_NAMES)}, or a mapping with `method:`",
+            cure=f"Did you mean {near[0]!r}?" if near else "",
+        )
+    assert not plus or extra == "rag"
+    if name in PROMPTED:
+        return ArmSpec.model_validate({"method": name})
+    return ArmSpec(method=_inherit_settings(name, job), rag=bool(plus))
+
+
+def _inherit_settings(name: str, job: Job) -> FullSpec | LoraSpec:
+    """A method given by name alone takes the job's own settings, so that `lora` and `qlora` differ in the base only."""
+    own = job.method_spec
+    if isinstance(own, LoraSpec) and name in ("lora", "qlora"):
+        return own if own.name == name else own.model_copy(update={"name": name, "base": "auto"})
+    return as_method_spec(name)
+
+
+def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
+    sampled = job.evaluate.sampling.temperature > 0
+    if isinstance(spec.method, str) and spec.method in PROMPTED:
+        if spec.rag and spec.method == "few-shot":
+            raise JobError(
+                place,
+                "few-shot with `rag: true`",
+                rule="a prompt holds drawn or retrieved examples",
+                cure="Write `rag`",
+            )
+        if spec.learning_rate is not None or spec.epochs is not None:
+            raise JobError(
+                place,
+                f"{spec.method} has a learning rate or epochs",
+                rule="a prompted arm does not train",
+                cure="Remove it",
+            )
+        prompting: Prompting = "rag" if spec.rag else spec.method
+        method = None
+        default_name = prompting
+    else:
+        method = _inherit_settings(spec.method, job) if isinstance(spec.method, str) else spec.method
+        prompting = "rag" if spec.rag else "zero-shot"
+        default_name = _name_arm(method, spec, job)
+    deterministic = method is None and prompting != "few-shot" and not sampled
+    name = spec.name or default_name
+    if not _SAFE_NAME.fullmatch(name):
+        raise JobError(
+            place,
+            f"name {name!r}",
+            rule="arm names are folder names: letters, digits, . _ + -, at most 60",
+            cure="Rename it",
+        )
+    train = job.train
+    return PlannedArm(
+        name=name,
+        kind="trained" if method else "prompted",
+        prompting=prompting,
+        method=method,
+        framework=spec.framework,
+        learning_rate=train.learning_rate if spec.learning_rate is None else spec.learning_rate,
+        epochs=spec.epochs if spec.epochs is not None else (None if train.steps else train.epochs),
+        seeds=tuple(job.compare.seeds[:1] if deterministic else job.compare.seeds),
+        deterministic=deterministic,
+        trained_by=name if method else None,
+    )
+
+
+def _name_arm(method: FullSpec | LoraSpec, spec: ArmSpec, job: Job) -> str:
+    """`lora`, `lora-r64-lr0.0003`, `full+rag`: what differs from the job's own settings is in the name."""
+    parts = [method.name]
+    if isinstance(method, LoraSpec):
+        usual = _inherit_settings(method.name, job)
+        assert isinstance(usual, LoraSpec)
+        for field, mark in (("rank", "r"), ("alpha", "a"), ("dropout", "drop"), ("base", "")):
+            if getattr(method, field) != getattr(usual, field):
+                parts.append(f"{mark}{getattr(method, field)}")
+        parts += [flag for flag in ("rslora", "dora") if getattr(method, flag) and not getattr(usual, flag)]
+        if method.targets != usual.targets:
+            parts.append("targets")
+    if spec.framework != "tunesmith":
+        parts.append(spec.framework)
+    if spec.learning_rate is not None and spec.learning_rate != job.train.learning_rate:
+        parts.append(f"lr{spec.learning_rate:g}" if spec.learning_rate != "auto" else "lr-auto")
+    if spec.epochs is not None and spec.epochs != job.train.epochs:
+        parts.append(f"e{spec.epochs:g}")
+    return "-".join(parts) + ("+rag" if spec.rag else "")
+
+
+def _share_training(arms: Sequence[PlannedArm]) -> list[PlannedArm]:
+    """Point retrieval arms at a training with equal settings. Two arms without retrieval each train: an A/A comparison
+    of equal arms is wanted, not optimised away."""
+    shared: list[PlannedArm] = []
+    for arm in arms:
+        if arm.method is not None and arm.prompting != "zero-shot":
+            owners = [
+                o
+                for o in arms
+                if o.method is not None and o.prompting == "zero-shot" and o.settings == arm.settings
+            ]
+            if owners:
+                arm = replace(arm, trained_by=owners[0].name)
+        shared.append(arm)
+    return shared
+
+
+# --- learning-rate trials ---------------------------------------------------------------------------------------------
+
+
+def plan_trials(prior: float, tune: TuneSpec) -> list[float]:
+    """Learning rates to try for one arm, ascending: `prior` times powers of the factor, the prior among them.
+
+    prior 1e-3, 5 trials, factor 2 -> 0.00025, 0.0005, 0.001, 0.002, 0.004. Every arm gets as many, around its
+    own prior: LoRA's best is about ten times that of full fine-tuning, so one shared grid would favour one of them.
+    """
+    if prior <= 0:
+        raise ValueError(f"prior must be positive, not {prior}")
+    below = tune.trials // 2
+    return [prior * tune.factor ** (index - below) for index in range(tune.trials)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenRate:
+    """index: position in the grid, ascending. at_edge: the optimum may lie outside the grid."""
+
+    learning_rate: float
+    index: int
+    at_edge: bool
+
+
+def choose_rate(learning_rates: Sequence[float], validation_losses: Sequence[float | None]) -> ChosenRate:
+    """The learning rate of the lowest validation loss; None or a non-finite loss is a diverged trial.
+
+    Raises ValueError if every trial diverged or the lengths differ.
+    """
+    if len(learning_rates) != len(validation_losses):
+        raise ValueError(f"{len(learning_rates)} learning rates, {len(validation_losses)} losses")
+    order = sorted(range(len(learning_rates)), key=lambda i: learning_rates[i])
+    losses = [validation_losses[i] for i in order]
+    finite = [(loss, rank) for rank, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
+    if not finite:
+        raise ValueError("every learning-rate trial diverged")
+    _, best = min(finite)
+    # One trial has no edge to speak of: nothing was searched.
+    at_edge = len(order) > 1 and best in (0, len(order) - 1)
+    return ChosenRate(learning_rates[order[best]], best, at_edge)

@@ -1,0 +1,376 @@
+"""From run folders to a judged `Comparison`: the step between the arms' records and everything a person reads.
+
+Shapes as in `stats`: `M` samples, `S` seeds, `R` test rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from tunesmith.compare.arms import ArmFiles, check_comparable, read_arm
+from tunesmith.compare.costs import describe_arm
+from tunesmith.compare.measures import describe_metric
+from tunesmith.compare.pareto import find_dominated
+from tunesmith.compare.plan import plan_arms
+from tunesmith.compare.stats import (
+    FEW_CLUSTERS,
+    MARGIN,
+    REPLICATES,
+    Bootstrap,
+    Estimate,
+    RatioSample,
+    adjust_holm,
+    advise_resolution,
+    judge_difference,
+    paired_bootstrap,
+)
+from tunesmith.compare.table import build_table
+from tunesmith.compare.verdict import write_verdict
+from tunesmith.compare.warnings import list_warnings
+from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, MetricInfo, Table
+from tunesmith.core.errors import ArmFailed
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.records import SCHEMA, AnswerRecord
+from tunesmith.core.rundir import RunDir
+from tunesmith.job.spec import Job
+
+BASE_ARM = "zero-shot"
+
+
+def compare_run(run_dir: RunDir, job: Job, *, failures: Mapping[str, str] | None = None) -> Comparison:
+    """Judge the arms in `run_dir` and write `comparison.json`. From files alone: it can be repeated at any time.
+
+    failures: arm name -> reason, of arms that ended without a result; they appear in the warnings.
+    Raises ArmFailed if no arm was scored, DataError on a damaged file.
+    """
+    arms = [read_arm(run_dir, plan) for plan in plan_arms(job)]
+    comparison = judge_arms(arms, job, failures=failures or {})
+    write_json(run_dir.comparison, comparison.to_json())
+    return comparison
+
+
+def read_comparison(run_dir: RunDir) -> Comparison:
+    """Read `comparison.json`. Raises DataError if it is missing, damaged or of another schema."""
+    return Comparison.from_json(read_json(run_dir.comparison), place=str(run_dir.comparison))
+
+
+def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str]) -> Comparison:
+    """Everything a report says, worked out from the arms' records."""
+    check_comparable(arms)
+    ranked = [arm for arm in arms if arm.seeds and not arm.not_comparable]
+    if not ranked:
+        raise ArmFailed(
+            "compare", "no arm was scored", cure="See the log.txt of each arm, then run the command again"
+        )
+    metric = job.compare.metric
+    pool = _pool_samples(ranked, _pair_seeds(ranked))
+    if not any((arm.plan.name, metric) in pool.index for arm in ranked):
+        raise ArmFailed(
+            "compare.metric",
+            f"no arm has {metric!r}",
+            rule="the declared metric decides",
+            cure="Add it to evaluate.metrics",
+        )
+    results = [_summarise_arm(arm, pool) for arm in arms]
+    results, pairs = _judge_all(results, pool, metric)
+    infos = {name: describe_metric(name) for arm in results for name in arm.metrics}
+    results = find_dominated(results, pairs, metric)
+    some = ranked[0].answers[ranked[0].seeds[0]]
+    comparison = Comparison(
+        metric=metric,
+        verdict="",
+        details=[],
+        base=BASE_ARM if any(arm.plan.name == BASE_ARM for arm in ranked) else None,
+        seeds=pool.seeds,
+        num_rows=len(some),
+        num_clusters=pool.bootstrap.num_clusters,
+        num_target_tokens=sum(answer.num_target_tokens for answer in some),
+        arms=results,
+        pairs=pairs,
+        metrics={name: infos[name] for name in _order_metrics(infos, metric)},
+        table=Table([], [], []),
+        warnings=[],
+        method=_describe_method(metric),
+        record=_collect_record(arms, job),
+    )
+    comparison = replace(
+        comparison, table=build_table(comparison), warnings=list_warnings(comparison, arms, failures)
+    )
+    verdict, details = write_verdict(comparison)
+    return replace(comparison, verdict=verdict, details=details)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """All arms and metrics under one set of draws. index: (arm, metric) -> sample number."""
+
+    seeds: list[int]
+    index: dict[tuple[str, str], int]
+    bootstrap: Bootstrap
+
+
+def _pair_seeds(arms: Sequence[ArmFiles]) -> list[int]:
+    """Seeds that every arm that depends on one has; [] is no choice, so then those of the first such arm."""
+    dependent = [arm for arm in arms if not arm.plan.deterministic]
+    if not dependent:
+        return arms[0].seeds
+    common = [seed for seed in dependent[0].seeds if all(seed in arm.seeds for arm in dependent)]
+    if not common:
+        raise ArmFailed(
+            "compare",
+            "the arms share no finished seed",
+            rule="seeds are paired",
+            cure="Run the command again",
+        )
+    return common
+
+
+def _pool_samples(arms: Sequence[ArmFiles], seeds: list[int]) -> _Pool:
+    index: dict[tuple[str, str], int] = {}
+    samples: list[RatioSample] = []
+    for arm in arms:
+        answers = [arm.answers[arm.seed_or_only(seed)] for seed in seeds]
+        for metric, sample in _make_samples(answers).items():
+            index[arm.plan.name, metric] = len(samples)
+            samples.append(sample)
+    clusters = [answer.cluster for answer in arms[0].answers[arms[0].seeds[0]]]
+    return _Pool(seeds, index, paired_bootstrap(samples, clusters))
+
+
+def _make_samples(answers: Sequence[Sequence[AnswerRecord]]) -> dict[str, RatioSample]:
+    """Metric -> sample of one arm; answers: S lists of R rows. A metric without a value in any seed is left out."""
+    names = list(dict.fromkeys(name for rows in answers for answer in rows for name in answer.scores))
+    samples: dict[str, RatioSample] = {}
+    for name in names:
+        given = np.array([[float(name in a.scores) for a in rows] for rows in answers])
+        # Rows without this score (a field metric on a plain answer) count in neither sum.
+        if np.all(given.sum(axis=1) > 0):
+            values = np.array([[a.scores.get(name, 0.0) for a in rows] for rows in answers])
+            samples[name] = RatioSample(values, given, is_share=bool(values.min() >= 0 and values.max() <= 1))
+    if all(a.answer is not None for rows in answers for a in rows):
+        finished = np.array([[float(a.finished) for a in rows] for rows in answers])
+        samples["finished"] = RatioSample(finished, np.ones_like(finished), is_share=True)
+    if all(a.nll is not None for rows in answers for a in rows):
+        nll = np.array([[a.nll or 0.0 for a in rows] for rows in answers])
+        tokens = np.array([[float(a.num_target_tokens) for a in rows] for rows in answers])
+        num_bytes = np.array([[float(a.num_bytes) for a in rows] for rows in answers])
+        if np.all(tokens.sum(axis=1) > 0):
+            samples["nll"] = RatioSample(nll, tokens)
+        if np.all(num_bytes.sum(axis=1) > 0):
+            samples["bits_per_byte"] = RatioSample(nll / math.log(2), num_bytes)
+    return samples
+
+
+def _summarise_arm(arm: ArmFiles, pool: _Pool) -> ArmResult:
+    """An arm's costs, and its metrics with intervals if it is ranked."""
+    result = describe_arm(arm)
+    metrics: dict[str, Interval] = {}
+    per_seed: dict[str, list[float]] = {}
+    for (name, metric), sample in pool.index.items():
+        if name != arm.plan.name:
+            continue
+        metrics[metric] = _as_interval(pool.bootstrap.estimate(sample))
+        values = [float(value) for value in pool.bootstrap.per_seed[sample]]
+        per_seed[metric] = values[:1] if arm.plan.deterministic else values
+    if "nll" in metrics and metrics["nll"].value < 700:
+        metrics["perplexity"] = _exponentiate(metrics["nll"])
+        per_seed["perplexity"] = [math.exp(min(value, 700.0)) for value in per_seed["nll"]]
+    return replace(result, metrics=metrics, per_seed=per_seed, not_comparable=arm.not_comparable)
+
+
+def _as_interval(estimate: Estimate) -> Interval:
+    if math.isnan(estimate.low):
+        return Interval(estimate.value)
+    return Interval(estimate.value, estimate.low, estimate.high)
+
+
+def _exponentiate(nll: Interval) -> Interval:
+    low, high = (None if bound is None else math.exp(min(bound, 700.0)) for bound in (nll.low, nll.high))
+    return Interval(math.exp(nll.value), low, high)
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def _judge_all(arms: list[ArmResult], pool: _Pool, metric: str) -> tuple[list[ArmResult], list[Difference]]:
+    """Differences from the base on every metric, and between all other arms on the declared one.
+
+    Holm's correction runs within each question, on the declared metric: every arm versus the base; trained versus
+    prompted arms; trained arms among themselves; prompted arms among themselves. Other metrics are exploratory: their
+    differences carry intervals, but no corrected verdict.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    base = by_name.get(BASE_ARM)
+    rankable = [
+        arm for arm in arms if (arm.name, metric) in pool.index and (metric != "nll" or arm.kind == "trained")
+    ]
+    versus_base: list[Difference] = []
+    if base is not None and (base.name, metric) in pool.index:
+        others = [arm for arm in rankable if arm is not base]
+        versus_base = _judge_family([(arm, base) for arm in others], metric, pool)
+    others = [arm for arm in rankable if arm is not base]
+    trained = [arm for arm in others if arm.kind == "trained"]
+    prompted = [arm for arm in others if arm.kind == "prompted"]
+    pairs = _judge_family([(a, b) for a in trained for b in prompted], metric, pool)
+    pairs += _judge_family(list(combinations(trained, 2)), metric, pool)
+    pairs += _judge_family(list(combinations(prompted, 2)), metric, pool)
+
+    declared = {difference.arm: difference for difference in versus_base}
+    judged: list[ArmResult] = []
+    for arm in arms:
+        differences = {metric: declared[arm.name]} if arm.name in declared else {}
+        if base is not None and arm is not base:
+            for name in arm.metrics:
+                if name != metric and (arm.name, name) in pool.index and (base.name, name) in pool.index:
+                    differences[name] = _judge_family([(arm, base)], name, pool)[0]
+        word = declared[arm.name].verdict if arm.name in declared else None
+        judged.append(replace(arm, differences=differences, versus_base=word))
+    return judged, versus_base + pairs
+
+
+def _judge_family(pairs: Sequence[tuple[ArmResult, ArmResult]], metric: str, pool: _Pool) -> list[Difference]:
+    """One family of tests: Holm's correction runs over exactly these pairs."""
+    info = describe_metric(metric)
+    samples = [(pool.index[a.name, metric], pool.index[b.name, metric]) for a, b in pairs]
+    estimates = [pool.bootstrap.difference(i, j) for i, j in samples]
+    adjusted = adjust_holm([estimate.p for estimate in estimates])
+    return [
+        _judge_pair(a, b, metric, info, estimate, p, pool, sample)
+        for (a, b), estimate, p, sample in zip(pairs, estimates, adjusted, samples, strict=True)
+    ]
+
+
+def _judge_pair(
+    arm: ArmResult,
+    other: ArmResult,
+    metric: str,
+    info: MetricInfo,
+    estimate: Estimate,
+    p_adjusted: float,
+    pool: _Pool,
+    sample: tuple[int, int],
+) -> Difference:
+    # A seed that changes neither arm is no source of doubt.
+    one_seed = len(pool.seeds) == 1 and not (arm.deterministic and other.deterministic)
+    verdict = judge_difference(
+        estimate, p_adjusted=p_adjusted, higher_is_better=info.higher_is_better, one_seed=one_seed
+    )
+    advice = ""
+    if verdict == "inconclusive" and pool.bootstrap.num_clusters > 1:
+        row_error, seed_error = pool.bootstrap.difference_errors(*sample)
+        num_rows = pool.bootstrap.samples[0].numerator.shape[1]
+        advice = advise_resolution(
+            estimate.value,
+            row_error=row_error,
+            seed_error=seed_error,
+            num_seeds=len(pool.seeds),
+            num_rows=num_rows,
+            alpha=0.05 * min(1.0, estimate.p / p_adjusted),
+        )
+    bounds = [
+        None if math.isnan(b) else b for b in (estimate.low, estimate.high, estimate.low90, estimate.high90)
+    ]
+    return Difference(
+        arm.name, other.name, metric, estimate.value, *bounds, p=estimate.p, p_adjusted=p_adjusted, verdict=verdict,
+        advice=advice,
+    )  # fmt: skip
+
+
+# --- the rest of the record -------------------------------------------------------------------------------------------
+
+
+def _order_metrics(infos: Mapping[str, MetricInfo], metric: str) -> list[str]:
+    """The declared metric, task metrics as they came, then likelihoods."""
+    late = ("finished", "nll", "perplexity", "bits_per_byte")
+    names = [name for name in infos if name != metric and name not in late]
+    return [metric, *names, *(name for name in late if name in infos and name != metric)]
+
+
+def _describe_method(metric: str) -> dict[str, Any]:
+    return {
+        "declared_metric": metric,
+        "interval": "95%, paired bootstrap over clusters of test rows, plus Student's t over seeds",
+        "replicates": REPLICATES,
+        "bootstrap_seed": 0,
+        "margin": MARGIN,
+        "few_clusters": FEW_CLUSTERS,
+        "tie": "90% interval inside the margin (two one-sided tests)",
+        "correction": "Holm within each question (arms versus base, trained versus prompted, trained, prompted), "
+        "on the declared metric only",
+    }
+
+
+def _collect_record(arms: Sequence[ArmFiles], job: Job) -> dict[str, Any]:
+    """What running this again would take: the resolved job, and each training's hashes, versions and hardware."""
+    runs = {arm.plan.name: next(iter(arm.runs.values())) for arm in arms if arm.runs and arm.plan.trains}
+    record: dict[str, Any] = {"job": job.model_dump(mode="json")}
+    record["data_sha256"] = next((e.data_sha256 for arm in arms for e in arm.evals.values()), "")
+    record["trainings"] = {
+        name: {
+            "config": run.config,
+            "fingerprints": run.fingerprints,
+            "versions": run.versions,
+            "hardware": run.hardware,
+            "learning_rate": run.learning_rate,
+            "steps": run.steps,
+        }
+        for name, run in runs.items()
+    }
+    return record
+
+
+def to_public_json(comparison: Comparison, *, report: str | None = None) -> dict[str, Any]:
+    """The stable object that `compare --json` prints; documented in docs/compare.md. Fields are added, never renamed.
+
+    report: path of the HTML file, null if none was written. `versus_base` is null for the base itself, without a base,
+    and for prompted arms when the metric is nll, which ranks trained arms only.
+    """
+    arms = [
+        {
+            "name": arm.name,
+            "kind": arm.kind,
+            "framework": arm.framework,
+            "status": arm.status,
+            "seeds": arm.seeds,
+            "metrics": {
+                name: {"value": metric.value, "low": metric.low, "high": metric.high}
+                for name, metric in arm.metrics.items()
+            },
+            "per_seed": arm.per_seed,
+            "versus_base": arm.versus_base,
+            "not_comparable": arm.not_comparable or None,
+            "learning_rate": arm.learning_rate,
+            "steps": arm.steps,
+            "trained_parameters": arm.trained_parameters,
+            "train_tokens": arm.train_tokens,
+            "target_tokens": arm.target_tokens,
+            "wall_seconds": arm.wall_seconds,
+            "cpu_seconds": arm.cpu_seconds,
+            "train_wall_seconds": arm.train_wall_seconds,
+            "train_cpu_seconds": arm.train_cpu_seconds,
+            "eval_wall_seconds": arm.eval_wall_seconds,
+            "eval_cpu_seconds": arm.eval_cpu_seconds,
+            "gpu_seconds": arm.gpu_seconds,
+            "peak_bytes": arm.peak_bytes,
+            "size_bytes": arm.size_bytes,
+            "forgetting": arm.forgetting,
+        }
+        for arm in comparison.arms
+    ]
+    return {
+        "schema": SCHEMA,
+        "metric": comparison.metric,
+        "verdict": comparison.verdict,
+        "report": report,
+        "warnings": comparison.warnings,
+        "arms": arms,
+    }

@@ -1,0 +1,214 @@
+"""The finding in a sentence, and a sentence each for what supports it. Says no more than the intervals do."""
+
+from __future__ import annotations
+
+from tunesmith.compare.measures import describe_metric, format_difference, format_gap, format_value
+from tunesmith.compare.stats import MARGIN
+from tunesmith.core.comparison import ArmResult, Comparison, Difference
+from tunesmith.core.quantities import format_bytes, format_seconds
+
+_FLIPPED = {"better": "worse", "worse": "better"}
+_NOTABLE_FORGETTING = 0.05
+
+
+def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
+    """(verdict, details). Compares the best trained with the best prompted arm; under nll, with the base."""
+    metric = comparison.metric
+    ranked = [arm for arm in comparison.arms if metric in arm.metrics and not arm.not_comparable]
+    trained = _sort_best_first([arm for arm in ranked if arm.kind == "trained"], metric)
+    prompted = _sort_best_first([arm for arm in ranked if arm.kind == "prompted"], metric)
+    if metric == "nll":
+        prompted = [arm for arm in prompted if arm.name == comparison.base]
+    if trained and prompted:
+        headline = _weigh_training(trained[0], prompted[0], comparison)
+    elif trained:
+        headline = f"No prompting arm was run: {_state(trained[0], metric)} is the best of the trained arms."
+    else:
+        headline = f"No trained arm was run: {_state(prompted[0], metric)} is the best way of prompting."
+    details = [*_rank_trained(trained, comparison), *_rank_prompted(prompted, comparison)]
+    if trained:
+        details += [_tell_cost(trained[0]), *_tell_forgetting(trained)]
+    if metric == "nll":
+        details.append(
+            "NLL ranks trained arms only: against prompting it would reward learning the answers' format."
+        )
+    details.append(_tell_basis(comparison))
+    return headline, details
+
+
+def find_difference(comparison: Comparison, arm: str, other: str) -> Difference | None:
+    """The judged difference of two arms on the declared metric, seen from `arm`; None if they were not ranked."""
+    for pair in comparison.pairs:
+        if (pair.arm, pair.other) == (arm, other):
+            return pair
+        if (pair.arm, pair.other) == (other, arm):
+            return flip_difference(pair)
+    return None
+
+
+def flip_difference(pair: Difference) -> Difference:
+    """The same difference seen from the other arm."""
+
+    def negate(value: float | None) -> float | None:
+        return None if value is None else -value
+
+    return Difference(
+        arm=pair.other,
+        other=pair.arm,
+        metric=pair.metric,
+        delta=-pair.delta,
+        low=negate(pair.high),
+        high=negate(pair.low),
+        low90=negate(pair.high90),
+        high90=negate(pair.low90),
+        p=pair.p,
+        p_adjusted=pair.p_adjusted,
+        verdict=_FLIPPED.get(pair.verdict, pair.verdict),
+        advice=pair.advice,
+    )
+
+
+def _sort_best_first(arms: list[ArmResult], metric: str) -> list[ArmResult]:
+    sign = -1 if describe_metric(metric).higher_is_better else 1
+    return sorted(arms, key=lambda arm: sign * arm.metrics[metric].value)
+
+
+def _state(arm: ArmResult, metric: str) -> str:
+    """`lora (84.3% exact match)`."""
+    info = describe_metric(metric)
+    return f"{arm.name} ({format_value(arm.metrics[metric].value, info)} {_say_title(info.title)})"
+
+
+def _say_title(title: str) -> str:
+    """Inside a sentence: `exact match`, but `NLL`, `ROUGE-L` and `JSON fields` as they are."""
+    return title if title[:2].isupper() else title[0].lower() + title[1:]
+
+
+def _weigh_training(trained: ArmResult, prompted: ArmResult, comparison: Comparison) -> str:
+    info = describe_metric(comparison.metric)
+    pair = find_difference(comparison, trained.name, prompted.name)
+    best = (
+        "the base model" if prompted.name == comparison.base else f"the best prompting arm, {prompted.name}"
+    )
+    score = format_value(prompted.metrics[comparison.metric].value, info)
+    subject = _state(trained, comparison.metric)
+    if pair is None:
+        return f"No verdict: {subject} and {best} ({score}) could not be compared."
+    sure = _say_interval(pair)
+    cost = (
+        f"; it took {format_seconds(trained.train_wall_seconds)} to train"
+        if trained.train_wall_seconds
+        else ""
+    )
+    gap = format_gap(pair.delta, info)
+    better = "above" if info.higher_is_better else "below"
+    worse = "below" if info.higher_is_better else "above"
+    if pair.verdict == "better":
+        return f"Fine-tuning won: {subject} is {gap} {better} {best} ({score}{sure}){cost}."
+    if pair.verdict == "worse":
+        return (
+            f"Prompting won: {subject} is {gap} {worse} {best} ({score}{sure}). Fine-tuning did not pay here."
+        )
+    if pair.verdict == "tie":
+        return f"A tie: {subject} and {best} ({score}) lie within {format_gap(MARGIN, info)} of each other{cost}."
+    if pair.verdict == "exploratory":
+        return (
+            f"Exploratory, one seed: {subject} against {best} ({score}), {format_difference(pair.delta, info)}"
+            f"{sure.replace('; ', ', ')}. No winner is declared; run three seeds or more."
+        )
+    advice = f": {pair.advice}" if pair.advice else ""
+    return (
+        f"Inconclusive: {subject} against {best} ({score}), {format_difference(pair.delta, info)}"
+        f"{sure.replace('; ', ', ')}{advice}."
+    )
+
+
+def _say_interval(pair: Difference) -> str:
+    """`; 95% interval of the difference +55.2 to +66.8 points`."""
+    if pair.low is None or pair.high is None:
+        return ""
+    info = describe_metric(pair.metric)
+    low, high = format_difference(pair.low, info), format_difference(pair.high, info)
+    unit = high.partition(" ")[2]
+    return f"; 95% interval of the difference {low.removesuffix(unit).strip()} to {high}"
+
+
+def _rank_trained(trained: list[ArmResult], comparison: Comparison) -> list[str]:
+    """The best trained arm against each other one, grouped by verdict word."""
+    return _rank(trained, comparison, "trained arms")
+
+
+def _rank_prompted(prompted: list[ArmResult], comparison: Comparison) -> list[str]:
+    return _rank(prompted, comparison, "prompting arms")
+
+
+def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str]:
+    if len(arms) < 2:
+        return []
+    best, info = arms[0], describe_metric(comparison.metric)
+    said: dict[str, list[str]] = {}
+    advice: list[str] = []
+    for other in arms[1:]:
+        pair = find_difference(comparison, best.name, other.name)
+        if pair is None:
+            continue
+        said.setdefault(pair.verdict, []).append(f"{other.name} ({format_difference(pair.delta, info)})")
+        if pair.advice and pair.advice not in advice:
+            advice.append(f"{other.name}: {pair.advice}")
+    words = {
+        "better": "clearly ahead of",
+        "worse": "clearly behind",
+        "tie": "tied with",
+        "inconclusive": "not clearly ahead of",
+        "exploratory": "ahead, on one seed, of",
+    }
+    clauses = [f"{words[verdict]} {', '.join(names)}" for verdict, names in said.items()]
+    if not clauses:
+        return []
+    text = f"Among {group}, {best.name} scores best: {'; '.join(clauses)}."
+    return [text, *(f"To separate {best.name} and {line}." for line in advice)]
+
+
+def _tell_cost(arm: ArmResult) -> str:
+    parts = [f"{format_seconds(arm.train_wall_seconds)} of training per seed"]
+    if arm.tune_wall_seconds:
+        parts.append(f"{format_seconds(arm.tune_wall_seconds)} of learning-rate trials")
+    if arm.peak_bytes:
+        parts.append(f"{format_bytes(arm.peak_bytes)} of memory at its peak")
+    if arm.size_bytes:
+        parts.append(f"{format_bytes(arm.size_bytes)} on disk")
+    return f"Cost of {arm.name}: {', '.join(parts)}."
+
+
+def _tell_forgetting(trained: list[ArmResult]) -> list[str]:
+    """How much worse each trained arm reads general text than the base did."""
+    lost = {
+        arm.name: arm.forgetting["general_nll"] - arm.forgetting["general_nll_base"]
+        for arm in trained
+        if arm.forgetting
+        and {"general_nll", "general_nll_base"} <= arm.forgetting.keys()
+        and arm.prompting != "rag"
+    }
+    if not lost:
+        return []
+    notable = {name: change for name, change in lost.items() if change > _NOTABLE_FORGETTING}
+    if not notable:
+        return [
+            f"Nothing notable was forgotten: loss on general text rose by less than {_NOTABLE_FORGETTING} nats."
+        ]
+    listed = ", ".join(f"{name} +{change:.2f}" for name, change in notable.items())
+    return [f"Forgetting: loss on general text rose, in nats per token: {listed}."]
+
+
+def _tell_basis(comparison: Comparison) -> str:
+    rows = f"{comparison.num_rows:,} sealed test rows"
+    if comparison.num_clusters != comparison.num_rows:
+        rows += f" in {comparison.num_clusters:,} clusters"
+    seeds = f"{len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else "one seed"
+    single = [arm.name for arm in comparison.arms if arm.deterministic]
+    note = f"; {_join(single)} {'do' if len(single) > 1 else 'does'} not depend on the seed" if single else ""
+    return f"Judged on {rows} and {seeds}{note}."
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

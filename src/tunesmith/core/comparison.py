@@ -1,0 +1,223 @@
+"""The on-disk schema of `comparison.json`: written by `compare`, read by `report`, the command line and notebooks.
+
+Everything a reader needs to show a result without computing one: intervals, verdict words, the table's text.
+Losses and answers row by row stay in the arms' own folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+
+from tunesmith.core.errors import DataError
+from tunesmith.core.records import SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class MetricInfo:
+    """How a metric is named and read. unit: "%" (the value is a share, shown times 100), "nats", "bits" or ""."""
+
+    title: str
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its 95% interval; bounds are None where fewer than two clusters leave nothing to resample."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`arm` minus `other` on one metric, in the metric's own unit.
+
+    low, high:     95% interval.   low90, high90: 90% interval, the one a tie is judged by.
+    p, p_adjusted: two-sided, before and after Holm's correction over its family.
+    verdict:       better | worse | tie | inconclusive | exploratory, seen from `arm`.
+    advice:        what would resolve an inconclusive difference, or "".
+    """
+
+    arm: str
+    other: str
+    metric: str
+    delta: float
+    low: float | None
+    high: float | None
+    low90: float | None
+    high90: float | None
+    p: float
+    p_adjusted: float
+    verdict: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One learning-rate trial. `validation_loss` is nats per target token, None if it diverged."""
+
+    learning_rate: float
+    validation_loss: float | None
+    wall_seconds: float
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm over all its seeds.
+
+    kind:        "prompted" or "trained".   status: "done", "partial" (some seeds missing) or "missing".
+    trained_by:  the arm whose training this one uses; its own name when it trained itself; None when prompted.
+    seeds:       seeds that were scored; a deterministic arm is scored once.
+    per_seed:    metric -> value of each seed, in the order of `seeds`.
+    costs:       means over seeds of one training plus one scoring, the shared training included; `wall_seconds` is the
+                 sum of `train_wall_seconds` and `eval_wall_seconds`, and so for CPU. `peak_bytes` is the largest.
+    dominated_by: cost name -> an arm that is better and cheaper beyond noise.
+    """
+
+    name: str
+    kind: str
+    framework: str
+    method: str
+    prompting: str
+    status: str
+    trained_by: str | None
+    deterministic: bool
+    seeds: list[int]
+    metrics: dict[str, Interval]
+    per_seed: dict[str, list[float]]
+    versus_base: str | None = None
+    differences: dict[str, Difference] = field(default_factory=dict[str, Difference])
+    not_comparable: str = ""
+    learning_rate: float = 0.0
+    steps: int = 0
+    trained_parameters: int = 0
+    total_parameters: int = 0
+    train_tokens: int = 0
+    target_tokens: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    train_wall_seconds: float = 0.0
+    train_cpu_seconds: float = 0.0
+    eval_wall_seconds: float = 0.0
+    eval_cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    tune_wall_seconds: float = 0.0
+    peak_bytes: int = 0
+    size_bytes: int = 0
+    forgetting: dict[str, float] | None = None
+    trials: list[Trial] = field(default_factory=list[Trial])
+    dominated_by: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the table. hint: one sentence for a tooltip. numeric: right-aligned."""
+
+    key: str
+    title: str
+    hint: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """text: what is read first. detail: the interval or remark under it. tone: better | worse | best | muted | ""."""
+
+    text: str
+    detail: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The one table: terminal, Markdown and HTML show these words. rows[i] belongs to arm `arms[i]`."""
+
+    columns: list[Column]
+    arms: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All arms, judged.
+
+    verdict: the finding in a sentence; details: what supports it, a sentence each.
+    base:    the arm that `versus_base` refers to (zero-shot), None if it was not run.
+    pairs:   every pair of ranked arms on the declared metric.
+    method:  how it was measured: replicates, resampling unit, margins, families of tests.
+    record:  config, fingerprints, versions, hardware.
+    """
+
+    metric: str
+    verdict: str
+    details: list[str]
+    base: str | None
+    seeds: list[int]
+    num_rows: int
+    num_clusters: int
+    num_target_tokens: int
+    arms: list[ArmResult]
+    pairs: list[Difference]
+    metrics: dict[str, MetricInfo]
+    table: Table
+    warnings: list[str]
+    method: dict[str, Any]
+    record: dict[str, Any]
+
+    def find_arm(self, name: str) -> ArmResult:
+        """The arm called `name`. Raises ValueError if there is none."""
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ValueError(f"no arm {name!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, place: str = "comparison.json") -> Self:
+        """Read strictly: a newer schema, an unknown or a missing field raises DataError."""
+        if value.get("schema") != SCHEMA:
+            raise DataError(
+                place,
+                f"schema {value.get('schema')!r}",
+                rule=f"this version reads schema {SCHEMA}",
+                cure="Run `tunesmith compare` again with the same --out",
+            )
+        return cast(Self, _parse(cls, {k: v for k, v in value.items() if k != "schema"}, place))
+
+
+def _parse(kind: Any, value: Any, place: str) -> Any:
+    """Build dataclasses from plain JSON by their annotations; leaves pass through."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _parse(next(a for a in arguments if a is not types.NoneType), value, place)
+    if origin is list and isinstance(value, list):
+        items = cast(list[Any], value)
+        return [_parse(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(items)]
+    if origin is dict and isinstance(value, dict):
+        pairs = cast(dict[str, Any], value)
+        return {key: _parse(arguments[1], item, f"{place}.{key}") for key, item in pairs.items()}
+    if not dataclasses.is_dataclass(kind):
+        return value
+    rule = f"fields of {getattr(kind, '__name__', kind)} are fixed"
+    if not isinstance(value, dict):
+        raise DataError(place, f"{type(value).__name__} instead of an object", rule=rule)
+    given = cast(dict[str, Any], value)
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(given.keys() - hints.keys()):
+        raise DataError(place, f"unknown field {unknown[0]!r}", rule=rule)
+    try:
+        return cast(Any, kind)(**{k: _parse(hints[k], v, f"{place}.{k}") for k, v in given.items()})
+    except TypeError as error:
+        raise DataError(place, str(error), rule=rule) from None

@@ -1,0 +1,47 @@
+"""Quantities as people read them: bytes, seconds, counts. One place, so that a table and a chart say the same."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1.5 MB`: powers of 1000, three significant digits. 0 is a dash: nothing is stored."""
+    if num_bytes <= 0:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        # 999.6 kB rounds to 1.00 MB, not to 1000 kB.
+        if num_bytes >= 0.9995 * size:
+            return f"{_three_digits(num_bytes / size)} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.42 s`, `41.3 s`, `3 min 20 s`, `2 h 05 min`. 0 is a dash: no time was spent."""
+    if seconds <= 0:
+        return "–"
+    if seconds < 99.95:
+        return f"{_three_digits(seconds)} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_count(count: float) -> str:
+    """`512`, `13.6k`, `1.24M`, `8.03B`. 0 is a dash."""
+    if count <= 0:
+        return "–"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{_three_digits(count / size)}{unit}"
+    return f"{count:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits without an exponent, for values from 0 to 1000."""
+    if value <= 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(value) + 1e-9))
+    return f"{value:.{min(decimals, 3)}f}"
