@@ -159,7 +159,7 @@ def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> di
         file.write(struct.pack("<Q", len(text)) + text)
         for key in header:
             tensor = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+            file.write(tensor.view(torch.uint8).numpy().data)
     return file.entry
 
 
@@ -185,6 +185,7 @@ class _HashedFile:
         self._digest.update(view)
         self._size += len(view)
         while len(view):
+            _reach(f"in write of {self._path.name}")
             view = view[self._handle.write(view) or 0 :]
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

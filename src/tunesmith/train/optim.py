@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 _OWN_MASTER = (torch.float32, torch.float64)
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
@@ -38,26 +37,16 @@ class MasterAdamW:
         self._rounded_masters: list[Tensor] = []
         for name, parameter in named.items():
             self.masters[name] = self._make_master(parameter)
-        matrices = [m for m in self.masters.values() if m.ndim >= 2]
-        vectors = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=0.0,
-            betas=(beta1, beta2),
-            eps=epsilon,
-            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
-        )
+        self._betas, self._epsilon, self._weight_decay = (beta1, beta2), epsilon, weight_decay
         # States exist from the start: running out of memory then happens here, not halfway into the first update.
-        for master in self.masters.values():
-            self._adamw.state[master] = {
+        self._states = {
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
+            for name, master in self.masters.items()
+        }
 
     def _make_master(self, parameter: nn.Parameter) -> Tensor:
         if parameter.dtype in _OWN_MASTER:
@@ -91,32 +80,53 @@ class MasterAdamW:
         gradients = self.gradients()
         if not gradients:
             return torch.zeros((), device=next(iter(self.masters.values())).device)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
+    @torch.no_grad()
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """Multiply gradients by `gradient_factor` (clipping, loss scale), take one step, clear gradients."""
         gradients = self.gradients()
         if gradient_factor != 1.0 and gradients:
-            torch._foreach_mul_(gradients, gradient_factor)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+            torch._foreach_mul_(gradients, gradient_factor)  # pyright: ignore[reportPrivateImportUsage]
+        for is_matrix in (True, False):
+            names = [n for n, m in self.masters.items() if m.grad is not None and (m.ndim >= 2) is is_matrix]
+            if names:
+                self._update_together(names, learning_rate, self._weight_decay if is_matrix else 0.0)
         self.round_masters()
         self.clear_gradients()
+
+    def _update_together(self, names: list[str], learning_rate: float, weight_decay: float) -> None:
+        states = [self._states[name] for name in names]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+        # The kernel behind torch.optim.AdamW(fused=True). That class loads torch's compiler when it is made, two
+        # seconds of every process; tests hold this call to its results.
+        torch._fused_adamw_(
+            [self.masters[name] for name in names],
+            [self.masters[name].grad for name in names],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=learning_rate,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            weight_decay=weight_decay,
+            eps=self._epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
 
     @torch.no_grad()
     def round_masters(self) -> None:
         """Set every low-precision parameter to its master, rounded to nearest."""
         if self._rounded:
-            torch._foreach_copy_(self._rounded, self._rounded_masters)
+            torch._foreach_copy_(self._rounded, self._rounded_masters)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, flat: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. Not copies."""
-        return {
-            f"{kind}.{name}": self._adamw.state[master][kind]
-            for name, master in self.masters.items()
-            for kind in _MOMENTS
-        }
+        return {f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()}
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:

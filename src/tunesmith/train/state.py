@@ -169,7 +169,7 @@ def restore(
     scale: LossScale,
     device: torch.device,
 ) -> TrainState:
-    """Put weights, optimizer, loss scale and random state back; returns the rest. The caller has compared identities."""
+    """Put weights, optimizer, loss scale and random state back; returns the rest. Identities are compared before."""
     stored = checkpoint.state
     try:
         optimizer.load(weights=checkpoint.tensors("weights"), states=checkpoint.tensors("optimizer"))
