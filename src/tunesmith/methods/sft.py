@@ -1,0 +1,96 @@
+"""Supervised fine-tuning: negative log-likelihood of the target tokens.
+
+The head runs over target rows only, a chunk at a time, and the gradient with respect to the hidden states is formed
+in the forward pass: no (T, V) tensor is ever kept.
+
+K: target tokens  C: tokens of a chunk  D: width  V: vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.layout import Batch
+
+# Logits of a chunk in fp32 take at most this much memory.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """total: sum of losses over the target tokens, nats, a scalar that can run backward. The loop divides."""
+
+    total: Tensor
+    num_targets: int
+
+
+def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> LossSum:
+    """Sum of -log p(target | what precedes it in its row), over all target tokens of the batch.
+
+    chunk: target tokens per piece of the head; changes memory, never the result (up to rounding).
+    """
+    if batch.num_targets == 0:
+        raise ValueError("a batch without target tokens has no loss")
+    hidden_KD = model.hidden(batch.ids_T, batch.layout, batch.sources_K)
+    rows = chunk or max(64, CHUNK_BYTES // (4 * model.config.vocab_size))
+    if model.has_plain_head:
+        total = _HeadLoss.apply(hidden_KD, model.head_weight, batch.targets_K, rows)
+    else:
+        total = hidden_KD.new_zeros((), dtype=torch.float32)
+        for hidden_CD, targets_C in zip(hidden_KD.split(rows), batch.targets_K.split(rows), strict=True):
+            total = total + checkpoint(_chunk_loss, model, hidden_CD, targets_C, use_reentrant=False)
+    return LossSum(total, batch.num_targets)
+
+
+def _chunk_loss(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+    logits = model.head(hidden_CD)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets_C, reduction="sum")
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies of hidden @ weight^T, softmax in fp32 (fp64 stays)."""
+
+    @staticmethod
+    def forward(ctx, hidden_KD, weight_VD, targets_K, rows):
+        wide = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden_KD.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_KD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        for start in range(0, hidden_KD.shape[0], rows):
+            span = slice(start, start + rows)
+            hidden_CD, picked = hidden_KD[span], targets_K[span, None]
+            log_probs = torch.log_softmax(hidden_CD @ weight_VD.t(), -1, dtype=wide)
+            total -= log_probs.gather(1, picked).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            # d loss / d logits = probabilities - one_hot(target)
+            probs = log_probs.exp_()
+            probs.scatter_add_(1, picked, probs.new_full((1, 1), -1.0).expand_as(picked))
+            grad_logits = probs.to(hidden_KD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[span])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden_CD
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,221 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Keys are `base_model.model.` + the module's checkpoint name + `.lora_A.weight`, `.lora_B.weight` or
+`.lora_magnitude_vector`; a module trained whole is stored under its own name. Plain `peft` loads the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import DataError, ModelError
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.rundir import as_rundir_error
+from tunesmith.models.causal_lm import CausalLM, TokenTable
+from tunesmith.models.projection import LoraPart, Projection
+from tunesmith.models.weights import read_header, read_tensors, write_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Settings of other adapters than the ones we run, with the values that mean "not used".
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None), "lora_bias": (False, None), "trainable_token_indices": (None,), "layer_replication": (None,),
+    "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What adapter_config.json says. tied: embedding and head are one trained matrix."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    dora: bool
+    targets: tuple[str, ...]
+    modules_to_save: tuple[str, ...] = ()
+    tied: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def scale_of(self, name: str, rank: int) -> tuple[float, float]:
+        """(alpha, scale) of the adapter of module `name`."""
+        alpha = _match_pattern(self.alpha_pattern, name, self.alpha)
+        return alpha, alpha / (rank**0.5 if self.rslora else rank)
+
+
+def _match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def save_adapter(model: CausalLM, folder: Path, *, base_name: str, revision: str | None = None) -> None:
+    """Write the adapters of `model`, fp32, config last: a folder without it was interrupted.
+
+    base_name: hub id or folder that loaders find the base under.
+    Raises ValueError if the model has no adapter, RunDirError if the disk refuses.
+    """
+    config = model.adapter_config
+    if config is None:
+        raise ValueError("the model has no adapter to save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        write_tensors(collect_tensors(model), folder / WEIGHTS)
+        write_json(folder / CONFIG, _describe(model, config, base_name, revision))
+    except OSError as error:
+        raise as_rundir_error(error, folder) from None
+
+
+def collect_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """PEFT key -> tensor of everything the adapter trains."""
+    tensors: dict[str, Tensor] = {}
+    for projection in model.projections():
+        for name, _, lora in projection.loras():
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora.a.detach()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora.b.detach()
+            if lora.magnitude is not None:
+                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = lora.magnitude.detach()
+    for table in model.tables():
+        if table.tuned is not None:
+            tensors[f"{_PREFIX}{table.name}.weight"] = table.tuned.detach()
+    if model.untied_head is None and model.embedding.tuned is not None:
+        # Loaders that do not tie adapters read the head from its own key.
+        tensors[f"{_PREFIX}{model.head_name}.weight"] = model.embedding.tuned.detach().clone()
+    return tensors
+
+
+def _describe(model: CausalLM, config: AdapterConfig, base_name: str, revision: str | None) -> dict[str, Any]:
+    saved = list(config.modules_to_save)
+    if config.tied and saved:
+        saved = [model.embedding.name.rpartition(".")[2], model.head_name.rpartition(".")[2]]
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
+        "inference_mode": True, "auto_mapping": None, "r": config.rank, "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout, "target_modules": list(config.targets), "exclude_modules": None,
+        "modules_to_save": saved or None, "ensure_weight_tying": bool(config.tied and saved),
+        "use_rslora": config.rslora, "use_dora": config.dora, "bias": "none", "lora_bias": False,
+        "fan_in_fan_out": any(projection.transposed for projection in model.projections()), "init_lora_weights": True,
+        "rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern),
+        "layers_to_transform": None, "layers_pattern": None, "layer_replication": None, "loftq_config": {},
+        "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None,
+    }
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read adapter_config.json. Raises ModelError for adapters of another kind."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise ModelError(str(folder), f"has no {CONFIG}", rule="an adapter folder is in PEFT format", cure="Check the path")
+    try:
+        raw = read_json(path)
+        kind = raw.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(str(path), f"peft_type is {kind!r}", rule="LoRA adapters (with rsLoRA, DoRA) are read")
+        for key, unused in _UNUSED.items():
+            if key in raw and raw[key] not in unused:
+                raise ModelError(str(path), f"{key} is {raw[key]!r}", rule="this variant of LoRA is not run here",
+                                 cure="Merge it with peft, then use the merged model")
+        if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in ("gaussian", "orthogonal", "eva"):
+            raise ModelError(str(path), f"init_lora_weights is {raw['init_lora_weights']!r}, which changes the base",
+                             cure="Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)")
+        targets = raw.get("target_modules") or []
+        return AdapterConfig(
+            rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
+            rslora=bool(raw.get("use_rslora")), dora=bool(raw.get("use_dora")),
+            targets=(targets,) if isinstance(targets, str) else tuple(targets),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()), tied=bool(raw.get("ensure_weight_tying")),
+            rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        raise ModelError(str(path), f"is not an adapter config ({error})", cure="Check the file") from None
+
+
+def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False) -> AdapterConfig:
+    """Attach the adapter in `folder`, made here or by PEFT, in place.
+
+    Raises ModelError for adapters of another base or kind, naming the tensor and both shapes.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    if not (folder / WEIGHTS).exists():
+        rule = "adapters are safetensors"
+        raise ModelError(str(folder), f"has no {WEIGHTS}", rule=rule, cure="Save it with safe_serialization=True")
+    stored = read_header(folder / WEIGHTS)
+    tensors = {name.removeprefix(_PREFIX): t.float() for name, t in read_tensors(stored, stored).items()}
+    place = str(folder / WEIGHTS)
+    for projection in model.projections():
+        for number, (name, rows) in enumerate(projection.rows()):
+            if f"{name}.lora_A.weight" in tensors:
+                lora = _take_part(tensors, name, projection, rows, config, place)
+                projection.adapters[number] = lora.to(model.device).requires_grad_(trainable)
+        projection.dropout = config.dropout
+    _take_tables(model, tensors, config, place, trainable=trainable)
+    if tensors:
+        name = next(iter(tensors))
+        raise ModelError(place, f"{name} {list(tensors[name].shape)} has no place in this model",
+                         rule="adapter and base belong together", cure="Give the adapter's own base model")
+    model.adapter_config = config
+    return config
+
+
+def _take_part(tensors: dict[str, Tensor], name: str, projection: Projection, rows: slice, config: AdapterConfig,
+               place: str) -> LoraPart:
+    a = tensors.pop(f"{name}.lora_A.weight")
+    b = tensors.pop(f"{name}.lora_B.weight", torch.empty(0, 0))
+    rank, outputs = a.shape[0], rows.stop - rows.start
+    _check_shape(place, f"{name}.lora_A.weight", a, (rank, projection.in_features))
+    _check_shape(place, f"{name}.lora_B.weight", b, (outputs, rank))
+    stated = _match_pattern(config.rank_pattern, name, config.rank)
+    if stated != rank:
+        raise ModelError(place, f"{name}.lora_A.weight has rank {rank}, {CONFIG} says {stated}")
+    magnitude = None
+    if config.dora:
+        magnitude = tensors.pop(f"{name}.lora_magnitude_vector", torch.empty(0))
+        _check_shape(place, f"{name}.lora_magnitude_vector", magnitude, (outputs,))
+    alpha, scale = config.scale_of(name, rank)
+    return LoraPart(a, b, scale=scale, alpha=alpha, magnitude=magnitude)
+
+
+def _check_shape(place: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ModelError(place, f"tensor {name} has shape {list(tensor.shape)}, this base asks for {list(expected)}",
+                         rule="adapter and base belong together", cure="Give the adapter's own base model")
+
+
+def _take_tables(model: CausalLM, tensors: dict[str, Tensor], config: AdapterConfig, place: str, *, trainable: bool) -> None:
+    """Whole matrices: embedding and head, perhaps with more rows than the base has."""
+    embed = tensors.pop(f"{model.embedding.name}.weight", None)
+    head = tensors.pop(f"{model.head_name}.weight", None)
+    if embed is None and head is None:
+        return
+    rows = (embed if embed is not None else head).shape[0]  # pyright: ignore[reportOptionalMemberAccess]
+    if rows > model.config.vocab_size:
+        from tunesmith.models.lora import resize_vocabulary
+
+        resize_vocabulary(model, rows)
+    if model.untied_head is None:
+        if config.tied or (embed is not None and head is not None and torch.equal(embed, head)):
+            head = None if embed is not None else head
+            embed, head = (embed if embed is not None else head), None
+        else:
+            # PEFT trained one of two uses of a tied matrix: from here on they are two.
+            model.untie_head()
+    for table, tensor in ((model.embedding, embed), (model.head_table, head)):
+        if tensor is not None:
+            _check_shape(place, f"{table.name}.weight", tensor, (model.config.vocab_size, model.config.hidden_size))
+            table.tuned = nn.Parameter(tensor.to(table.weight.device), requires_grad=trainable)
+    assert isinstance(model.embedding, TokenTable)

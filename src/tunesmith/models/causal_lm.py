@@ -1,0 +1,158 @@
+"""The interface that training, judging and sampling use, whatever runs underneath: own decoder or fallback.
+
+T: flat tokens  K: kept tokens  D: width  V: vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.models.config import DecoderConfig
+from tunesmith.models.layout import Layout
+from tunesmith.models.projection import MIN_ROWS, MasterCast, Projection
+
+if TYPE_CHECKING:
+    from tunesmith.models.adapter_files import AdapterConfig
+
+
+class TokenTable(nn.Module):
+    """A (V, D) matrix: the embedding, or an untied head. `tuned` is the whole copy that an adapter trains and saves."""
+
+    def __init__(self, name: str, weight: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.dtype = name, dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.tuned: nn.Parameter | None = None
+        self.enabled = True
+        self._casts = (MasterCast(), MasterCast())
+
+    @property
+    def active(self) -> nn.Parameter:
+        return self.tuned if self.tuned is not None and self.enabled else self.weight
+
+    def matrix(self) -> Tensor:
+        """(V, D) in the compute dtype, differentiable if it is trained."""
+        active = self.active
+        return self._casts[active is self.tuned].of(active, self.dtype)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        # Rows are cast after the look-up: the gradient of a repeated token then adds up in the master's precision.
+        return F.embedding(ids, self.active).to(self.dtype)
+
+
+class CausalLM(nn.Module, ABC):
+    """A causal language model over packed documents.
+
+    folder:  where its tokenizer and configuration files lie.
+    dtype:   compute dtype of hidden states and products.
+    """
+
+    config: DecoderConfig
+    folder: Path
+    dtype: torch.dtype
+    embedding: TokenTable
+    untied_head: TokenTable | None
+
+    # What an adapter folder must say about how the adapter was made; set by lora.add_lora.
+    adapter_config: AdapterConfig | None = None
+    head_name: str = "lm_head"
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def head_table(self) -> TokenTable:
+        return self.embedding if self.untied_head is None else self.untied_head
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) in the compute dtype, differentiable if it is trained."""
+        return self.head_table.matrix()
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether logits are hidden @ head_weight^T and nothing more."""
+        return True
+
+    def untie_head(self) -> None:
+        """Give a tied model a head of its own, equal to the base's embedding."""
+        self.untied_head = TokenTable(self.head_name, self.embedding.weight.detach().clone(), dtype=self.dtype)
+        self.config = dataclasses.replace(self.config, tied=False)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (K, V) of hidden states (K, D), in the compute dtype."""
+        rows = hidden.shape[0]
+        if rows < MIN_ROWS and not torch.is_grad_enabled():
+            return F.linear(F.pad(hidden, (0, 0, 0, MIN_ROWS - rows)), self.head_weight)[:rows]
+        return F.linear(hidden, self.head_weight)
+
+    @abstractmethod
+    def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, (T, D), or (K, D) at the flat positions `keep_K`.
+
+        With `keep_K` the last block computes only those rows after its attention; the values are the same.
+        """
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, tensor) of the model without adapters, merged matrices split again; detached."""
+
+    def projections(self) -> Iterator[Projection]:
+        return (module for module in self.modules() if isinstance(module, Projection))
+
+    def tables(self) -> Iterator[TokenTable]:
+        return (module for module in self.modules() if isinstance(module, TokenTable))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer updates: adapters, or fp32 masters of all weights."""
+        return [parameter for _, parameter in self.named_trainable()]
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, fp32 parameter), checkpoint names; `a+b` is a merged matrix with the rows of a, then of b.
+
+        Adapters: `model.layers.0.self_attn.q_proj.lora_A.weight`, as PEFT calls them without its prefix.
+        """
+        names = self._parameter_names()
+        return [(names[id(p)], p) for p in self.parameters() if p.requires_grad]
+
+    def _parameter_names(self) -> dict[int, str]:
+        names = {id(p): name for name, p in self.named_parameters()}
+        for projection in self.projections():
+            merged = merge_names(projection.names)
+            for key in ("weight", "bias"):
+                if (p := getattr(projection, key)) is not None:
+                    names[id(p)] = f"{merged}.{key}"
+            for name, _, lora in projection.loras():
+                names[id(lora.a)], names[id(lora.b)] = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+                if lora.magnitude is not None:
+                    names[id(lora.magnitude)] = f"{name}.lora_magnitude_vector"
+        for table in self.tables():
+            names[id(table.weight)] = f"{table.name}.weight"
+            if table.tuned is not None:
+                names[id(table.tuned)] = f"{table.name}.weight"
+        return names
+
+    def make_trainable(self) -> None:
+        """Full fine-tuning: every weight becomes an fp32 master (fp64 stays). Raises ValueError on a packed base."""
+        for projection in self.projections():
+            if projection.packed is not None:
+                raise ValueError("a quantised base cannot be trained whole")
+        for parameter in self.parameters():
+            if parameter.dtype != torch.float64:
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def merge_names(names: tuple[str, ...]) -> str:
+    """`a.q_proj`, `a.k_proj` -> `a.q_proj+k_proj`."""
+    first, *others = names
+    return "+".join([first, *(name.rpartition(".")[2] for name in others)])

@@ -1,0 +1,188 @@
+"""Our own decoder for the dense families (Llama, Mistral, Qwen2, Qwen3): merged QKV and gate/up, packed documents.
+
+A block reads tensors and shapes only: no layer number, no cache object, nothing that would make a compiler start again.
+
+T: flat tokens  K: kept tokens  D: width  H: query heads  N: key/value heads  d: head width  F: feed-forward width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.attention import attend
+from tunesmith.models.cache import CacheView, LayerCache
+from tunesmith.models.causal_lm import CausalLM, TokenTable
+from tunesmith.models.config import DecoderConfig
+from tunesmith.models.elementwise import (
+    gate_silu,
+    make_inverse_frequencies,
+    make_rotation,
+    norm_rms,
+    rotate_plain,
+)
+from tunesmith.models.layout import Layout
+from tunesmith.models.projection import MasterCast, Projection
+
+
+class Norm(nn.Module):
+    """RMSNorm with its checkpoint name."""
+
+    def __init__(self, name: str, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.eps, self.dtype = name, eps, dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._cast = MasterCast()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_rms(x, self._cast.of(self.weight, self.dtype), self.eps)
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor], layer: int, *,
+                 dtype: torch.dtype, storage: torch.dtype) -> None:
+        super().__init__()
+        at = f"model.layers.{layer}."
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.scale, self.window = config.rotary_scale, config.windows[layer]
+
+        def project(*names: str, bias: bool) -> Projection:
+            full = [at + name for name in names]
+            weights = [tensors[f"{name}.weight"].to(storage) for name in full]
+            biases = [tensors[f"{name}.bias"].to(storage) for name in full] if bias else []
+            return Projection(
+                full, [len(w) for w in weights], _stack(weights), _stack(biases) if biases else None, dtype=dtype
+            )
+
+        def norm(name: str) -> Norm:
+            return Norm(at + name, tensors[f"{at}{name}.weight"].to(storage, copy=True), config.norm_eps, dtype)
+
+        self.qkv = project("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
+        self.out = project("self_attn.o_proj", bias=config.o_bias)
+        self.gate_up = project("mlp.gate_proj", "mlp.up_proj", bias=config.mlp_bias)
+        self.down = project("mlp.down_proj", bias=config.mlp_bias)
+        self.norm_in, self.norm_mlp = norm("input_layernorm"), norm("post_attention_layernorm")
+        self.norm_q = norm("self_attn.q_norm") if config.qk_norm else None
+        self.norm_k = norm("self_attn.k_norm") if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep_K: Tensor | None) -> Tensor:
+        attended = attend(
+            self._make_qkv(x), cos, sin, layout, num_kv_heads=self.num_kv_heads, scale=self.scale, window=self.window
+        )
+        if keep_K is not None:
+            attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
+        return self._finish(x, attended)
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, view: CacheView,
+             keep_K: Tensor | None) -> Tensor:
+        """The same block over tokens whose earlier keys and values lie in `cache`, which takes theirs."""
+        qkv = self._make_qkv(x)
+        rotated = qkv.shape[1] - self.num_kv_heads
+        turned = rotate_plain(qkv[:, :rotated], cos, sin)
+        attended = cache.attend(
+            turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, rotated:], view,
+            scale=self.scale, window=self.window,
+        )
+        if keep_K is not None:
+            attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
+        return self._finish(x, attended)
+
+    def _make_qkv(self, x: Tensor) -> Tensor:
+        """(T, H + 2N, d): queries, keys, values, before rotation."""
+        qkv = self.qkv(self.norm_in(x)).unflatten(1, (self.num_heads + 2 * self.num_kv_heads, -1))
+        if self.norm_q is None or self.norm_k is None:
+            return qkv
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        return torch.cat((self.norm_q(q), self.norm_k(k), v), 1)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended)
+        return x + self.down(gate_silu(self.gate_up(self.norm_mlp(x))))
+
+
+class Decoder(CausalLM):
+    """See `CausalLM`. tensors: checkpoint name -> tensor, already checked against the config (weights.py).
+
+    storage: dtype of the parameters; fp32 where they will be trained, else the compute dtype.
+    """
+
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor], *, folder: Path,
+                 dtype: torch.dtype, storage: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.folder, self.dtype = config, folder, dtype
+        self.embedding = TokenTable("model.embed_tokens", tensors["model.embed_tokens.weight"].to(storage, copy=True), dtype=dtype)
+        self.layers = nn.ModuleList([
+            Block(config, tensors, layer, dtype=dtype, storage=storage) for layer in range(config.num_layers)
+        ])
+        self.norm = Norm("model.norm", tensors["model.norm.weight"].to(storage, copy=True), config.norm_eps, dtype)
+        self.untied_head = (
+            None if config.tied else TokenTable("lm_head", tensors["lm_head.weight"].to(storage, copy=True), dtype=dtype)
+        )
+        self.register_buffer("inverse", make_inverse_frequencies(config.rope, config.head_dim), persistent=False)
+        self.inverse: Tensor
+
+    def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
+        x = self.embedding.look_up(ids_T)
+        cos, sin = make_rotation(self.inverse, layout.positions_T, self.dtype)
+        last = len(self.layers) - 1
+        for number, block in enumerate(self.layers):
+            x = block(x, cos, sin, layout, keep_K if number == last else None)
+        return self.norm(x)
+
+    def step(self, ids_T: Tensor, positions_T: Tensor, caches: list[LayerCache], view: CacheView,
+             keep_K: Tensor | None = None) -> Tensor:
+        x = self.embedding.look_up(ids_T)
+        cos, sin = make_rotation(self.inverse, positions_T, self.dtype)
+        last = len(self.layers) - 1
+        for number, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            assert isinstance(block, Block)
+            x = block.step(x, cos, sin, cache, view, keep_K if number == last else None)
+        return self.norm(x)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model.embed_tokens.weight", self.embedding.weight.detach()
+        for module in self.modules():
+            if isinstance(module, Projection):
+                for name, rows in module.rows():
+                    weight = module.weight if module.packed is None else module.packed.dense(self.dtype)
+                    assert weight is not None
+                    yield f"{name}.weight", weight.detach()[rows]
+                    if module.bias is not None:
+                        yield f"{name}.bias", module.bias.detach()[rows]
+            elif isinstance(module, Norm):
+                yield f"{module.name}.weight", module.weight.detach()
+        if self.untied_head is not None:
+            yield "lm_head.weight", self.untied_head.weight.detach()
+
+
+def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of this config holds; a tied head is not among them."""
+    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    ff = config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    linears = {
+        "self_attn.q_proj": (q, d, config.qkv_bias), "self_attn.k_proj": (kv, d, config.qkv_bias),
+        "self_attn.v_proj": (kv, d, config.qkv_bias), "self_attn.o_proj": (d, q, config.o_bias),
+        "mlp.gate_proj": (ff, d, config.mlp_bias), "mlp.up_proj": (ff, d, config.mlp_bias),
+        "mlp.down_proj": (d, ff, config.mlp_bias),
+    }
+    for layer in range(config.num_layers):
+        at = f"model.layers.{layer}."
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{at}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{at}{name}.bias"] = (rows,)
+        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
+        if config.qk_norm:
+            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (config.head_dim,)
+    if not config.tied:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    # A single tensor may be a window into a mapped file; training must own its memory.
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0].clone()

@@ -1,0 +1,70 @@
+"""Open a model folder: config, checked weights, decoder. Never runs code from the folder, never reads pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tunesmith.core.errors import ModelError
+from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.config import load_config
+from tunesmith.models.decoder import Decoder, list_expected
+from tunesmith.models.weights import check_tensors, check_tied, find_tensors, read_tensors
+
+Storage = Literal["full", "int8", "nf4"]
+
+
+def check_model(folder: Path, *, num_tokens: int | None = None) -> None:
+    """Read config and headers only, in milliseconds. Raises ModelError for what `load_model` would refuse.
+
+    num_tokens: ids the tokenizer can give (its highest id + 1); more than the embedding holds is refused.
+    """
+    config = load_config(folder)
+    stored = find_tensors(folder)
+    if config.own:
+        check_tensors(stored, list_expected(config), config, place=str(folder))
+    if num_tokens is not None and num_tokens > config.vocab_size:
+        raise ModelError(str(folder), f"the tokenizer gives ids up to {num_tokens - 1}, the embedding has {config.vocab_size} rows",
+                         rule="every token has an embedding", cure="Use the model's own tokenizer, or method.new_tokens")
+
+
+def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+               base: Storage = "full", double_quant: bool = True, trainable: bool = False,
+               own_decoder: bool = True) -> CausalLM:
+    """Model of a Hugging Face folder, in evaluation mode, frozen.
+
+    dtype:       compute dtype, and storage of frozen weights.
+    base:        storage of the linear layers' frozen weights; the rest stays in `dtype`.
+    trainable:   keep fp32 masters of all weights and train them (full fine-tuning).
+    own_decoder: False runs any model through the fallback, as a reference.
+    Raises ModelError, before anything is built.
+    """
+    folder = Path(folder)
+    if trainable and base != "full":
+        raise ValueError("a quantised base cannot be trained whole")
+    config = load_config(folder)
+    stored = find_tensors(folder)
+    if not (config.own and own_decoder):
+        from tunesmith.models.fallback import load_fallback
+
+        model: CausalLM = load_fallback(folder, config, stored, device=device, dtype=torch.float32 if trainable else dtype,
+                                        compute=dtype)
+    else:
+        chosen = check_tensors(stored, list_expected(config), config, place=str(folder))
+        tied_twice = {"lm_head.weight", "model.embed_tokens.weight"} & set(stored) if config.tied else set()
+        tensors = read_tensors(stored, {*chosen.values(), *tied_twice})
+        if config.tied:
+            check_tied(tensors, place=str(folder))
+        named = {name: tensors[source] for name, source in chosen.items()}
+        model = Decoder(config, named, folder=folder, dtype=dtype, storage=torch.float32 if trainable else dtype)
+        del tensors, named
+        if base != "full":
+            from tunesmith.models.quant import pack_model
+
+            pack_model(model, base, double_quant=double_quant, device=device)
+        model = model.to(device)
+    if trainable:
+        model.make_trainable()
+    return model.eval()

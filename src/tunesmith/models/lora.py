@@ -1,0 +1,176 @@
+"""Low-rank adapters on a frozen model: add, switch off, fold in. Reading and writing them is adapter_files.py.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
+arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import ModelError
+from tunesmith.job.spec import LoraSpec
+from tunesmith.models.adapter_files import AdapterConfig, load_adapter, save_adapter
+from tunesmith.models.causal_lm import CausalLM, TokenTable
+from tunesmith.models.projection import LoraPart
+
+__all__ = ["add_lora", "load_adapter", "merge", "save_adapter", "set_enabled"]
+
+
+def add_lora(model: CausalLM, spec: LoraSpec, *, seed: int, num_tokens: int | None = None) -> None:
+    """Attach trainable fp32 adapters to `model`, in place; outputs do not change until the first step.
+
+    seed:        equal seeds give equal adapters for equal names, whatever else was drawn before.
+    num_tokens:  with spec.new_tokens, how many ids the tokenizer has after they were added.
+    Raises ModelError for targets or modules the model does not have, and for an adapter that contradicts `spec`.
+    """
+    if spec.adapter is not None:
+        _continue_adapter(model, spec, num_tokens)
+        return
+    targets = find_targets(model, spec.targets)
+    scale = spec.scaling_alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
+    for projection in model.projections():
+        for number, (name, rows) in enumerate(projection.rows()):
+            if name not in targets:
+                continue
+            outputs = rows.stop - rows.start
+            lora = LoraPart(
+                _draw_a(spec.rank, projection.in_features, seed=seed, name=name),
+                torch.zeros(outputs, spec.rank),
+                scale=scale,
+                alpha=spec.scaling_alpha,
+                magnitude=projection.effective()[rows].norm(dim=1).cpu() if spec.dora else None,
+            )
+            projection.adapters[number] = lora.to(model.device)
+        projection.dropout = spec.dropout
+    modules = tune_tables(model, spec.modules_to_save, num_tokens=num_tokens if spec.new_tokens else None)
+    if spec.new_tokens and num_tokens is None:
+        raise ValueError("new tokens need num_tokens, the size of the tokenizer that has them")
+    model.adapter_config = AdapterConfig(
+        rank=spec.rank, alpha=spec.scaling_alpha, dropout=spec.dropout, rslora=spec.rslora, dora=spec.dora,
+        targets=tuple(_shorten(targets) if spec.targets == "all-linear" else spec.targets),
+        modules_to_save=modules, tied=model.untied_head is None,
+    )
+
+
+def find_targets(model: CausalLM, targets: str | Sequence[str]) -> set[str]:
+    """Names of the linear layers that `targets` means. Raises ModelError for one that fits none."""
+    names = [name for projection in model.projections() for name in projection.names]
+    if targets == "all-linear":
+        return set(names)
+    found: set[str] = set()
+    for target in targets:
+        fits = {name for name in names if name == target or name.endswith("." + target)}
+        if not fits:
+            cure = "Write modules_to_save: [lm_head] to train it whole" if target == "lm_head" else (
+                "Choose from " + ", ".join(_shorten(names)))
+            raise ModelError("method.targets", f"no linear layer ends in {target!r}", cure=cure)
+        found |= fits
+    return found
+
+
+def _shorten(names: Sequence[str] | set[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _draw_a(rank: int, inputs: int, *, seed: int, name: str) -> Tensor:
+    """Uniform in +-1/sqrt(inputs): what kaiming_uniform with a = sqrt(5) gives, as in PEFT."""
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return (torch.rand(rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+
+
+def tune_tables(model: CausalLM, modules: Sequence[str], *, num_tokens: int | None) -> tuple[str, ...]:
+    """Give the embedding and/or head a trainable whole copy, larger if the vocabulary grew. Returns their names.
+
+    On a tied model either name means the one matrix, which stays tied.
+    """
+    known = {"embed_tokens", "lm_head"} | {table.name.rpartition(".")[2] for table in model.tables()}
+    for module in modules:
+        if module not in known:
+            raise ModelError("method.modules_to_save", f"{module!r} cannot be trained whole", cure="Choose from embed_tokens, lm_head")
+    if num_tokens is not None and num_tokens > model.config.vocab_size:
+        resize_vocabulary(model, num_tokens)
+    wanted = {"lm_head" if module == "lm_head" else "embed_tokens" for module in modules}
+    if num_tokens is not None:
+        wanted = {"embed_tokens", "lm_head"}
+    if wanted and model.untied_head is None:
+        wanted = {"embed_tokens"}
+    for module in sorted(wanted):
+        table = model.head_table if module == "lm_head" else model.embedding
+        table.tuned = nn.Parameter(table.weight.detach().float().clone())
+    return tuple(sorted(wanted))
+
+
+def resize_vocabulary(model: CausalLM, num_tokens: int) -> None:
+    """Append rows to embedding and head, each the mean of the old rows: close to what an unseen token means."""
+    for table in model.tables():
+        old = table.weight.detach()
+        mean = old.float().mean(0, keepdim=True).to(old.dtype)
+        table.weight = nn.Parameter(torch.cat((old, mean.expand(num_tokens - len(old), -1))), requires_grad=False)
+    model.config = dataclasses.replace(model.config, vocab_size=num_tokens)
+
+
+def _continue_adapter(model: CausalLM, spec: LoraSpec, num_tokens: int | None) -> None:
+    """Load spec.adapter for further training. What the job says explicitly must agree with it."""
+    assert spec.adapter is not None
+    found = load_adapter(model, Path(spec.adapter), trainable=True)
+    said = spec.model_fields_set
+    checks = {
+        "rank": (spec.rank, found.rank), "rslora": (spec.rslora, found.rslora), "dora": (spec.dora, found.dora),
+        "alpha": (spec.alpha, found.alpha),
+        "targets": (
+            find_targets(model, spec.targets),
+            {name for projection in model.projections() for name, _, _ in projection.loras()},
+        ),
+        "modules_to_save": (set(spec.modules_to_save), set(found.modules_to_save)),
+    }
+    for key, (wanted, stored) in checks.items():
+        if key in said and wanted is not None and wanted != stored:
+            raise ModelError(
+                f"method.{key}", f"the job and the adapter {spec.adapter} disagree",
+                rule="a continued adapter keeps its shape", cure=f"Remove {key} from the job, or start a new adapter",
+            )
+    if num_tokens is not None and num_tokens > model.config.vocab_size:
+        raise ModelError("method.new_tokens", "the continued adapter does not hold them",
+                         cure="Start a new adapter to add tokens")
+    dropout = spec.dropout if "dropout" in said else found.dropout
+    for projection in model.projections():
+        projection.dropout = dropout
+    model.adapter_config = dataclasses.replace(found, dropout=dropout)
+
+
+def set_enabled(model: CausalLM, enabled: bool) -> None:
+    """Switch all adapters and tuned tables on or off: off is the base model."""
+    for projection in model.projections():
+        projection.enabled = enabled
+    for table in model.tables():
+        table.enabled = enabled
+
+
+def merge(model: CausalLM) -> None:
+    """Fold adapters and tuned tables into the weights, in place. A quantised base becomes 16-bit where it is touched."""
+    for projection in model.projections():
+        if not projection.loras():
+            continue
+        kind = projection.dtype if projection.weight is None else projection.weight.dtype
+        projection.weight = nn.Parameter(projection.effective().to(kind), requires_grad=False)
+        projection.packed = None
+        for number in range(len(projection.adapters)):
+            projection.drop_adapter(number)
+    for table in model.tables():
+        _merge_table(table)
+    model.adapter_config = None
+
+
+def _merge_table(table: TokenTable) -> None:
+    if table.tuned is not None:
+        table.weight = nn.Parameter(table.tuned.detach().to(table.weight.dtype), requires_grad=False)
+        table.tuned = None

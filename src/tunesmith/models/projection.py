@@ -1,0 +1,265 @@
+"""One linear layer as it runs: one or several of a checkpoint's matrices merged by rows, with optional adapters.
+
+`q_proj`, `k_proj`, `v_proj` of a block become one `Projection` of three parts. The frozen weight lies in the compute
+dtype or quantised; a trained weight is an fp32 master whose copy in the compute dtype is made once per optimizer step.
+
+T: tokens  I: inputs  O: outputs of all parts  R: ranks of all parts together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# A product with fewer rows may take another kernel, and then differ in the last bit: never multiply fewer.
+MIN_ROWS = 16
+
+
+class PackedWeight(Protocol):
+    """A frozen weight in another storage than the compute dtype (see quant.py)."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The (O, I) matrix in `dtype`."""
+        ...
+
+
+class MasterCast:
+    """The compute-dtype copy of one fp32 master, made again only after the master changed."""
+
+    def __init__(self) -> None:
+        self._version, self._copy = -1, None
+
+    def of(self, master: Tensor, dtype: torch.dtype) -> Tensor:
+        if master.dtype == dtype:
+            return master
+        copy = self._copy
+        # An in-place update raises the version; a moved parameter changes its storage.
+        if copy is None or self._version != master._version or copy.device != master.device or copy.dtype != dtype:
+            copy = self._copy = master.detach().to(dtype)
+            self._version = master._version
+        return _UseCast.apply(master, copy) if master.requires_grad and torch.is_grad_enabled() else copy
+
+
+class _UseCast(torch.autograd.Function):
+    """Stands for `master.to(dtype)`, with the copy given."""
+
+    @staticmethod
+    def forward(ctx, master, copy):
+        ctx.dtype = master.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+class LoraPart(nn.Module):
+    """Adapter of one part: adds scale * B A x to its output. fp32.
+
+    a: (rank, I). b: (outputs, rank). magnitude: (outputs,) with DoRA, else None.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, *, scale: float, alpha: float, magnitude: Tensor | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.alpha = scale, alpha
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def delta(self) -> Tensor:
+        """scale * B A in fp32, (outputs, I)."""
+        return (self.b * self.scale) @ self.a
+
+
+class Projection(nn.Module):
+    """y = x W^T + bias, plus the adapters of its parts.
+
+    names:   the checkpoint's module names of the parts, in row order.
+    sizes:   their numbers of outputs.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], weight: Tensor, bias: Tensor | None, *,
+                 dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__()
+        self.names, self.sizes, self.dtype = tuple(names), tuple(sizes), dtype
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.transposed = transposed  # the checkpoint stores (I, O), as GPT-2 does
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.packed: PackedWeight | None = None
+        self.adapters = nn.ModuleList([_NoAdapter() for _ in names])
+        self.dropout, self.enabled = 0.0, True
+        self._weight_cast, self._bias_cast = MasterCast(), MasterCast()
+
+    def rows(self) -> list[tuple[str, slice]]:
+        """(name, rows) of each part."""
+        found, at = [], 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            found.append((name, slice(at, at + size)))
+            at += size
+        return found
+
+    def drop_adapter(self, number: int) -> None:
+        self.adapters[number] = _NoAdapter()
+
+    def loras(self) -> list[tuple[str, slice, LoraPart]]:
+        """(name, rows, adapter) of each adapted part."""
+        return [
+            (name, rows, adapter)
+            for (name, rows), adapter in zip(self.rows(), self.adapters, strict=True)
+            if isinstance(adapter, LoraPart)
+        ]
+
+    def dense(self) -> Tensor:
+        """The weight without adapters in the compute dtype, differentiable if it is trained."""
+        if self.packed is not None:
+            return self.packed.dense(self.dtype)
+        assert self.weight is not None
+        return self._weight_cast.of(self.weight, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0] if x.dim() == 2 else 0
+        if 0 < rows < MIN_ROWS and not torch.is_grad_enabled():
+            return self._project(F.pad(x, (0, 0, 0, MIN_ROWS - rows)))[:rows]
+        return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self._bias_cast.of(self.bias, self.dtype)
+        loras = self.loras() if self.enabled else []
+        if not loras:
+            if self.packed is not None and torch.is_grad_enabled() and x.requires_grad:
+                return _PackedLinear.apply(x, self.packed, bias)
+            return F.linear(x, self.dense(), bias)
+        dropped = self.dropout > 0 and self.training
+        if any(lora.magnitude is not None for _, _, lora in loras):
+            return self._project_dora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
+        if dropped or x.device.type != "cpu" or x.dim() != 2 or torch.compiler.is_compiling():
+            return self._add_lora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
+        base = self.packed if self.packed is not None else self.weight
+        plan = tuple((rows, lora.scale) for _, rows, lora in loras)
+        return _LoraLinear.apply(x, base, bias, plan, *(tensor for _, _, lora in loras for tensor in (lora.a, lora.b)))
+
+    def _base_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.packed is not None:
+            return _PackedLinear.apply(x, self.packed, bias)
+        return F.linear(x, self.dense(), bias)
+
+    def _add_lora(self, x: Tensor, bias: Tensor | None, loras: list, x_adapter: Tensor) -> Tensor:
+        """Plain definition: base output plus each part's adapter output."""
+        pieces = {rows.start: lora for _, rows, lora in loras}
+        added = []
+        for _, rows in self.rows():
+            lora = pieces.get(rows.start)
+            if lora is None:
+                added.append(x.new_zeros(*x.shape[:-1], rows.stop - rows.start))
+            else:
+                inner = F.linear(x_adapter, lora.a.to(x.dtype))
+                added.append(F.linear(inner, (lora.b * lora.scale).to(x.dtype)))
+        return self._base_output(x, bias) + (torch.cat(added, -1) if len(added) > 1 else added[0])
+
+    def _project_dora(self, x: Tensor, bias: Tensor | None, loras: list, x_adapter: Tensor) -> Tensor:
+        """DoRA: rows of W + BA are rescaled to a trained magnitude; their norm is a constant in backward.
+
+        Source: Liu et al. 2024, arXiv:2402.09353, Eq. 5 and section 4.3.
+        """
+        weight = self.dense()
+        base = self._base_output(x, None)
+        pieces = {rows.start: lora for _, rows, lora in loras}
+        outputs = []
+        for _, rows in self.rows():
+            lora, y = pieces.get(rows.start), base[..., rows]
+            if lora is not None:
+                inner = F.linear(F.linear(x_adapter, lora.a.to(x.dtype)), (lora.b * lora.scale).to(x.dtype))
+                if lora.magnitude is None:
+                    y = y + inner
+                else:
+                    norm = (weight[rows].detach().float() + lora.delta().detach()).norm(dim=1)
+                    factor = (lora.magnitude / norm).to(x.dtype)
+                    y = factor * (y + inner)
+            outputs.append(y)
+        y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        return y if bias is None else y + bias
+
+    def effective(self) -> Tensor:
+        """Weight with the adapters folded in, fp32, (O, I); detached."""
+        weight = self.packed.dense(torch.float32) if self.packed is not None else self.weight
+        assert weight is not None
+        weight = weight.detach().float().clone()
+        for _, rows, lora in self.loras():
+            part = weight[rows] + lora.delta().detach()
+            if lora.magnitude is not None:
+                part = part * (lora.magnitude.detach() / part.norm(dim=1))[:, None]
+            weight[rows] = part
+        return weight
+
+
+class _NoAdapter(nn.Module):
+    """Stands at the place of a part without adapter."""
+
+
+def _dense(base: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    return base.to(dtype) if isinstance(base, Tensor) else base.dense(dtype)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """x W^T with W unpacked in forward and again in backward, so that only the packed weight is kept."""
+
+    @staticmethod
+    def forward(ctx, x, packed, bias):
+        ctx.packed = packed
+        return F.linear(x, packed.dense(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad @ ctx.packed.dense(grad.dtype), None, None
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Base product and all adapters of a merged projection as one node, for eager CPU runs.
+
+    Adds into slices of the output in place; never traced by a compiler (`Projection` sees to that).
+    """
+
+    @staticmethod
+    def forward(ctx, x, base, bias, plan, *factors):
+        y = F.linear(x, _dense(base, x.dtype), bias)
+        a_RI = torch.cat(factors[::2]).to(x.dtype)
+        inner_TR = x @ a_RI.t()
+        scaled = []
+        for (rows, scale), b, inner in zip(plan, factors[1::2], _columns(inner_TR, factors), strict=True):
+            scaled.append((b * scale).to(x.dtype))
+            y[:, rows].addmm_(inner, scaled[-1].t())
+        ctx.save_for_backward(x, a_RI, inner_TR, *scaled)
+        ctx.base, ctx.plan = base, plan
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, a_RI, inner_TR, *scaled = ctx.saved_tensors
+        grad_inner = torch.empty_like(inner_TR)
+        grads_b, at = [], 0
+        for (rows, scale), b in zip(ctx.plan, scaled, strict=True):
+            columns = slice(at, at := at + b.shape[1])
+            torch.mm(grad[:, rows], b, out=grad_inner[:, columns])
+            grads_b.append((grad[:, rows].t() @ inner_TR[:, columns]).float() * scale)
+        grad_a = (grad_inner.t() @ x).float().split([b.shape[1] for b in scaled])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _dense(ctx.base, grad.dtype)).addmm_(grad_inner, a_RI)
+        pairs = [tensor for pair in zip(grad_a, grads_b, strict=True) for tensor in pair]
+        return grad_x, None, None, None, *pairs
+
+
+def _columns(inner_TR: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return inner_TR.split([a.shape[0] for a in factors[::2]], 1)
