@@ -1,7 +1,7 @@
-"""What a generated answer is worth: one function and one row of `METRICS` per metric, every value in [0, 1].
+"""What a generated answer is worth: one function and one row of `METRICS` per metric, values in [0, 1].
 
-An answer is untrusted text: it is parsed as strict JSON (`core.jsonl.parse_json`), never evaluated, and whatever
-it holds gives a number, not an exception.
+An answer is untrusted text: it is parsed as strict JSON (`core.jsonl.parse_json`), never evaluated, and
+whatever it holds gives a number, not an exception.
 """
 
 from __future__ import annotations

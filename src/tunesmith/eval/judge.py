@@ -1,0 +1,155 @@
+"""The one judge: every arm answers the same sealed rows, and the same code says what each answer is worth.
+
+row -> prompt of the arm -> likelihood of the true answer, and a generated answer -> metrics -> answers.jsonl
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tunesmith.core.events import Event, OnEvent, ignore_event
+from tunesmith.core.jsonl import write_json, write_jsonl
+from tunesmith.core.records import AnswerRecord, EvalRecord
+from tunesmith.core.rundir import RunDir
+from tunesmith.core.types import TokenRow
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.render import Renderer
+from tunesmith.eval import cases as steps
+from tunesmith.eval.doubts import find_doubts
+from tunesmith.eval.forgetting import measure_forgetting
+from tunesmith.eval.metrics import METRICS
+from tunesmith.eval.prompting import PromptingKind
+from tunesmith.job.spec import EvaluateSpec
+from tunesmith.models.causal_lm import CausalLM
+
+
+def judge(
+    model: CausalLM,
+    renderer: Renderer,
+    prepared: Prepared,
+    *,
+    out: RunDir,
+    spec: EvaluateSpec,
+    prompting: PromptingKind = "zero-shot",
+    seed: int = 0,
+    split: str = "test",
+    model_name: str = "",
+    adapter: str | None = None,
+    general: Sequence[TokenRow] = (),
+    base: CausalLM | None = None,
+    task: str = "",
+    on_event: OnEvent = ignore_event,
+) -> EvalRecord:
+    """Score one arm and seed; writes `answers.jsonl` and `eval.json` into `out`.
+
+    prompting: what stands before each row; examples come from the train split and are drawn with `seed`.
+    general:   windows of general text (`forgetting.read_general_text`); with them, forgetting is measured against
+               `base`, or against the model with its adapters off.
+    Raises DataError if the split has no rows, ArmFailed if a likelihood is not finite.
+    """
+    clock = _Clock()
+    tell = _Teller(task, on_event)
+    cases = steps.gather_cases(prepared, renderer, split=split, max_rows=spec.max_rows)
+    answers, metrics, warnings = _score(model, renderer, prepared, cases, spec, prompting, seed, tell)
+    forgetting = None
+    if general:
+        tell.say("forgetting")
+        task_rows = [row for case in cases for row in case.rows]
+        forgetting = measure_forgetting(model, windows=general, task_rows=task_rows, base=base)
+    record = EvalRecord(
+        model=model_name,
+        adapter=adapter,
+        prompting=prompting,
+        metrics=metrics,
+        num_rows=len(cases),
+        num_target_tokens=sum(answer.num_target_tokens for answer in answers),
+        data_sha256=prepared.fingerprints[f"{split}_sha256"],
+        forgetting=forgetting,
+        warnings=warnings,
+        wall_seconds=clock.wall_seconds,
+        cpu_seconds=clock.cpu_seconds,
+        peak_bytes=measure_peak(),
+    )
+    write_jsonl(out.answers, (answer.to_json() for answer in answers))
+    write_json(out.evaluation, record.to_json())
+    return record
+
+
+def _score(
+    model: CausalLM,
+    renderer: Renderer,
+    prepared: Prepared,
+    cases: list[steps.Case],
+    spec: EvaluateSpec,
+    prompting: PromptingKind,
+    seed: int,
+    tell: _Teller,
+) -> tuple[list[AnswerRecord], dict[str, float], list[str]]:
+    """Records, metrics and warnings of all cases."""
+    names, validator, warnings = steps.resolve_metrics(cases, spec)
+    reserved = steps.count_reserved_tokens(prepared, cases, max_new_tokens=spec.max_new_tokens)
+    warnings += steps.prompt_cases(
+        cases,
+        renderer,
+        prepared.conversations("train") if prompting != "zero-shot" else (),
+        prompting=prompting,
+        spec=spec,
+        seed=seed,
+        max_prompt_tokens=model.config.max_positions - reserved,
+    )
+    steps.score_cases(model, cases, end_ids=renderer.stop_ids, on_row=tell.count("likelihood", len(cases)))
+    if "choice_accuracy" in names:
+        steps.choose_cases(model, renderer, cases)
+    if any(METRICS[name].generates for name in names):
+        steps.answer_cases(model, renderer, cases, spec=spec, on_row=tell.count("answers", len(cases)))
+    answers = steps.mark_cases(cases, names, validator)
+    metrics = steps.summarize_cases(cases, answers)
+    warnings += find_doubts(
+        answers, metrics, vocab_size=model.config.vocab_size, max_new_tokens=spec.max_new_tokens
+    )
+    return answers, metrics, warnings
+
+
+class _Teller:
+    """Turns counts into events."""
+
+    def __init__(self, task: str, on_event: OnEvent) -> None:
+        self._task, self._on_event = task, on_event
+
+    def say(self, text: str) -> None:
+        self._on_event(Event("stage", task=self._task, text=text))
+
+    def count(self, text: str, total: int) -> Callable[[int], None]:
+        self.say(text)
+        return lambda done: self._on_event(Event("progress", self._task, text, done, total))
+
+
+class _Clock:
+    """Wall and CPU seconds of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu
+
+
+def measure_peak() -> int:
+    """Peak memory in bytes: of the GPU where there is one, else of this process since it started."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
