@@ -198,7 +198,9 @@ def report(
 
 def _print_comparison(comparison: Any, out: Path, as_json: bool) -> None:
     if as_json:
-        _print_json(comparison.public_json())
+        from tunesmith import api
+
+        _print_json(api.comparison_json(comparison, out))
     else:
         from tunesmith.cli import show
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.core.comparison import Cell, Comparison
 from tunesmith.core.quantities import format_bytes, format_count, format_seconds
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
+from tunesmith.data.checks import CheckReport, SplitFacts
+from tunesmith.data.preview import RowPreview
 
 TONES = {"better": "green", "best": "bold green", "worse": "red", "muted": "dim"}
 
@@ -109,3 +113,84 @@ def _print_pairs(rows: dict[str, Any], warnings: list[str]) -> None:
     console.print(table, highlight=False)
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(harmless(warning))}", highlight=False)
+
+
+def print_check(report: CheckReport) -> None:
+    """What is in the data, split by split, then what to know about it."""
+    console = Console()
+    for source in report.sources:
+        rejected = f", {source.num_rejected:,} rejected" if source.num_rejected else ""
+        console.print(
+            f"{escape(source.name)}: {source.num_rows:,} rows as {source.format}{rejected} -> {source.split}", highlight=False
+        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in report.splits:
+        table.add_column(name, justify="right")
+    for title, read in _CHECK_ROWS:
+        table.add_row(title, *(read(facts) for facts in report.splits.values()))
+    for title, key in _OVERLAP_ROWS:
+        if report.overlap:
+            table.add_row(title, *(_overlap(report, name, key) for name in report.splits))
+    console.print(table)
+    for finding in report.findings:
+        style = {"error": "[red]error:[/] ", "warning": "[yellow]warning:[/] ", "note": "[dim]note:[/] "}[finding.level]
+        console.print(f"{style}{escape(harmless(finding.message))}", highlight=False)
+
+
+def _lengths(facts: SplitFacts) -> str:
+    at = facts.length_percentiles
+    return " / ".join(str(at.get(name, 0)) for name in ("5", "50", "95", "100"))
+
+
+def _lost(facts: SplitFacts) -> str:
+    return f"{facts.num_lost_targets:,}" if facts.num_lost_targets else "–"
+
+
+def _count(name: str) -> Callable[[SplitFacts], str]:
+    return lambda facts: f"{value:,}" if (value := getattr(facts, name)) else "–"
+
+
+_CHECK_ROWS: tuple[tuple[str, Callable[[SplitFacts], str]], ...] = (
+    ("conversations", _count("num_conversations")),
+    ("token rows", _count("num_rows")),
+    ("tokens", _count("num_tokens")),
+    ("trained tokens", _count("num_targets")),
+    ("length, 5% / half / 95% / longest", _lengths),
+    ("dropped for length", _count("num_dropped")),
+    ("cut for length", _count("num_truncated")),
+    ("answer tokens lost by that", _lost),
+    ("without a trained token", _count("num_without_targets")),
+    ("whose stop token is not trained", _count("num_without_stop")),
+    ("exact duplicates", _count("num_exact_duplicates")),
+    ("near duplicates", _count("num_near_duplicates")),
+    ("clusters", _count("num_clusters")),
+)
+_OVERLAP_ROWS = (
+    ("also in train: equal rows", "num_exact"),
+    ("also in train: same question", "num_same_question"),
+    ("also in train: near duplicates", "num_near"),
+    ("sharing 13 words with train", "num_shared_13grams"),
+)
+
+
+def _overlap(report: CheckReport, split: str, key: str) -> str:
+    found = report.overlap.get(split)
+    return "" if found is None else f"{getattr(found, key):,}" if getattr(found, key) else "–"
+
+
+_PIECES = {"trained": "black on green", "stop": "bold white on blue", "masked": "dim"}
+
+
+def print_previews(previews: Sequence[RowPreview]) -> None:
+    """Rows piece by piece: trained, masked and stop tokens in colour, and what each colour means."""
+    console = Console()
+    console.print(" ".join(f"[{style}] {kind} [/]" for kind, style in _PIECES.items()))
+    for item in previews:
+        console.print(
+            f"\n[bold]{escape(item.place)}[/] {item.num_tokens} tokens, {item.num_targets} trained", highlight=False
+        )
+        line = Text()
+        for text, kind in item.segments:
+            line.append(harmless(text), style=_PIECES[kind])
+        console.print(line, highlight=False)

@@ -46,7 +46,9 @@ def parse_json(raw: bytes, *, place: str) -> Any:
     """Parse one JSON document strictly. Raises DataError naming `place`."""
     cure = "Repair the line, or pass --on-bad-row skip"
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise DataError(place, "starts with a byte order mark", rule="JSON is plain UTF-8", cure="Save it without BOM")
+        raise DataError(
+            place, "starts with a byte order mark", rule="JSON is plain UTF-8", cure="Save it without BOM"
+        )
     if b"\x00" in raw:
         raise DataError(place, "contains a NUL byte", rule="JSON is text", cure=cure)
     try:
@@ -115,12 +117,17 @@ def read_jsonl(
                     )
                 if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                     raise DataError(
-                        place, "starts with a byte order mark", rule="JSONL is plain UTF-8", cure="Save it without BOM"
+                        place,
+                        "starts with a byte order mark",
+                        rule="JSONL is plain UTF-8",
+                        cure="Save it without BOM",
                     )
                 try:
                     value = parse_json(raw, place=place)
                 except DataError as error:
-                    if raw.endswith(b"\n") or not error.finding.startswith(("Unterminated", "Expecting", "Invalid")):
+                    if raw.endswith(b"\n") or not error.finding.startswith(
+                        ("Unterminated", "Expecting", "Invalid")
+                    ):
                         raise
                     raise DataError(
                         place,

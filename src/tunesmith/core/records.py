@@ -31,7 +31,9 @@ class _Record:
         names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         given = {key: item for key, item in value.items() if key != "schema"}
         if unknown := sorted(given.keys() - names):
-            raise DataError(place, f"unknown record field {unknown[0]!r}", rule=f"fields of {cls.__name__} are fixed")
+            raise DataError(
+                place, f"unknown record field {unknown[0]!r}", rule=f"fields of {cls.__name__} are fixed"
+            )
         try:
             return cls(**given)
         except TypeError as error:

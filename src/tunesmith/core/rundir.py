@@ -1,14 +1,14 @@
 """The only place that spells the file names of a run folder, and the lock that lets one process own it.
 
-    DIR/
-      job.json            the resolved job, every default written out
-      run.json            RunRecord
-      steps.jsonl         StepRecord a line
-      prepared/           token rows and conversations of each split (data/prepare.py)
-      checkpoints/step-N/ atomic: files, manifest.json with hashes
-      adapter/ or model/  what was trained, in PEFT or HF format
-      eval.json, answers.jsonl
-      report.html
+DIR/
+  job.json            the resolved job, every default written out
+  run.json            RunRecord
+  steps.jsonl         StepRecord a line
+  prepared/           token rows and conversations of each split (data/prepare.py)
+  checkpoints/step-N/ atomic: files, manifest.json with hashes
+  adapter/ or model/  what was trained, in PEFT or HF format
+  eval.json, answers.jsonl
+  report.html
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class RunDir:
         return self.root / "answers.jsonl"
 
     @property
+    def tasks(self) -> Path:
+        return self.root / "tasks.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 
@@ -79,6 +84,20 @@ class RunDir:
     @property
     def comparison(self) -> Path:
         return self.root / "comparison.json"
+
+    def clear(self) -> None:
+        """Delete what runs and comparisons write here, and nothing else."""
+        names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
+        names += ("eval.json", "answers.jsonl", "tasks.json", "rejected_rows.jsonl", "comparison.json", "report.html")
+        for path in (self.root / name for name in names):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def is_own(self) -> bool:
+        """True for a folder that is empty, missing, or was begun by us."""
+        return self.job.is_file() or not self.root.is_dir() or {path.name for path in self.root.iterdir()} <= {".lock"}
 
     def arm(self, name: str, seed: int) -> RunDir:
         """Folder of one arm and seed inside a comparison."""
@@ -113,7 +132,10 @@ class RunDir:
             except OSError:
                 owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
                 raise RunDirError(
-                    str(self.root), f"in use by {owner}", rule="one run owns a folder", cure="Wait, or give another --out"
+                    str(self.root),
+                    f"in use by {owner}",
+                    rule="one run owns a folder",
+                    cure="Wait, or give another --out",
                 ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
@@ -125,7 +147,14 @@ class RunDir:
 def as_rundir_error(error: OSError, place: Path) -> RunDirError:
     """Turn a failed write into one line with its cure."""
     if error.errno == errno.ENOSPC:
-        return RunDirError(str(place), "no space left on the disk", cure="Free some space, then run the command again")
+        return RunDirError(
+            str(place), "no space left on the disk", cure="Free some space, then run the command again"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return RunDirError(str(place), "cannot be written", rule="the output folder must be writable", cure="Give another --out")
+        return RunDirError(
+            str(place),
+            "cannot be written",
+            rule="the output folder must be writable",
+            cure="Give another --out",
+        )
     return RunDirError(str(place), error.strerror or str(error), cure="Give another --out")

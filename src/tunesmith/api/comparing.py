@@ -1,0 +1,240 @@
+"""Run every arm and seed of a job, judge them all alike, and write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.api.pool import Work, plan_parallel, run_works
+from tunesmith.api.tasks import JudgeTask, Task, TrainTask
+from tunesmith.api.training import clear_run, fingerprint_model, prepare, resolve_learning_rate
+from tunesmith.compare.plan import PlannedArm, choose_rate, plan_arms, plan_trials
+from tunesmith.compare.result import compare_run, to_public_json
+from tunesmith.core.bundled import BUNDLED
+from tunesmith.core.comparison import Comparison
+from tunesmith.core.errors import ArmFailed, DataError, RunDirError
+from tunesmith.core.events import Event, OnEvent, ignore_event
+from tunesmith.core.fingerprint import hash_file, hash_json
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.records import RunRecord
+from tunesmith.core.rundir import RunDir
+from tunesmith.data.prepare import Prepared
+from tunesmith.job.load import job_from, load_job
+from tunesmith.job.resolve import ResolvedModel, resolve_model
+from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.report.card import render_card
+from tunesmith.report.page import render_report
+
+GENERAL_TEXT = BUNDLED["tunesmith/tickets"] / "general.jsonl"
+DEMO_JOB = BUNDLED["tunesmith/tickets"].parent / "demo.yaml"
+
+
+def compare(
+    job: Job | Mapping[str, Any],
+    *,
+    out: str | Path,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    fresh: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> Comparison:
+    """Run all arms x seeds of `job.compare`, isolated from each other, and judge them on the sealed test rows.
+
+    Called again it goes on where it stopped; arms whose job is unchanged are not run again. Leaves `report.html`,
+    `comparison.json` and each arm's records in `out`.
+    Raises TunesmithError in one line; an arm that fails is reported among the warnings, unless all fail.
+    """
+    job = job if isinstance(job, Job) else job_from(job)
+    arms = plan_arms(job)
+    base = resolve_model(job.model_spec)
+    run = RunDir(Path(out)).create()
+    with run.lock():
+        if fresh:
+            clear_run(run)
+        elif not run.is_own():
+            raise RunDirError(str(run.root), "holds no comparison", rule="out is a folder of its own", cure="Give another --out")
+        prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
+        if "test" not in prepared.splits:
+            raise DataError("data.split.test", "has no rows", rule="arms are judged on a test split", cure="Give it a share or a file")
+        write_json(run.job, job.model_dump(mode="json"))
+        comparing = _Comparing(job, base, run, prepared, on_event)
+        failures = comparing.run_all(arms)
+        comparison = compare_run(run, job, failures=failures)
+        render_report(run)
+    return comparison
+
+
+def demo_job(overrides: Sequence[str] = ()) -> Job:
+    """The job of `tunesmith demo`."""
+    return load_job(DEMO_JOB, overrides)
+
+
+def report(run: str | Path) -> Comparison:
+    """Judge a comparison's folder again and rebuild its report, from files alone."""
+    folder = RunDir(Path(run))
+    if not folder.job.is_file():
+        raise RunDirError(str(run), "holds no comparison", cure="Give the --out folder of: tunesmith compare")
+    comparison = compare_run(folder, Job.model_validate(read_json(folder.job)))
+    render_report(folder)
+    return comparison
+
+
+def report_markdown(comparison: Comparison) -> str:
+    """Verdict and table in Markdown, for a README or a model card."""
+    return render_card(comparison)
+
+
+def comparison_json(comparison: Comparison, out: str | Path) -> dict[str, Any]:
+    """The stable object that `compare --json` prints."""
+    return to_public_json(comparison, report=str(RunDir(Path(out)).report))
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparing:
+    """Everything that all arms of one comparison share."""
+
+    job: Job
+    base: ResolvedModel
+    run: RunDir
+    prepared: Prepared
+    on_event: OnEvent
+
+    def run_all(self, arms: Sequence[PlannedArm]) -> dict[str, str]:
+        """Tune, train and judge. Returns arm -> reason of those that failed."""
+        model_bytes = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        parallel, threads = plan_parallel(self.job.compare.parallel, model_bytes=model_bytes)
+        failures: dict[str, str] = {}
+        if self.job.compare.tune.trials:
+            self.on_event(Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm"))
+            trials = {arm.name: self._plan_trials(arm) for arm in arms if arm.trains}
+            run_works(
+                [work for works in trials.values() for work in works],
+                parallel=parallel, threads=threads, on_event=self.on_event,
+            )  # fmt: skip
+            arms = [self._tuned(arm, trials, failures) for arm in arms]
+        count = sum(len(arm.seeds) for arm in arms)
+        self.on_event(Event("stage", text=f"Comparing {len(arms)} arms, {count} runs, {parallel} at a time"))
+        works = self._plan_works([arm for arm in arms if arm.trained_by not in failures])
+        failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
+        return failures | _by_arm(failed, arms)
+
+    # --- learning-rate search ---------------------------------------------------------------------------------------
+
+    def _plan_trials(self, arm: PlannedArm) -> list[Work]:
+        prior = resolve_learning_rate(self._arm_job(arm, self.job.compare.seeds[0]), self.base.folder)
+        return [
+            Work(
+                f"{arm.name} trial {number}",
+                (self._train_task(replace(arm, learning_rate=rate), self.job.compare.seeds[0], trial=number),),
+                self.run.trial(arm.name, number).root,
+            )
+            for number, rate in enumerate(plan_trials(prior, self.job.compare.tune))
+        ]
+
+    def _tuned(self, arm: PlannedArm, trials: Mapping[str, list[Work]], failures: dict[str, str]) -> PlannedArm:
+        """The arm with the learning rate of the lowest validation loss."""
+        if arm.trained_by is None:
+            return arm
+        rates, losses = [], []
+        for number, _ in enumerate(trials[arm.trained_by]):
+            record = self.run.trial(arm.trained_by, number).record
+            if record.is_file():
+                run = RunRecord.from_json(read_json(record), place=str(record))
+                rates.append(run.learning_rate)
+                losses.append(run.validation_loss)
+        try:
+            chosen = choose_rate(rates, losses)
+        except ValueError as error:
+            failures[arm.trained_by] = str(error)
+            return arm
+        edge = ", at the edge of the grid" if chosen.at_edge else ""
+        if arm.trains:
+            self.on_event(Event("note", text=f"{arm.name}: learning rate {chosen.learning_rate:g}{edge}"))
+        return replace(arm, learning_rate=chosen.learning_rate)
+
+    # --- training and judging ---------------------------------------------------------------------------------------
+
+    def _plan_works(self, arms: Sequence[PlannedArm]) -> list[Work]:
+        """Trainings first, each seed its own process; then one judge process per arm, once its trainings are done."""
+        works = [
+            Work(f"{arm.name} seed {seed}", (self._train_task(arm, seed),), self.run.arm(arm.name, seed).root)
+            for arm in arms
+            if arm.trains
+            for seed in arm.seeds
+        ]
+        for arm in sorted(arms, key=lambda arm: arm.trained_by is None):
+            after = frozenset(f"{arm.trained_by} seed {seed}" for seed in arm.seeds) if arm.trained_by else frozenset[str]()
+            tasks: tuple[Task, ...] = tuple(self._judge_task(arm, seed) for seed in arm.seeds)
+            works.append(Work(f"{arm.name} judged", tasks, self.run.arm(arm.name, arm.seeds[0]).root.parent, after))
+        return works
+
+    def _arm_job(self, arm: PlannedArm, seed: int) -> Job:
+        """The job of one arm and seed, as if it were run alone."""
+        train = self.job.train.model_copy(update={"seed": seed, "learning_rate": arm.learning_rate})
+        if arm.epochs is not None:
+            train = train.model_copy(update={"epochs": arm.epochs, "steps": None})
+        return self.job.model_copy(update={"method": arm.method or self.job.method, "train": train})
+
+    def _train_task(self, arm: PlannedArm, seed: int, *, trial: int | None = None) -> TrainTask:
+        job = self._arm_job(arm, seed)
+        values = job.model_dump(mode="json", exclude={"compare", "evaluate"})
+        folder = self.run.arm(arm.name, seed) if trial is None else self.run.trial(arm.name, trial)
+        return TrainTask(
+            label=f"{arm.name} seed {seed}" if trial is None else f"{arm.name} trial {trial}",
+            job=values,
+            out=str(folder.root),
+            prepared=str(self.run.prepared),
+            model_folder=str(self.base.folder),
+            model_name=self.base.name,
+            revision=self.base.revision,
+            key=hash_json({"job": values, **self._shared_hashes(("train", "validation"))}),
+            keep_weights=trial is None,
+        )
+
+    def _judge_task(self, arm: PlannedArm, seed: int) -> JudgeTask:
+        method = arm.method
+        weights = "base" if method is None else "adapter" if isinstance(method, LoraSpec) else "model"
+        trained = self.run.arm(arm.trained_by, seed) if arm.trained_by else None
+        folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
+        job = self._arm_job(arm, seed).model_dump(mode="json", exclude={"compare"})
+        general = str(self.job.evaluate.general or GENERAL_TEXT) if self.job.evaluate.forgetting and trained else None
+        return JudgeTask(
+            label=f"{arm.name} judged",
+            job=job,
+            out=str(self.run.arm(arm.name, seed).root),
+            prepared=str(self.run.prepared),
+            model_folder=str(self.base.folder),
+            model_name=self.base.name,
+            key=hash_json(
+                {
+                    "job": job,
+                    "prompting": arm.prompting,
+                    "general": hash_file(Path(general)) if general else None,
+                    **self._shared_hashes(("train", "validation", "test")),
+                }
+            ),
+            weights=weights,
+            weights_folder=str(folder) if folder else None,
+            storage=method.storage if isinstance(method, LoraSpec) else "full",
+            prompting=arm.prompting,
+            seed=seed,
+            general=general,
+        )
+
+    def _shared_hashes(self, splits: Sequence[str]) -> dict[str, str]:
+        names = {f"{split}_sha256" for split in splits} | {"template_sha256", "tokenizer_sha256"}
+        kept = {name: value for name, value in self.prepared.fingerprints.items() if name in names}
+        return kept | {"model": fingerprint_model(self.base.folder, self.base.revision)}
+
+
+def _by_arm(failed: Mapping[str, str], arms: Sequence[PlannedArm]) -> dict[str, str]:
+    """The first reason of each arm, from the names of its works."""
+    reasons: dict[str, str] = {}
+    for arm in arms:
+        for work, reason in failed.items():
+            if work == f"{arm.name} judged" or work.startswith(f"{arm.name} seed "):
+                reasons.setdefault(arm.name, reason)
+    if reasons and len(reasons) == len(arms):
+        raise ArmFailed("compare", f"every arm failed; the first: {next(iter(reasons.values()))}")
+    return reasons

@@ -1,0 +1,53 @@
+"""The device and precision that `auto` means on this machine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.core.errors import SetupError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@cache
+def pick_device() -> torch.device:
+    """The first CUDA GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Compute dtype of `train.precision`. Raises SetupError for what the hardware cannot do."""
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    if precision == "fp16" and device.type == "cpu":
+        raise SetupError(
+            "train.precision", "is fp16, and there is no GPU", rule="fp16 needs a GPU", cure="Use bf16, fp32 or auto"
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SetupError("train.precision", "is bf16, which this GPU lacks", cure="Use fp16, fp32 or auto")
+    return _DTYPES[precision]
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (AVX512-bf16, AMX, or ARM's bf16); emulation is slower than fp32."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """What a run record says of the GPU; threads, for a CPU."""
+    if device.type != "cuda":
+        return {"threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}

@@ -1,0 +1,247 @@
+"""Score any model, adapter or run; generate with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.tasks import JudgeTask
+from tunesmith.core.errors import DataError, ModelError
+from tunesmith.core.events import Event, OnEvent, ignore_event
+from tunesmith.core.jsonl import read_json
+from tunesmith.core.records import EvalRecord, RunRecord
+from tunesmith.core.rundir import RunDir
+from tunesmith.core.types import Message
+from tunesmith.data.prepare import load_prepared, prepare_data
+from tunesmith.data.render import Renderer
+from tunesmith.data.sources import find_sources
+from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.job.load import job_from
+from tunesmith.job.resolve import resolve_model
+from tunesmith.job.spec import DataSpec, Job, LoraSpec, ModelSpec, SamplingSpec, SourceSpec
+
+if TYPE_CHECKING:
+    from tunesmith.api.tasks import Storage, Weights
+    from tunesmith.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is scored: a base, and what lies on it. `template` is the run's own, if it had one."""
+
+    model_name: str
+    model_folder: Path
+    weights: Weights = "base"
+    weights_folder: Path | None = None
+    storage: Storage = "full"
+    template: str | None = None
+
+
+def find_target(name: str, *, base: str | None = None) -> Target:
+    """Run folder, adapter folder, model folder, bundled name or hub id -> what to load. Raises ModelError."""
+    folder = Path(name).expanduser()
+    run = RunDir(folder)
+    if run.record.is_file():
+        return _target_of_run(run)
+    if (folder / "adapter_config.json").is_file():
+        config = read_json(folder / "adapter_config.json")
+        named = base or config.get("base_model_name_or_path")
+        if not named:
+            raise ModelError(name, "does not name its base", cure="Name it with --base")
+        resolved = resolve_model(ModelSpec(name=named, revision=None if base else config.get("revision")))
+        return Target(resolved.name, resolved.folder, "adapter", folder)
+    resolved = resolve_model(ModelSpec(name=name))
+    return Target(resolved.name, resolved.folder)
+
+
+def _target_of_run(run: RunDir) -> Target:
+    record = RunRecord.from_json(read_json(run.record), place=str(run.record))
+    job = Job.model_validate(record.config)
+    resolved = resolve_model(job.model_spec)
+    method = job.method_spec
+    if isinstance(method, LoraSpec):
+        return Target(resolved.name, resolved.folder, "adapter", run.adapter, method.storage, job.data.template)
+    return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path | None = None,
+    generate: bool = True,
+    max_rows: int | None = None,
+    template: str | None = None,
+    base: str | None = None,
+    on_event: OnEvent = ignore_event,
+) -> EvalRecord:
+    """Score `target` on rows with answers: NLL of the true answers and, with `generate`, metrics of generated ones.
+
+    target: run folder, adapter folder, model folder, bundled name or hub id.
+    data:   file, folder (its test split), bundled name or hub id.
+    out:    folder that keeps `eval.json` and `answers.jsonl`; without it only the record is returned.
+    """
+    found = find_target(str(target), base=base)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunDir(Path(out) if out else Path(scratch)).create()
+        rows = str(data)
+        # A source that brings a test split is scored on it; any other is scored whole.
+        test = "auto" if "test" in find_sources(SourceSpec(path=rows)) else rows
+        job = job_from(
+            {
+                "model": found.model_name,
+                "data": {
+                    "train": rows,
+                    "split": {"validation": 0.0, "test": test},
+                    "template": template or found.template,
+                    "max_tokens": 1 << 20,
+                    "deduplicate": "none",
+                },
+                "evaluate": {"metrics": "auto" if generate else [], "max_rows": max_rows, "forgetting": False},
+            }
+        )
+        on_event(Event("stage", text="Preparing data"))
+        prepare_data(job, tokenizer=load_tokenizer(found.model_folder), folder=run.prepared, splits=("test",))
+        task = JudgeTask(
+            label="",
+            job=job.model_dump(mode="json"),
+            out=str(run.root),
+            prepared=str(run.prepared),
+            model_folder=str(found.model_folder),
+            model_name=found.model_name,
+            key="",
+            weights=found.weights,
+            weights_folder=str(found.weights_folder) if found.weights_folder else None,
+            storage=found.storage,
+            prompting="zero-shot",
+            seed=0,
+            general=None,
+        )
+        return run_judge_task(task, on_event)
+
+
+def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
+    """Score one arm and seed in this process and write its record."""
+    from tunesmith.api.devices import pick_device
+    from tunesmith.eval.forgetting import read_general_text
+    from tunesmith.eval.judge import judge
+
+    job = Job.model_validate(task.job)
+    run = RunDir(Path(task.out)).create()
+    tokenizer = load_tokenizer(_tokenizer_folder(task))
+    prepared = load_prepared(Path(task.prepared))
+    on_event(Event("progress", task.label, "loading"))
+    model = load_weights(
+        Path(task.model_folder), task.weights, Path(task.weights_folder) if task.weights_folder else None, task.storage
+    )
+    general = read_general_text(Path(task.general), tokenizer) if task.general else ()
+    base = None
+    if general and task.weights == "model":
+        base = load_weights(Path(task.model_folder), "base", None, "full")
+    return judge(
+        model,
+        Renderer(tokenizer, job.data),
+        prepared,
+        out=run,
+        spec=job.evaluate,
+        prompting=task.prompting,
+        seed=task.seed,
+        model_name=task.model_name,
+        adapter=task.weights_folder if task.weights == "adapter" else None,
+        general=general,
+        base=base,
+        task=task.label or pick_device().type,
+        on_event=on_event,
+    )
+
+
+def _tokenizer_folder(task: JudgeTask) -> Path:
+    """The adapter's own tokenizer where it has one: it may hold added tokens."""
+    if task.weights == "adapter" and task.weights_folder:
+        folder = Path(task.weights_folder)
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return folder
+    return Path(task.model_folder)
+
+
+def load_weights(base: Path, weights: Weights, folder: Path | None, storage: Storage) -> CausalLM:
+    """A model ready to be judged: fp32 on a CPU, where scores must not depend on the batch; bf16 on a GPU."""
+    import torch
+
+    from tunesmith.api.devices import pick_device, pick_dtype
+    from tunesmith.models.load import load_model
+    from tunesmith.models.lora import load_adapter
+
+    device = pick_device()
+    dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)
+    model = load_model(folder if weights == "model" and folder else base, device=device, dtype=dtype, base=storage)
+    if weights == "adapter":
+        assert folder is not None
+        load_adapter(model, folder)
+    return model.eval()
+
+
+def evaluation_json(record: EvalRecord) -> dict[str, Any]:
+    """The object that `eval --json` prints: every metric at the top, then counts and costs."""
+    return {
+        "schema": 1,
+        **record.metrics,
+        "num_rows": record.num_rows,
+        "num_target_tokens": record.num_target_tokens,
+        "model": record.model,
+        "adapter": record.adapter,
+        "data_sha256": record.data_sha256,
+        "wall_seconds": record.wall_seconds,
+        "cpu_seconds": record.cpu_seconds,
+        "peak_bytes": record.peak_bytes,
+        "warnings": record.warnings,
+    }
+
+
+def generate(
+    target: str | Path,
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    template: str | None = None,
+    base: str | None = None,
+) -> list[str]:
+    """Answers of a model, adapter or run.
+
+    prompts: each a user message, or a list of messages (`role`, `content`). Greedy unless `temperature` is above 0.
+    """
+    from tunesmith.infer.generate import generate as sample
+
+    found = find_target(str(target), base=base)
+    folder = found.weights_folder if found.weights == "adapter" and found.weights_folder else found.model_folder
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else found.model_folder)
+    renderer = Renderer(tokenizer, DataSpec(train="", template=template or found.template))
+    model = load_weights(found.model_folder, found.weights, found.weights_folder, found.storage)
+    generations = sample(
+        model,
+        [renderer.render_prompt(_as_messages(prompt)) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        stop_ids=renderer.stop_ids,
+        sampling=SamplingSpec(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+    )
+    stop = set(renderer.stop_ids)
+    return [tokenizer.decode([token for token in item.ids if token not in stop]) for item in generations]
+
+
+def _as_messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Message]:
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    messages: list[Message] = []
+    for item in prompt:
+        role = item.get("role")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise DataError("prompt", f"role {role!r}", rule="roles are system, user, assistant, tool")
+        messages.append(Message(role, item.get("content", "")))
+    return messages

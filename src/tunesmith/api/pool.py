@@ -1,0 +1,158 @@
+"""Run workers side by side, in order of need: a few at a time, each after what it depends on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tunesmith.api.tasks import Task, is_finished, write_tasks
+from tunesmith.core.errors import Interrupted, TunesmithError
+from tunesmith.core.events import Event, OnEvent
+from tunesmith.frameworks.native import worker_command
+from tunesmith.frameworks.process import run_process
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One worker process: its tasks in turn, started when all works named in `after` are done."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    folder: Path
+    after: frozenset[str] = frozenset()
+
+
+def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: OnEvent) -> dict[str, str]:
+    """Run all works, earlier ones first where there is a choice. Returns name -> reason of those that failed.
+
+    What depends on a failed work is not started and counts as failed. Raises Interrupted on Ctrl-C or SIGTERM, after
+    every worker has saved its state.
+    """
+    tell = _serialise(on_event)
+    failures: dict[str, str] = {}
+    done = {work.name for work in works if all(is_finished(task) for task in work.tasks)}
+    waiting = [work for work in works if work.name not in done]
+    running: dict[Future[None], Work] = {}
+    with _stop_on_signals() as (stop, received), ThreadPoolExecutor(parallel) as pool:
+        while waiting or running:
+            for work in [w for w in waiting if w.after & failures.keys()]:
+                waiting.remove(work)
+                failures[work.name] = f"needs {', '.join(sorted(work.after & failures.keys()))}"
+            ready = [work for work in waiting if work.after <= done]
+            for work in ready[: 0 if stop.is_set() else parallel - len(running)]:
+                waiting.remove(work)
+                running[pool.submit(_run_work, work, threads, stop, tell)] = work
+            if not running:
+                break
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                work = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    done.add(work.name)
+                elif isinstance(error, TunesmithError):
+                    failures[work.name] = str(error)
+                    tell(Event("failed", work.name, str(error)))
+                else:
+                    stop.set()
+                    raise error
+    if received:
+        raise Interrupted(
+            "compare",
+            "interrupted; what is finished and every checkpoint is kept",
+            signal_number=received[0],
+            cure="Run the same command again to go on",
+        )
+    return failures
+
+
+def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
+    task_file = work.folder / f"{work.name.replace(' ', '-')}.tasks.json"
+    write_tasks(task_file, work.tasks)
+
+    def forward(event: Event) -> None:
+        on_event(event)
+
+    run_process(
+        worker_command(task_file),
+        log=work.folder / f"{work.name.replace(' ', '-')}.log",
+        task=work.name,
+        on_event=forward,
+        stop=stop,
+        threads=threads,
+    )
+    # SIGTERM ends a worker on purpose; only a worker that ran to its end has finished its tasks.
+    if not stop.is_set():
+        on_event(Event("done", work.name, "done"))
+
+
+def _serialise(on_event: OnEvent) -> OnEvent:
+    lock = threading.Lock()
+
+    def tell(event: Event) -> None:
+        with lock:
+            on_event(event)
+
+    return tell
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+    """A flag that Ctrl-C and SIGTERM set, and the signals received. A second signal ends this process at once."""
+    stop, received = threading.Event(), list[int]()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop, received
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plan_parallel(parallel: int | str, *, model_bytes: int) -> tuple[int, int]:
+    """(workers at a time, threads each). `auto`: on a GPU one; on a CPU one per core, as far as memory allows.
+
+    Small models gain nothing from a second thread (two on a busy machine are slower than one), so cores go to arms.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if parallel != "auto":
+        return int(parallel), max(1, cores // int(parallel))
+    if _has_gpu():
+        return 1, cores
+    # A worker holds the base, gradients, two fp32 moments and activations: about 20 bytes a weight, plus torch itself.
+    per_worker = 600 * 2**20 + 10 * model_bytes
+    fitting = max(1, int(_free_bytes() * 0.8 // per_worker))
+    workers = min(cores, fitting)
+    return workers, max(1, cores // workers)
+
+
+def _has_gpu() -> bool:
+    """Asked without torch, which the parent never imports."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return hidden not in ("", "-1") and Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+
+
+def _free_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30

@@ -1,0 +1,283 @@
+"""Train one model: data prepared once, the base loaded, adapters added, the one loop, the result saved and described."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.api.tasks import TrainTask
+from tunesmith.core.errors import DataError, RunDirError
+from tunesmith.core.events import Event, OnEvent, ignore_event
+from tunesmith.core.fingerprint import (
+    describe_hardware,
+    describe_versions,
+    hash_code,
+    hash_file,
+    hash_json,
+    hash_text,
+)
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.records import RunRecord
+from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
+from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
+from tunesmith.job.load import job_from
+from tunesmith.job.resolve import ResolvedModel, resolve_model
+from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.train.schedule import auto_learning_rate
+
+if TYPE_CHECKING:
+    import torch
+
+    from tunesmith.models.causal_lm import CausalLM
+    from tunesmith.train.loop import Progress, TrainOutcome
+
+# Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
+MAX_HASHED_BYTES = 4 << 30
+
+
+def train(
+    job: Job | Mapping[str, Any],
+    *,
+    out: str | Path,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    fresh: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> RunRecord:
+    """Train as the job says and leave everything in `out`.
+
+    Called again with the same job it goes on after an interruption, and returns at once when the run is complete.
+    fresh: start over, deleting what an earlier run of ours left in `out`.
+    Raises TunesmithError in one line: JobError, DataError, ModelError, RunDirError, TrainingFailed, Interrupted.
+    """
+    job = job if isinstance(job, Job) else job_from(job)
+    base = resolve_model(job.model_spec)
+    run = RunDir(Path(out)).create()
+    with run.lock():
+        if fresh:
+            clear_run(run)
+        task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
+        if run.record.is_file():
+            record = RunRecord.from_json(read_json(run.record), place=str(run.record))
+            if record.status == "done":
+                on_event(Event("note", text=f"{run.root} is complete; --fresh trains again"))
+                return record
+        return run_train_task(task, on_event)
+
+
+def clear_run(run: RunDir) -> None:
+    """Delete what a run or comparison of ours left; a folder that holds anything else is left alone."""
+    if not run.is_own():
+        raise RunDirError(str(run.root), "holds no run of ours", rule="--fresh deletes only runs", cure="Give another --out")
+    run.clear()
+
+
+def _prepare_task(
+    job: Job, base: ResolvedModel, run: RunDir, *, on_bad_row: Literal["refuse", "skip"], on_event: OnEvent
+) -> TrainTask:
+    refuse_other_job(job, run)
+    prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
+    try:
+        write_json(run.job, job.model_dump(mode="json"))
+    except OSError as error:
+        raise as_rundir_error(error, run.root) from None
+    return TrainTask(
+        label="",
+        job=job.model_dump(mode="json"),
+        out=str(run.root),
+        prepared=str(run.prepared),
+        model_folder=str(base.folder),
+        model_name=base.name,
+        revision=base.revision,
+        key=hash_json({"job": job.model_dump(mode="json"), "data": prepared.fingerprints}),
+    )
+
+
+def refuse_other_job(job: Job, run: RunDir) -> None:
+    """Raise RunDirError if `run` was begun with another job, naming the first key that differs."""
+    if not run.job.is_file():
+        return
+    before, now = _flatten(read_json(run.job)), _flatten(job.model_dump(mode="json"))
+    # What is judged afterwards, and how arms are compared, does not change a training.
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(("evaluate.", "compare."))]
+    if changed:
+        key = changed[0]
+        raise RunDirError(
+            str(run.root),
+            f"was begun with {key}={before.get(key)!r}, not {now.get(key)!r}",
+            rule="a run resumes under its own job",
+            cure="Give another --out, or --fresh to start over",
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {key: item for name, child in value.items() for key, item in _flatten(child, f"{prefix}{name}.").items()}
+
+
+def prepare(
+    job: Job, base: ResolvedModel, run: RunDir, *, on_bad_row: Literal["refuse", "skip"], on_event: OnEvent
+) -> tuple[Prepared, Tokenizer]:
+    """Read, check, split and tokenise the data of a job into `run.prepared`; what was lost is said."""
+    on_event(Event("stage", text="Preparing data"))
+    tokenizer = load_tokenizer(base.folder)
+    prepared = prepare_data(job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row)
+    for finding in prepared.report.findings:
+        if finding.level == "error":
+            raise DataError("data", finding.message, cure="See it with: tunesmith check")
+        if finding.level == "warning":
+            on_event(Event("warning", text=finding.message))
+    return prepared, tokenizer
+
+
+def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
+    """Carry out one training in this process and write its record."""
+    from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype
+    from tunesmith.methods.sft import sft_loss
+    from tunesmith.models.layout import make_batch
+    from tunesmith.models.sizes import count_parameters
+    from tunesmith.train.loop import train as run_loop
+
+    started, started_cpu = time.perf_counter(), time.process_time()
+    job = Job.model_validate(task.job)
+    run = RunDir(Path(task.out)).create()
+    prepared = load_prepared(Path(task.prepared))
+    device = pick_device()
+    on_event(Event("progress", task.label, "loading"))
+    tokenizer = load_tokenizer(Path(task.model_folder))
+    model = load_trainable(job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device))
+    rate = resolve_learning_rate(job, Path(task.model_folder))
+    fingerprints = _fingerprint(task, prepared)
+    outcome = run_loop(
+        model,
+        prepared.rows("train"),
+        job.train.model_copy(update={"learning_rate": rate}),
+        run,
+        make_batch=make_batch,
+        loss=sft_loss,
+        evaluate=_validation_loss(model, prepared),
+        on_step=_report_steps(task.label, on_event),
+        resume=task.resume,
+        identity={"method": job.model_dump(mode="json")["method"], **fingerprints},
+    )
+    size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0
+    record = RunRecord(
+        status="done",
+        method=job.method_spec.name,
+        framework="tunesmith",
+        model=task.model_name,
+        seed=job.train.seed,
+        config=task.job,
+        fingerprints=fingerprints,
+        versions=describe_versions(),
+        hardware={**describe_hardware(), **describe_gpu(device)},
+        learning_rate=rate,
+        total_parameters=count_parameters(model).total,
+        size_bytes=size_bytes,
+        **_costs(outcome, time.perf_counter() - started, time.process_time() - started_cpu),
+    )
+    write_json(run.record, record.to_json())
+    return record
+
+
+def _costs(outcome: TrainOutcome, wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """The outcome's figures; loading and saving count, unless an interruption hid part of the time from us."""
+    values = dataclasses.asdict(outcome)
+    kept = {f.name for f in dataclasses.fields(RunRecord)} & values.keys()
+    costs = {name: values[name] for name in kept}
+    if outcome.continued_from is None:
+        costs |= {"wall_seconds": wall_seconds, "cpu_seconds": cpu_seconds}
+    return costs
+
+
+def load_trainable(
+    job: Job, folder: Path, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> CausalLM:
+    """The base model with what the job's method trains made trainable."""
+    from tunesmith.models.load import load_model
+    from tunesmith.models.lora import add_lora
+
+    method = job.method_spec
+    if not isinstance(method, LoraSpec):
+        return load_model(folder, device=device, dtype=dtype, trainable=True)
+    model = load_model(folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant)
+    add_lora(model, method, seed=job.train.seed, tokenizer=tokenizer)
+    return model
+
+
+def resolve_learning_rate(job: Job, model_folder: Path) -> float:
+    """The job's learning rate, or what follows from the model's width and the method."""
+    if job.train.learning_rate != "auto":
+        return job.train.learning_rate
+    config = read_json(model_folder / "config.json")
+    width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 2048
+    return auto_learning_rate(width, method=job.method_spec.name, family=str(config.get("model_type", "")))
+
+
+def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:
+    from tunesmith.eval.nll import score_rows, summarize_scores
+
+    if "validation" not in prepared.splits:
+        return None
+    rows = prepared.rows("validation")
+    return lambda: summarize_scores(score_rows(model, rows))["nll"]
+
+
+def _report_steps(label: str, on_event: OnEvent) -> Any:
+    def report(progress: Progress) -> None:
+        for note in progress.notes:
+            on_event(Event("warning", label, note))
+        on_event(
+            Event(
+                "step",
+                label,
+                done=progress.step,
+                total=progress.total_steps,
+                loss=progress.loss,
+                tokens_per_second=progress.tokens_per_second,
+                eta_seconds=progress.seconds_left,
+                memory_bytes=progress.peak_bytes,
+            )
+        )
+
+    return report
+
+
+def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run: RunDir) -> int:
+    """Save what was trained, ready for other tools; returns its size on disk in bytes."""
+    from tunesmith.models.lora import save_adapter
+    from tunesmith.models.weights import save_model
+
+    try:
+        if isinstance(job.method_spec, LoraSpec):
+            save_adapter(model, run.adapter, base_name=task.model_name, revision=task.revision)
+            tokenizer.save(run.adapter)
+            folder = run.adapter
+        else:
+            save_model(model, run.model, source_folder=Path(task.model_folder))
+            folder = run.model
+    except OSError as error:
+        raise as_rundir_error(error, run.root) from None
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _fingerprint(task: TrainTask, prepared: Prepared) -> dict[str, str]:
+    return {
+        **prepared.fingerprints,
+        "model": fingerprint_model(Path(task.model_folder), task.revision),
+        "code": hash_code(),
+    }
+
+
+def fingerprint_model(folder: Path, revision: str | None) -> str:
+    """SHA-256 over the weights and configuration of a model folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if sum(path.stat().st_size for path in files) <= MAX_HASHED_BYTES:
+        parts = [hash_file(path) for path in [*files, folder / "config.json"]]
+    else:
+        parts = [f"{path.name}:{path.stat().st_size}" for path in files] + [str(revision), hash_file(folder / "config.json")]
+    return hash_text("\n".join(parts))

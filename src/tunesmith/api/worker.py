@@ -1,0 +1,67 @@
+"""`python -m tunesmith.api.worker TASKS.json`: carry out tasks in this process, telling the parent by JSON lines.
+
+Its stdout belongs to events; anything else that prints goes to stderr, which the parent keeps as the log.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+from tunesmith.api.tasks import TrainTask, is_finished, mark_finished, mark_started, read_tasks
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.events import Event, OnEvent
+from tunesmith.core.jsonl import dump_json
+
+
+def main(argv: list[str]) -> int:
+    channel = _claim_stdout()
+    on_event = _write_events(channel)
+    try:
+        for task in read_tasks(Path(argv[1])):
+            if is_finished(task):
+                continue
+            mark_started(task)
+            if isinstance(task, TrainTask):
+                from tunesmith.api.training import run_train_task
+
+                run_train_task(task, on_event)
+            else:
+                from tunesmith.api.evaluation import run_judge_task
+
+                run_judge_task(task, on_event)
+            mark_finished(task)
+    except TunesmithError as error:
+        on_event(Event("failed", text=str(error)))
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        on_event(Event("failed", text=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        return 1
+    return 0
+
+
+def _claim_stdout() -> TextIO:
+    """Keep the real stdout for events and point file descriptor 1 at stderr, for libraries that print."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return channel
+
+
+def _write_events(channel: TextIO) -> OnEvent:
+    lock = threading.Lock()
+
+    def on_event(event: Event) -> None:
+        with lock:
+            channel.write(dump_json(event.to_json()) + "\n")
+            channel.flush()
+
+    return on_event
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
