@@ -221,6 +221,7 @@ def _write_scoring(folder: RunDir, arm: PlannedArm, seed: int, rows: list[dict[s
             "general_nll": 3.312 + skill.forgotten + 0.01 * seed, "general_nll_base": 3.312,
             "general_tokens": 20_000, "kl_from_base": skill.forgotten * 0.8 + 0.02,
         }  # fmt: skip
+    cut = sum(not answer.finished for answer in answers)
     record = EvalRecord(
         model="tunesmith/tiny",
         adapter=None,
@@ -233,6 +234,9 @@ def _write_scoring(folder: RunDir, arm: PlannedArm, seed: int, rows: list[dict[s
         cpu_seconds=6.0 + 5.0 * (arm.prompting != "zero-shot"),
         peak_bytes=int(skill.peak_megabytes * 0.8e6),
         forgetting=forgetting,
+        warnings=[f"{cut} of {len(rows)} generated answers were cut at evaluate.max_new_tokens (256)"]
+        if cut
+        else [],
     )
     write_json(folder.evaluation, record.to_json())
 

@@ -36,7 +36,7 @@ from tunesmith.compare.warnings import list_warnings
 from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, MetricInfo, Table
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.jsonl import read_json, write_json
-from tunesmith.core.records import SCHEMA, AnswerRecord
+from tunesmith.core.records import AnswerRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
 
@@ -326,51 +326,3 @@ def _collect_record(arms: Sequence[ArmFiles], job: Job) -> dict[str, Any]:
         for name, run in runs.items()
     }
     return record
-
-
-def to_public_json(comparison: Comparison, *, report: str | None = None) -> dict[str, Any]:
-    """The stable object that `compare --json` prints; documented in docs/compare.md. Fields are added, never renamed.
-
-    report: path of the HTML file, null if none was written. `versus_base` is null for the base itself, without a base,
-    and for prompted arms when the metric is nll, which ranks trained arms only.
-    """
-    arms = [
-        {
-            "name": arm.name,
-            "kind": arm.kind,
-            "framework": arm.framework,
-            "status": arm.status,
-            "seeds": arm.seeds,
-            "metrics": {
-                name: {"value": metric.value, "low": metric.low, "high": metric.high}
-                for name, metric in arm.metrics.items()
-            },
-            "per_seed": arm.per_seed,
-            "versus_base": arm.versus_base,
-            "not_comparable": arm.not_comparable or None,
-            "learning_rate": arm.learning_rate,
-            "steps": arm.steps,
-            "trained_parameters": arm.trained_parameters,
-            "train_tokens": arm.train_tokens,
-            "target_tokens": arm.target_tokens,
-            "wall_seconds": arm.wall_seconds,
-            "cpu_seconds": arm.cpu_seconds,
-            "train_wall_seconds": arm.train_wall_seconds,
-            "train_cpu_seconds": arm.train_cpu_seconds,
-            "eval_wall_seconds": arm.eval_wall_seconds,
-            "eval_cpu_seconds": arm.eval_cpu_seconds,
-            "gpu_seconds": arm.gpu_seconds,
-            "peak_bytes": arm.peak_bytes,
-            "size_bytes": arm.size_bytes,
-            "forgetting": arm.forgetting,
-        }
-        for arm in comparison.arms
-    ]
-    return {
-        "schema": SCHEMA,
-        "metric": comparison.metric,
-        "verdict": comparison.verdict,
-        "report": report,
-        "warnings": comparison.warnings,
-        "arms": arms,
-    }

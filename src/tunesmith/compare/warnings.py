@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tunesmith.compare.arms import ArmFiles
@@ -11,9 +11,9 @@ from tunesmith.compare.plan import choose_rate
 from tunesmith.compare.stats import FEW_CLUSTERS
 from tunesmith.core.comparison import Comparison
 
-_LARGEST_VOCABULARY = 262_144
-_TRUNCATED = 0.01
 _SUSPICIOUS_DROP = 0.2
+"""Nats by which honest test loss is hardly ever below training loss; training on test rows shows as about 0.3."""
+_FIGURES = re.compile(r"\d[\d.,]*")
 
 
 def list_warnings(comparison: Comparison, arms: Sequence[ArmFiles], failures: Mapping[str, str]) -> list[str]:
@@ -122,43 +122,24 @@ def _check_tuning(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
 
 
 def _check_numbers(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
-    """Numbers that are more often a mistake than a result."""
+    """Test loss that is too good for the training loss; what one arm's numbers show alone, the judge has said."""
     for arm in arms:
-        name = arm.plan.name
         for seed in arm.seeds:
-            record, answers = arm.evals[seed], arm.answers[seed]
-            nll = record.metrics.get("nll")
-            vocabulary = record.metrics.get("vocab_size", _LARGEST_VOCABULARY)
-            if nll is not None and nll > math.log(vocabulary):
-                yield (
-                    name,
-                    "NLL is above that of guessing evenly over the vocabulary: check template, BOS and padding",
-                )
-            truths = [answer.truth for answer in answers]
-            if nll is not None and math.exp(min(nll, 50)) < 1.5 and _are_prose(truths):
-                yield (
-                    name,
-                    "perplexity below 1.5 on prose: padding or prompt in the loss, or test rows in training?",
-                )
-            train_loss = arm.train_losses.get(seed)
+            nll, train_loss = arm.evals[seed].metrics.get("nll"), arm.train_losses.get(seed)
             if nll is not None and train_loss is not None and nll < train_loss - _SUSPICIOUS_DROP:
-                yield name, "test loss is far below training loss: test rows may be in the training data"
-            cut = [answer for answer in answers if answer.answer is not None and not answer.finished]
-            if len(cut) > _TRUNCATED * len(answers):
-                share = f"{100 * len(cut) / len(answers):.0f}%"
-                yield name, f"about {share} of the answers reached evaluate.max_new_tokens and were cut"
-                break
-
-
-def _are_prose(truths: Sequence[str]) -> bool:
-    """Most truths are running text: eight words or more, and no JSON."""
-    prose = [t for t in truths if len(t.split()) >= 8 and not t.lstrip().startswith(("{", "["))]
-    return 2 * len(prose) > len(truths)
+                yield (
+                    arm.plan.name,
+                    "test loss is far below training loss: test rows may be in the training data",
+                )
 
 
 def _repeat_remarks(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
-    """What the trainings and the judge already warned of: truncated and dropped rows among them."""
+    """What the trainings and the judge warned of, truncated and dropped rows among it; once per arm, not per seed."""
     for arm in arms:
+        said: set[str] = set()
         for record in (*(arm.runs.values() if arm.plan.trains else ()), *arm.evals.values()):
             for text in record.warnings:
-                yield arm.plan.name, text
+                # Seeds differ in the figures only: "3 of 300 answers were cut", "4 of 300 answers were cut".
+                if (pattern := _FIGURES.sub("#", text)) not in said:
+                    said.add(pattern)
+                    yield arm.plan.name, text
