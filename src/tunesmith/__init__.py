@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Public functions on first use, so that `import tunesmith.core` stays free of everything above it."""
+    """Public functions on first use, so that importing one part of the package imports nothing above it."""
     if name in __all__:
         from tunesmith import api
 

@@ -6,16 +6,20 @@
     tunesmith.evaluate("runs/first", data="test.jsonl").metrics
     tunesmith.compare(job, out="runs/all").verdict
 
-Importing this package imports neither torch nor transformers; the first function that needs them does.
+Each is imported when it is first used: reading a job file needs none of what training needs.
 """
 
 from __future__ import annotations
 
-from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
-from tunesmith.api.evaluation import evaluate, evaluation_json, generate
-from tunesmith.api.inspection import check, preview
-from tunesmith.api.training import train
-from tunesmith.job.load import job_from, load_job
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
+    from tunesmith.api.evaluation import evaluate, evaluation_json, generate
+    from tunesmith.api.inspection import check, preview
+    from tunesmith.api.training import train
+    from tunesmith.job.load import job_from, load_job
 
 __all__ = [
     "check",
@@ -32,3 +36,18 @@ __all__ = [
     "report_markdown",
     "train",
 ]
+
+_HOMES = {
+    "tunesmith.api.comparing": ("compare", "comparison_json", "demo_job", "report", "report_markdown"),
+    "tunesmith.api.evaluation": ("evaluate", "evaluation_json", "generate"),
+    "tunesmith.api.inspection": ("check", "preview"),
+    "tunesmith.api.training": ("train",),
+    "tunesmith.job.load": ("job_from", "load_job"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'tunesmith.api' has no attribute {name!r}")

@@ -173,7 +173,7 @@ def load_weights(base: Path, weights: Weights, folder: Path | None, storage: Sto
 
     from tunesmith.api.devices import pick_device, pick_dtype
     from tunesmith.models.load import load_model
-    from tunesmith.models.lora import load_adapter
+    from tunesmith.models.adapter_files import load_adapter
 
     device = pick_device()
     dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)

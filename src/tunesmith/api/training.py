@@ -157,7 +157,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         prepared.rows("train"),
         job.train.model_copy(update={"learning_rate": rate}),
         run,
-        make_batch=make_batch,
+        make_batch=lambda rows, where: make_batch(rows, device=where),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
         on_step=_report_steps(task.label, on_event),
@@ -205,7 +205,8 @@ def load_trainable(
     if not isinstance(method, LoraSpec):
         return load_model(folder, device=device, dtype=dtype, trainable=True)
     model = load_model(folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant)
-    add_lora(model, method, seed=job.train.seed, tokenizer=tokenizer)
+    num_tokens = tokenizer.vocab_size if method.new_tokens else None
+    add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     return model
 
 
@@ -229,8 +230,6 @@ def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:
 
 def _report_steps(label: str, on_event: OnEvent) -> Any:
     def report(progress: Progress) -> None:
-        for note in progress.notes:
-            on_event(Event("warning", label, note))
         on_event(
             Event(
                 "step",
@@ -249,7 +248,7 @@ def _report_steps(label: str, on_event: OnEvent) -> Any:
 
 def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run: RunDir) -> int:
     """Save what was trained, ready for other tools; returns its size on disk in bytes."""
-    from tunesmith.models.lora import save_adapter
+    from tunesmith.models.adapter_files import save_adapter
     from tunesmith.models.weights import save_model
 
     try:
