@@ -12,9 +12,12 @@ every prompt_i + answer_i is a prefix of the whole rendering. Templates that rew
 the system text moved to the last question) fail that test; they give one row per turn, each rendered as the model would
 meet it.
 
-Tokens. The text is tokenised as a whole, as servers do. Where a token would straddle the start or the end of an answer,
-the text is cut there and its parts are tokenised separately: a server tokenises the prompt alone, too, and the model
-continues from there. A row ends with its last trained token; nothing after it could be learned.
+Where prompt_i is not a prefix of upto_i, the turn is composed as prompt_i + answer_i, with the answer found behind the
+same header. Whatever fits none of these is refused with the reason.
+
+Tokens. A text is tokenised in pieces that begin where an answer begins, because that is where a server's tokenised prompt
+ends and the model continues. A token can therefore never straddle prompt and answer. `render_prompt` cuts history in the
+same places. A row ends with its last trained token; nothing after it could be learned.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.fingerprint import hash_row, hash_text
-from tunesmith.core.types import Conversation, Message, TokenRow
+from tunesmith.core.types import Conversation, Message, Origin, TokenRow
 from tunesmith.data.template import (
     GENERATION_END,
     GENERATION_START,
@@ -39,9 +42,12 @@ from tunesmith.data.template import (
     TemplateError,
     find_template,
 )
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Piece, Tokenizer
 
 _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+# A header is found by the end of the prompt: its last word, or its last tag and what follows.
+_LAST_WORD = re.compile(r"\S+\s*\Z")
+_LAST_TAG = re.compile(r"(?:<[^<>\s]+>|\[/?[A-Z_]+\])[^<>\[\]]*\Z")
 _OPENED_BLOCK = re.compile(r"<([a-z_]+)>\s*\Z")
 
 
@@ -63,11 +69,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class RenderedText:
-    """One row as text: what it says and which of it is trained."""
+    """One row as text: what it says and which of it is trained.
+
+    history: earlier answers that are not trained in this row, but at which its text is cut for tokenising.
+    """
 
     text: str
     spans: tuple[Span, ...]
     append_eos: bool = False
+    history: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +85,11 @@ class _Ending:
     """How a template closes an assistant turn.
 
     marker:  text right after the answer that ends it ("" if there is none), space before it included.
-    closing: whether the template writes more at the end of a conversation than between turns.
+    closing: what it writes only at the end of a conversation (Phi-3.5: EOS; others: the next header, always).
     """
 
     marker: str
-    closing: bool
+    closing: str = ""
 
 
 class Renderer:
@@ -92,6 +102,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.counts: Counter[str] = Counter()
         self._stops: dict[str, bool] = {}
+        self._tools_when_none: list[Mapping[str, Any]] | None = None
         name = spec.template if spec is not None else None
         self._given = find_template(name) if name else None
 
@@ -149,9 +160,13 @@ class Renderer:
         """Token rows of many conversations; faster than one at a time."""
         texts = [self.render_texts(conversation) for conversation in conversations]
         flat = list(itertools.chain.from_iterable(texts))
-        encodings = iter(self.tokenizer.encode_batch([item.text for item in flat]))
+        pieces = iter(
+            self._encode(
+                [(item.text, [span.start for span in (*item.history, *item.spans)]) for item in flat]
+            )
+        )
         return [
-            [self._make_row(item, next(encodings), conversation) for item in items]
+            [self._make_row(item, next(pieces), conversation) for item in items]
             for conversation, items in zip(conversations, texts, strict=True)
         ]
 
@@ -159,7 +174,29 @@ class Renderer:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Ids of a conversation that the model is to continue, ending with the generation prompt."""
-        return self.tokenizer.encode(self.render_prompt_text(messages, tools))
+        text = self.render_prompt_text(messages, tools)
+        spans = self._find_history(messages, tools, text)
+        (pieces,) = self._encode([(text, [span.start for span in spans])])
+        return self._join_pieces(spans, pieces)[0]
+
+    def _find_history(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str
+    ) -> tuple[Span, ...]:
+        """Earlier answers in a prompt, where a training row of the same conversation trains them too."""
+        trained = [n for n, m in enumerate(messages) if m.role == "assistant" and m.weight > 0]
+        if not trained:
+            return ()
+        history = Conversation(
+            tuple(messages[: trained[-1] + 1]), Origin("prompt", "", 0), tools=tuple(tools)
+        )
+        counts = self.counts.copy()
+        try:
+            rows = self._render_chat(history)
+        except (TemplateError, DataError):
+            return ()
+        finally:
+            self.counts = counts
+        return rows[0].spans if len(rows) == 1 and text.startswith(rows[0].text) else ()
 
     def render_prompt_text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text that `render_prompt` tokenises."""
@@ -182,7 +219,9 @@ class Renderer:
         try:
             rows = self._render_chat(conversation)
         except TemplateError as error:
-            raise self._refuse(conversation.origin.place, str(error)) from None
+            calls = any("tool_calls" in message.extra for message in conversation.messages)
+            reason = f"it does not take tool calls ({error})" if calls else str(error)
+            raise self._refuse(conversation.origin.place, reason) from None
         return rows
 
     # --- text ---------------------------------------------------------------------------------------------------------
@@ -208,20 +247,45 @@ class Renderer:
         marks: bool = False,
     ) -> str:
         """Template text. Tool arguments go in as objects; templates that join them as text get them as JSON text."""
+        if not tools and self._tools_when_none is None:
+            try:
+                return self._render_tools(messages, None, prompt=prompt, marks=marks)
+            except TemplateError:
+                # Templates made for tool use iterate `tools` without asking whether there are any.
+                text = self._render_tools(messages, [], prompt=prompt, marks=marks)
+                self._tools_when_none = []
+                return text
+        return self._render_tools(messages, list(tools) or self._tools_when_none, prompt=prompt, marks=marks)
+
+    def _render_tools(
+        self, messages: Sequence[Message], tools: list[Mapping[str, Any]] | None, *, prompt: bool, marks: bool
+    ) -> str:
         arguments: dict[str, Any] = {
-            "tools": list(tools) or None,
+            "tools": tools,
             "add_generation_prompt": prompt,
             "mark_generation": marks,
             "bos_token": self.tokenizer.bos_token,
             "eos_token": self.tokenizer.eos_token,
         }
-        turns = [_as_template_message(message) for message in messages]
+        turns = [self._as_template_message(message) for message in messages]
         try:
             return self.template.render(turns, **arguments)
         except TemplateError:
             if not any("tool_calls" in message.extra for message in messages):
                 raise
             return self.template.render([_with_text_arguments(turn) for turn in turns], **arguments)
+
+    def _as_template_message(self, message: Message) -> dict[str, Any]:
+        turn = {"role": message.role, "content": message.content, **message.extra}
+        if turn["content"] is None and not self._asks_for_none:
+            # Templates that join or print the content of a tool call would print the word None.
+            turn["content"] = ""
+        return turn
+
+    @cached_property
+    def _asks_for_none(self) -> bool:
+        """Whether the template tells tool calls by a content that is none."""
+        return re.search(r"content['\"]?\]?\s+is\s+(not\s+)?none", self.template.source) is not None
 
     @cached_property
     def _ending(self) -> _Ending:
@@ -238,11 +302,15 @@ class Renderer:
             raise self._refuse("", "an answer does not appear in the rendered conversation")
         tail = upto[start + 4 :]
         if longer.startswith(upto) or not longer.startswith(upto[: start + 4]):
-            return _Ending(tail.rstrip(), closing=False)
-        # Something stands only at the very end (Phi-3.5: EOS). The first marker closes the turn.
-        shared = os.path.commonprefix([upto, longer])[start + 4 :]
+            return _Ending(tail.rstrip())
+        # The turn ends before the next header, which opens with the first tag of the whole text, else at its first tag.
+        shared = os.path.commonprefix([tail, longer[start + 4 :]])
+        opening = _TAG.search(upto.removeprefix(self.tokenizer.bos_token or ""))
+        header = shared.find(opening.group()) if opening else -1
         first = _TAG.search(shared)
-        return _Ending(shared[: first.end()] if first else shared.rstrip(), closing=True)
+        cut = header if header > 0 else first.end() if first else len(shared)
+        marker = shared[:cut].rstrip()
+        return _Ending(marker, closing=tail[len(marker) :])
 
     def _render_chat(self, conversation: Conversation) -> list[RenderedText]:
         messages, tools = conversation.messages, conversation.tools
@@ -260,24 +328,32 @@ class Renderer:
             spans = tuple(turn.spans[0] for turn in turns)
             return [RenderedText(whole[: spans[-1].end], spans, append_eos=turns[-1].append_eos)]
         self.counts["conversations_as_one_row_per_turn"] += 1
-        return turns
+        numbers = [n for n, m in enumerate(messages) if m.role == "assistant" and m.weight > 0]
+        return [
+            replace(turn, history=self._find_history(messages[:n], tools, turn.text[: turn.spans[0].start]))
+            for n, turn in zip(numbers, turns, strict=True)
+        ]
 
     def _render_turn(self, conversation: Conversation, number: int, upto: str | None) -> RenderedText:
         """The conversation up to one assistant turn, with only that turn trained."""
         messages, tools = conversation.messages, conversation.tools
-        message = messages[number]
+        message, place = messages[number], conversation.origin.place
         prompt = self._render(messages[:number], tools, prompt=True)
         if upto is None:
             upto = self._render(messages[: number + 1], tools)
-        if not upto.startswith(prompt):
-            text, content_end = self._compose_turn(conversation.origin.place, prompt, upto, message)
-            return self._close(text, Span(len(prompt), content_end, len(text)))
-        answer = upto[len(prompt) :]
-        content_end, end = self._find_end(answer, message, conversation.origin.place)
+        if upto.startswith(prompt):
+            answer = upto[len(prompt) :]
+        elif (opened := self._find_opened_block(prompt, upto)) is not None:
+            body = self._continue_block(place, opened.group(1), upto[opened.start() :], message)
+            text = prompt + body + self._ending.marker
+            return self._close(text, Span(len(prompt), len(prompt + body), len(text)))
+        else:
+            answer = self._find_behind_header(place, prompt, upto, message)
+        content_end, end = self._find_end(answer, message, place)
         if self.template.marks_generation:
             self._compare_marks(conversation, number, answer[:content_end])
         offset = len(prompt)
-        return self._close(upto[: offset + end], Span(offset, offset + content_end, offset + end))
+        return self._close(prompt + answer[:end], Span(offset, offset + content_end, offset + end))
 
     def _close(self, text: str, span: Span) -> RenderedText:
         """A turn whose marker is no stop token gets the tokenizer's EOS after the last answer."""
@@ -290,6 +366,9 @@ class Renderer:
     def _find_end(self, answer: str, message: Message, place: str) -> tuple[int, int]:
         """Where the content and the whole of an answer end, in `answer`, the text after the prompt."""
         marker = self._ending.marker
+        calls = cast("Sequence[Mapping[str, Any]]", message.extra.get("tool_calls", ()))
+        if any(str(call["function"]["name"]) not in answer for call in calls):
+            raise self._refuse(place, "it does not write tool calls")
         for content in (message.content, message.content.strip()):
             at = answer.find(content) if content else -1
             if at >= 0 and answer.startswith(marker, at + len(content)):
@@ -299,12 +378,9 @@ class Renderer:
                     return end, end + len(marker)
         if "tool_calls" not in message.extra and message.content.strip() not in answer:
             self.counts["answers_rewritten_by_template"] += 1
-        if self._ending.closing and marker in answer:
-            at = answer.rfind(marker)
-            return at, at + len(marker)
-        end = len(answer.rstrip())
+        end = len(answer.removesuffix(self._ending.closing).rstrip())
         if not end:
-            raise self._refuse(place, "the template renders an answer as nothing")
+            raise self._refuse(place, "it renders an answer as nothing")
         if marker.strip() and answer[:end].endswith(marker.strip()):
             return end - len(marker.strip()), end
         # Tool calls may end with a marker of their own (`<|eom_id|>`).
@@ -313,37 +389,49 @@ class Renderer:
         )
         return end - len(closing), end
 
-    def _compose_turn(self, place: str, prompt: str, upto: str, message: Message) -> tuple[str, int]:
-        """The turn of a template whose generation prompt is not a prefix of the rendered turn.
+    def _find_opened_block(self, prompt: str, upto: str) -> re.Match[str] | None:
+        """The block (`<think>`) that the generation prompt opens and the rendered turn does not have."""
+        opened = _OPENED_BLOCK.search(prompt)
+        return opened if opened and upto.startswith(prompt[: opened.start()]) else None
 
-        Reasoning templates open a block in the prompt (`<think>`) that they cut from rendered answers. The answer is put
-        after that prompt, as a model would write it; one without reasoning closes the block at once.
+    def _continue_block(self, place: str, tag: str, rendered: str, message: Message) -> str:
+        """The answer after a prompt that opened a reasoning block.
+
+        rendered: the turn as the template shows it, without reasoning. An answer without reasoning closes the block at
+        once, as such models do.
         """
-        shared = len(os.path.commonprefix([prompt, upto]))
-        opened = _OPENED_BLOCK.search(prompt, shared) if "<" in prompt[shared:] else None
+        content, closing = message.content, f"</{tag}>"
         marker = self._ending.marker
-        if opened is None or prompt[shared : opened.start()].strip():
+        shown = content.split(closing)[-1] if closing in content else content
+        if "tool_calls" in message.extra:
             raise self._refuse(
-                place, "the generation prompt is not how the template writes an assistant turn"
+                place, f"its prompt opens <{tag}>, and a tool call has no reasoning to put there"
             )
-        tag = opened.group(1)
-        content = message.content
-        rendered = upto[shared:].rstrip()
-        shown = content.split(f"</{tag}>")[-1] if f"</{tag}>" in content else content
-        if rendered != (shown + marker).rstrip() or "tool_calls" in message.extra:
-            raise self._refuse(
-                place, f"the prompt opens <{tag}> and the template rewrites the answer after it"
-            )
-        if f"</{tag}>" in content:
-            body = content.lstrip()
-            body = (
-                body.removeprefix(f"<{tag}>").removeprefix("\n") if body.startswith(f"<{tag}>") else content
-            )
-        else:
-            body = f"\n</{tag}>\n\n{content}"
-            self.counts["empty_reasoning_added"] += 1
-        text = prompt + body
-        return text + marker, len(text)
+        if rendered.rstrip() != (shown + marker).rstrip():
+            raise self._refuse(place, f"its prompt opens <{tag}>, and the answer after it is rewritten")
+        if closing in content:
+            inside = content.lstrip()
+            return inside.removeprefix(f"<{tag}>").removeprefix("\n")
+        self.counts["empty_reasoning_added"] += 1
+        return f"\n{closing}\n\n{content}"
+
+    def _find_behind_header(self, place: str, prompt: str, upto: str, message: Message) -> str:
+        """The answer of a turn that is rendered behind the same header as in the prompt, but after other text.
+
+        Templates that write the system text into the last question, or other white space before the header.
+        """
+        for ending, pattern in itertools.product((prompt, prompt.rstrip()), (_LAST_WORD, _LAST_TAG)):
+            header = pattern.search(ending)
+            at = upto.rfind(header.group()) if header else -1
+            if header is None or at < 0:
+                continue
+            answer = upto[at + len(header.group()) :]
+            if ending != prompt:
+                answer = answer.lstrip()
+            if " ".join(message.content.split()) in " ".join(answer.split()):
+                self.counts["prompts_unlike_rendered_turns"] += 1
+                return answer
+        raise self._refuse(place, "the generation prompt is not how it writes an assistant turn")
 
     def _compare_marks(self, conversation: Conversation, number: int, content: str) -> None:
         """`{% generation %}` must enclose what is trained here; a template that marks something else is refused."""
@@ -370,12 +458,23 @@ class Renderer:
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
-    def _make_row(self, item: RenderedText, encoding: Any, conversation: Conversation) -> TokenRow:
-        edges = [edge for span in item.spans for edge in (span.start, span.end)]
-        ids, cuts = self._tokenise(item.text, edges, encoding)
-        mask = [0] * len(ids)
-        for first, last in zip(cuts[::2], cuts[1::2], strict=True):
-            mask[first:last] = [1] * (last - first)
+    def _encode(self, items: Sequence[tuple[str, Sequence[int]]]) -> list[list[Piece]]:
+        """For each (text, starts) its pieces: the text before the first start, and one from each start on."""
+        cuts = [[0, *starts, len(text)] for text, starts in items]
+        parts = [
+            text[a:b]
+            for (text, _), edges in zip(items, cuts, strict=True)
+            for a, b in itertools.pairwise(edges)
+        ]
+        follows = [bool(a) for edges in cuts for a, _ in itertools.pairwise(edges)]
+        pieces = iter(self.tokenizer.encode_pieces(parts, follows))
+        return [list(itertools.islice(pieces, len(edges) - 1)) for edges in cuts]
+
+    def _make_row(self, item: RenderedText, pieces: Sequence[Piece], conversation: Conversation) -> TokenRow:
+        ids, mask = self._join_pieces((*item.history, *item.spans), pieces)
+        if item.history:
+            before = len(self._join_pieces(item.history, pieces[: len(item.history) + 1])[0])
+            mask[:before] = [0] * before
         num_bytes = sum(len(item.text[s.start : s.content_end].encode()) for s in item.spans)
         if mask and mask[0]:
             # The first token has nothing before it to be predicted from.
@@ -385,46 +484,38 @@ class Renderer:
             ids, mask = [*ids, self.tokenizer.eos_id], [*mask, 1]
             if conversation.kind == "chat":
                 self.counts["eos_added_after_answer"] += 1
-        self._count_specials(ids, mask)
+        self._count_bos(ids)
         return TokenRow(ids, mask, conversation.origin, hash_row(ids, mask), max(num_bytes, 0))
 
-    def _tokenise(self, text: str, edges: Sequence[int], encoding: Any) -> tuple[list[int], list[int]]:
-        """Ids of the text and the token number of each edge (a character position, ascending).
+    def _join_pieces(self, spans: Sequence[Span], pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """Ids and mask of a text from its pieces; each piece but the first begins with an answer."""
+        ids = list(pieces[0].ids)
+        mask = [0] * len(ids)
+        for span, piece in zip(spans, pieces[1:], strict=True):
+            answer_ids, rest_ids = self._divide(piece, span.end - span.start)
+            ids += answer_ids + rest_ids
+            mask += [1] * len(answer_ids) + [0] * len(rest_ids)
+        return ids, mask
 
-        encoding: the text tokenised as a whole. Used as it is when every edge falls between two tokens.
-        """
-        cuts: list[int] = []
-        for edge in edges:
-            cut = len(encoding.ids) if edge >= len(text) else encoding.char_to_token(edge)
-            if cut is None or (edge < len(text) and encoding.token_to_chars(cut)[0] != edge):
-                self.counts["boundaries_cut_through_a_token"] += 1
-                return self._tokenise_parts(text, edges)
-            cuts.append(cut)
-        return list(encoding.ids), cuts
+    def _divide(self, piece: Piece, num_chars: int) -> tuple[list[int], list[int]]:
+        """Ids of an answer and of what follows it before the next one."""
+        if num_chars == len(piece.text):
+            return piece.ids, []
+        cut = piece.find_token(num_chars)
+        if cut is not None:
+            return piece.ids[:cut], piece.ids[cut:]
+        self.counts["end_markers_cut_from_a_token"] += 1
+        answer, rest = piece.text[:num_chars], piece.text[num_chars:]
+        return self.tokenizer.encode_continuation(answer), self.tokenizer.encode_continuation(rest)
 
-    def _tokenise_parts(self, text: str, edges: Sequence[int]) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        cuts: list[int] = []
-        before = 0
-        for edge in (*edges, len(text)):
-            part = text[before:edge]
-            ids += self.tokenizer.encode_continuation(part) if before else self.tokenizer.encode(part)
-            cuts.append(len(ids))
-            before = edge
-        return ids, cuts[:-1]
-
-    def _count_specials(self, ids: Sequence[int], mask: Sequence[int]) -> None:
-        """Facts about BOS and stop tokens that only the finished ids tell."""
+    def _count_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_id
-        if bos is not None:
-            if list(ids[:2]) == [bos, bos]:
-                self.counts["rows_with_bos_twice"] += 1
-            elif self.tokenizer.adds_bos and list(ids[:1]) != [bos]:
-                self.counts["rows_without_bos"] += 1
-
-
-def _as_template_message(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content, **message.extra}
+        if bos is None:
+            return
+        if list(ids[:2]) == [bos, bos]:
+            self.counts["rows_with_bos_twice"] += 1
+        elif self.tokenizer.adds_bos and list(ids[:1]) != [bos]:
+            self.counts["rows_without_bos"] += 1
 
 
 def _with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:

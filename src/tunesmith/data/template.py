@@ -110,7 +110,7 @@ class _Clock:
     """`strftime_now`: the day of preparation, at midnight, so that rows of one run agree."""
 
     def __init__(self, today: datetime.date) -> None:
-        self._now = datetime.datetime(today.year, today.month, today.day)  # noqa: DTZ001
+        self._now = datetime.datetime(today.year, today.month, today.day)
 
     def __call__(self, pattern: str) -> str:
         return self._now.strftime(pattern)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,28 @@ _FILES = (
 )
 # Tried in turn to tokenise a text as the continuation of another; none of them merges with what follows in practice.
 _ANCHORS = ("\n", ".", "a", ":", "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text's ids, with what is needed to find a character's token.
+
+    num_skipped, shift: tokens and characters of a prefix in `encoding` that are not part of the piece.
+    """
+
+    text: str
+    ids: list[int]
+    encoding: Encoding
+    num_skipped: int = 0
+    shift: int = 0
+
+    def find_token(self, char: int) -> int | None:
+        """Number of the token that starts exactly at a character, or None if one straddles it."""
+        token = self.encoding.char_to_token(char + self.shift)
+        if token is None or self.encoding.token_to_chars(token) is None:
+            return None
+        span = self.encoding.token_to_chars(token)
+        return token - self.num_skipped if span is not None and span[0] == char + self.shift else None
 
 
 class Tokenizer:
@@ -82,21 +105,33 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        return self._backend.encode_batch(list(texts), add_special_tokens=False)
-
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of `text` as it follows other text: without the space that sentencepiece-like tokenizers put first."""
-        if not text:
-            return []
-        if not self._prefixes_space:
-            return self.encode(text)
-        for anchor in _ANCHORS:
-            encoding = self._backend.encode(anchor + text, add_special_tokens=False)
-            spans = encoding.offsets
-            first = next((n for n, (start, _) in enumerate(spans) if start >= len(anchor)), len(spans))
-            if all(end <= len(anchor) for _, end in spans[:first]):
-                return encoding.ids[first:]
+        return self.encode_pieces([text], [True])[0].ids
+
+    def encode_pieces(self, texts: Sequence[str], follows: Sequence[bool]) -> list[Piece]:
+        """Tokenise texts at once; `follows` says which of them continue another text."""
+        prefixes = [
+            _ANCHORS[0] if after and text and self._prefixes_space else ""
+            for text, after in zip(texts, follows, strict=True)
+        ]
+        joined = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
+        encodings = self._backend.encode_batch(joined, add_special_tokens=False)
+        return [
+            self._cut_prefix(text, prefix, encoding) if prefix else Piece(text, encoding.ids, encoding)
+            for text, prefix, encoding in zip(texts, prefixes, encodings, strict=True)
+        ]
+
+    def _cut_prefix(self, text: str, prefix: str, encoding: Encoding) -> Piece:
+        """The part of an encoding after its prefix; another prefix is tried where a token covers both."""
+        for other in (prefix, *_ANCHORS[1:]):
+            if other != prefix:
+                encoding = self._backend.encode(other + text, add_special_tokens=False)
+            first = encoding.char_to_token(len(other))
+            while first and encoding.offsets[first - 1][0] >= len(other):
+                first -= 1
+            if first is not None and all(end <= len(other) for _, end in encoding.offsets[:first]):
+                return Piece(text, encoding.ids[first:], encoding, num_skipped=first, shift=len(other))
         raise DataError(
             "tokenizer", f"cannot continue a text with {text[:20]!r}", rule="a boundary needs a token edge"
         )
