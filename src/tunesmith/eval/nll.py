@@ -60,7 +60,7 @@ def score_rows(
     scores: dict[int, RowScore] = {}
     prefix = find_shared_prefix(model, rows)
     for batch in plan_batches([len(row.ids) for row in rows], budget_tokens=budget_tokens):
-        nll_K = score_tokens(model, [rows[number] for number in batch], prefix=prefix)
+        nll_K = score_tokens(model, [rows[number] for number in batch], prefix=prefix).tolist()
         start = 0
         for number in batch:
             row = rows[number]
@@ -116,21 +116,15 @@ def compute_nll(model: CausalLM, hidden_KD: Tensor, ids_K: Tensor) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _sum_row(row: TokenRow, nll_K: Tensor, end_ids: Collection[int]) -> RowScore:
+def _sum_row(row: TokenRow, nll_K: Sequence[float], end_ids: Collection[int]) -> RowScore:
     target_ids = [token for token, bit in zip(row.ids, row.mask, strict=True) if bit]
-    content = [token not in end_ids for token in target_ids]
-    total = nll_K.sum().item()
+    content = [nll for token, nll in zip(target_ids, nll_K, strict=True) if token not in end_ids]
+    total = math.fsum(nll_K)
     if not math.isfinite(total):
         raise ArmFailed(
             row.origin.place, "its likelihood is not finite", rule="a model gives every row a number"
         )
-    return RowScore(
-        nll=total,
-        nll_content=nll_K[torch.tensor(content, dtype=torch.bool)].sum().item(),
-        num_target_tokens=len(target_ids),
-        num_content_tokens=sum(content),
-        num_bytes=row.num_answer_bytes,
-    )
+    return RowScore(total, math.fsum(content), len(target_ids), len(content), row.num_answer_bytes)
 
 
 def add_scores(scores: Sequence[RowScore]) -> RowScore:

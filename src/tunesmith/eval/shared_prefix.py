@@ -42,7 +42,9 @@ class SharedPrefix:
         ids_P = torch.tensor(list(ids), device=model.device)
         caches = _make_caches(model, 1, pad_length(len(ids)))
         view = PrefillView.of(make_layout([len(ids)], device=model.device))
-        model.step(ids_P, torch.arange(len(ids), device=model.device), caches, view, torch.zeros_like(ids_P[:1]))
+        model.step(
+            ids_P, torch.arange(len(ids), device=model.device), caches, view, torch.zeros_like(ids_P[:1])
+        )
         self._layers = [(c.k[0, :, : len(ids)].clone(), c.v[0, :, : len(ids)].clone()) for c in caches]
 
     def run(self, batch: Batch) -> Tensor:
