@@ -33,7 +33,9 @@ def test_without_warmup_the_first_step_has_the_peak_rate():
 
 def test_the_rate_after_the_last_step_would_be_zero():
     for schedule in ("cosine", "linear"):
-        assert learning_rate_at(7, total_steps=7, warmup_steps=2, peak=1.0, schedule=schedule) == pytest.approx(0)
+        assert learning_rate_at(
+            7, total_steps=7, warmup_steps=2, peak=1.0, schedule=schedule
+        ) == pytest.approx(0)
 
 
 def test_a_run_of_a_few_steps_has_no_warmup_and_therefore_learns_from_its_first_step():

@@ -84,7 +84,9 @@ def poison(place, *, in_gradient):
     return batch, loss
 
 
-@pytest.mark.parametrize(("in_gradient", "finding"), [(False, "the loss is inf"), (True, "the gradient norm is nan")])
+@pytest.mark.parametrize(
+    ("in_gradient", "finding"), [(False, "the loss is inf"), (True, "the gradient norm is nan")]
+)
 def test_a_row_that_is_not_finite_stops_the_step_is_named_and_changes_no_weight(in_gradient, finding):
     batch, loss = poison("train.jsonl:3", in_gradient=in_gradient)
     model = TinyDecoder()
@@ -142,8 +144,12 @@ def test_running_out_of_memory_halves_the_micro_batch_and_gives_the_same_step(ba
 
 
 def test_a_single_row_that_does_not_fit_ends_the_run_and_is_named():
-    with pytest.raises(TrainingFailed, match=r"out of memory with one row of \d+ tokens \(train.jsonl:\d\).*max_tokens"):
-        make_stepper(TinyDecoder(), loss=out_of_memory_above(2)).take(make_rows(8), step=1, learning_rate=0.01)
+    with pytest.raises(
+        TrainingFailed, match=r"out of memory with one row of \d+ tokens \(train.jsonl:\d\).*max_tokens"
+    ):
+        make_stepper(TinyDecoder(), loss=out_of_memory_above(2)).take(
+            make_rows(8), step=1, learning_rate=0.01
+        )
 
 
 def test_other_runtime_errors_are_not_taken_for_lack_of_memory():
@@ -177,7 +183,7 @@ def test_an_fp16_gradient_that_no_scale_helps_stops_the_run():
     batch, loss = poison("train.jsonl:1", in_gradient=True)
     model = TinyDecoder(dtype=torch.float16)
     stepper = make_stepper(model, batch=batch, loss=loss, fp16=True)
-    with pytest.raises(TrainingFailed, match="gradient norm is nan because of train.jsonl:1"):
+    with pytest.raises(TrainingFailed, match=r"gradient norm is nan because of train\.jsonl:1"):
         stepper.take(make_rows(3), step=1, learning_rate=0.1)
     assert stepper.scale.value == 1.0
 
@@ -188,5 +194,5 @@ def test_a_row_without_targets_contributes_nothing_and_a_step_without_any_is_ref
     with_it = make_stepper(TinyDecoder()).take([silent, *rows[1:]], step=1, learning_rate=0.0)
     without = make_stepper(TinyDecoder()).take(rows[1:], step=1, learning_rate=0.0)
     assert (with_it.loss, with_it.grad_norm) == (without.loss, without.grad_norm)
-    with pytest.raises(TrainingFailed, match="no target token in train.jsonl:1"):
+    with pytest.raises(TrainingFailed, match=r"no target token in train\.jsonl:1"):
         make_stepper(TinyDecoder()).take([silent], step=1, learning_rate=0.0)

@@ -96,9 +96,11 @@ def write_checkpoint(
         files = {
             f"{name}.safetensors": _write_tensors(temporary, name, group) for name, group in tensors.items()
         }
-        files["state.json"] = _write_json(temporary, "state.json", state)
+        files["state.json"] = _write_bytes(
+            temporary, "state.json", (dump_json(state, indent=1) + "\n").encode()
+        )
         manifest = {"schema": CHECKPOINT_SCHEMA, "step": step, "files": files}
-        _write_json(temporary, "manifest.json", {**manifest, "sha256": hash_json(manifest)})
+        _write_bytes(temporary, "manifest.json", _render_manifest(manifest))
         fsync_folder(temporary)
         _reach("before rename")
         final = _free_name(parent, step)
@@ -163,10 +165,15 @@ def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> di
     return file.entry
 
 
-def _write_json(folder: Path, name: str, value: Any) -> dict[str, Any]:
+def _write_bytes(folder: Path, name: str, data: bytes) -> dict[str, Any]:
     with _HashedFile(folder / name) as file:
-        file.write((dump_json(value, indent=1) + "\n").encode())
+        file.write(data)
     return file.entry
+
+
+def _render_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's one spelling, its own hash included: any other byte in the file is damage."""
+    return (dump_json({**manifest, "sha256": hash_json(manifest)}, indent=1) + "\n").encode()
 
 
 class _HashedFile:
@@ -214,11 +221,13 @@ def list_checkpoints(parent: Path) -> list[Path]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Check every hash, then read the state. Raises DamagedCheckpoint saying which file is wrong and how."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        own_hash = manifest.pop("sha256")
+        raw = (folder / "manifest.json").read_bytes()
+        manifest = json.loads(raw)
+        del manifest["sha256"]
+        spelling = _render_manifest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"manifest.json can't be read ({type(error).__name__})") from None
-    if own_hash != hash_json(manifest):
+    if raw != spelling:
         raise DamagedCheckpoint("manifest.json has changed since it was written")
     files, schema = manifest["files"], manifest["schema"]
     if schema != CHECKPOINT_SCHEMA:

@@ -174,8 +174,7 @@ class _Run:
         self.optimizer = MasterAdamW(
             named, beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay
         )
-        is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self.scale = LossScale(enabled=is_fp16)
+        self.scale = LossScale(enabled=_computes_in_fp16(model))
         self.stepper = Stepper(
             model,
             self.optimizer,
@@ -438,6 +437,13 @@ def _count_total_steps(spec: TrainSpec, source: RowSource) -> int:
             cure="Give train.steps with data.streaming",
         )
     return count_steps(epochs=spec.epochs, steps=spec.steps, steps_per_epoch=source.steps_per_epoch or 1)
+
+
+def _computes_in_fp16(model: TrainableModel) -> bool:
+    """Whether gradients pass through fp16: weights may be fp32 masters of a model that computes in fp16."""
+    if getattr(model, "dtype", None) == torch.float16:
+        return True
+    return any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
 
 def _choose_budget(spec: TrainSpec, device: torch.device) -> int:

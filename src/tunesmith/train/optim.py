@@ -102,9 +102,10 @@ class MasterAdamW:
         torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
         # The kernel behind torch.optim.AdamW(fused=True). That class loads torch's compiler when it is made, two
         # seconds of every process; tests hold this call to its results.
-        torch._fused_adamw_(
-            [self.masters[name] for name in names],
-            [self.masters[name].grad for name in names],
+        masters = [self.masters[name] for name in names]
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+            masters,
+            [master.grad for master in masters if master.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -126,7 +127,9 @@ class MasterAdamW:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, flat: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. Not copies."""
-        return {f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()}
+        return {
+            f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()
+        }
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
