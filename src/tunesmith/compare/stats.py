@@ -8,8 +8,8 @@ Every arm sees the same draws, so what is hard for all arms cancels out of a dif
 
 Resampling three seeds gives ten different means and no tails, and its variance is a third too small. So a replicate
 moves by the standard error over seeds times Student's t with S - 1 degrees of freedom, which is what three runs
-support: the resolvable gap comes out at 2.5 standard deviations for 3 seeds. Clusters are resampled for real,
-with the same small-sample widening, t instead of normal, on C - 1 degrees of freedom. What varies by row *and* seed (one
+support: the resolvable gap comes out at 2.5 standard deviations for 3 seeds. Clusters are resampled for real, with the
+same small-sample widening, t instead of normal, on C - 1 degrees of freedom. What varies by row *and* seed (one
 run gets a row right, the next does not) is already in the spread over seeds, so it is taken out of the spread over
 rows: counted twice it would hide differences that are there.
 """

@@ -7,7 +7,6 @@ from tunesmith.compare.stats import MARGIN
 from tunesmith.core.comparison import ArmResult, Comparison, Difference
 from tunesmith.core.quantities import format_bytes, format_seconds
 
-_FLIPPED = {"better": "worse", "worse": "better"}
 _NOTABLE_FORGETTING = 0.05
 
 
@@ -42,30 +41,8 @@ def find_difference(comparison: Comparison, arm: str, other: str) -> Difference 
         if (pair.arm, pair.other) == (arm, other):
             return pair
         if (pair.arm, pair.other) == (other, arm):
-            return flip_difference(pair)
+            return pair.flip()
     return None
-
-
-def flip_difference(pair: Difference) -> Difference:
-    """The same difference seen from the other arm."""
-
-    def negate(value: float | None) -> float | None:
-        return None if value is None else -value
-
-    return Difference(
-        arm=pair.other,
-        other=pair.arm,
-        metric=pair.metric,
-        delta=-pair.delta,
-        low=negate(pair.high),
-        high=negate(pair.low),
-        low90=negate(pair.high90),
-        high90=negate(pair.low90),
-        p=pair.p,
-        p_adjusted=pair.p_adjusted,
-        verdict=_FLIPPED.get(pair.verdict, pair.verdict),
-        advice=pair.advice,
-    )
 
 
 def _sort_best_first(arms: list[ArmResult], metric: str) -> list[ArmResult]:

@@ -58,6 +58,23 @@ class Difference:
     verdict: str
     advice: str = ""
 
+    def flip(self) -> Difference:
+        """The same difference seen from the other arm."""
+        return Difference(
+            arm=self.other,
+            other=self.arm,
+            metric=self.metric,
+            delta=-self.delta,
+            low=None if self.high is None else -self.high,
+            high=None if self.low is None else -self.low,
+            low90=None if self.high90 is None else -self.high90,
+            high90=None if self.low90 is None else -self.low90,
+            p=self.p,
+            p_adjusted=self.p_adjusted,
+            verdict={"better": "worse", "worse": "better"}.get(self.verdict, self.verdict),
+            advice=self.advice,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -185,7 +202,7 @@ class Comparison:
     def public_json(self, *, report: str | None = None) -> dict[str, Any]:
         """The stable object that `compare --json` prints; fields are added, never renamed.
 
-        report: path of the HTML file, null if none was written. `versus_base` is null for the base itself, without a base,
+        report: path of the HTML file, null if none was written. `versus_base` is null for the base, without a base,
         and for prompted arms when the metric is nll, which ranks trained arms only.
         """
         arms = [
