@@ -1,0 +1,97 @@
+"""A whole comparison over real worker processes: report, stable JSON, resuming, adding an arm, a failing arm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tunesmith.core.errors import JobError
+from tunesmith.core.events import Event
+from tunesmith.core.jsonl import read_jsonl
+
+ARM_FIELDS = {
+    "name", "kind", "framework", "seeds", "metrics", "versus_base", "trained_parameters", "train_tokens",
+    "target_tokens", "wall_seconds", "cpu_seconds", "peak_bytes", "size_bytes",
+}  # fmt: skip
+
+
+def job(arms: list[Any], **more: Any) -> dict[str, Any]:
+    return {
+        "model": "tunesmith/tiny",
+        "data": {"train": "tunesmith/tickets"},
+        "method": {"name": "lora", "rank": 4},
+        "train": {"steps": 2, "evaluate_every": "never", "learning_rate": 1e-3},
+        "evaluate": {"max_rows": 6, "max_new_tokens": 8, "shots": 1},
+        "compare": {"arms": arms, "seeds": [0, 1], **more},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    tunesmith.compare(job(["zero-shot", "few-shot", "lora", "lora+rag"]), out=folder)
+    return folder
+
+
+def test_a_comparison_leaves_its_report_and_every_row(finished: Path) -> None:
+    from tunesmith.api import comparison_json
+
+    comparison = tunesmith.report(finished)
+    public = json.loads(json.dumps(comparison_json(comparison, finished)))
+    assert {"schema", "metric", "verdict", "report", "warnings", "arms"} <= public.keys()
+    assert Path(public["report"]).read_text().startswith("<!doctype html>")
+    assert [arm["name"] for arm in public["arms"]] == ["zero-shot", "few-shot", "lora", "lora+rag"]
+    for arm in public["arms"]:
+        assert ARM_FIELDS <= arm.keys()
+        assert {"nll", "perplexity", "exact_match", "json_valid"} <= arm["metrics"].keys()
+        for metric in arm["metrics"].values():
+            assert metric.keys() == {"value", "low", "high"}
+    trained = public["arms"][2]
+    assert trained["trained_parameters"] > 0
+    assert trained["train_tokens"] > trained["target_tokens"] > 0
+    answers = finished / "arms" / "lora" / "seed-1" / "answers.jsonl"
+    assert len(list(read_jsonl(answers))) == 6
+
+
+def test_retrieval_shares_the_training_of_its_arm(finished: Path) -> None:
+    assert (finished / "arms" / "lora" / "seed-0" / "adapter").is_dir()
+    assert not (finished / "arms" / "lora+rag" / "seed-0" / "adapter").exists()
+
+
+def test_running_again_starts_no_worker_and_a_new_arm_only_itself(finished: Path) -> None:
+    events: list[Event] = []
+    tunesmith.compare(job(["zero-shot", "few-shot", "lora", "lora+rag"]), out=finished, on_event=events.append)
+    assert not [event for event in events if event.kind in ("done", "step")]
+    tunesmith.compare(job(["zero-shot", "lora", "rag"]), out=finished, on_event=events.append)
+    assert [event.task for event in events if event.kind == "done"] == ["rag judged"]
+
+
+def test_an_arm_that_fails_is_a_warning_and_the_others_count(tmp_path: Path) -> None:
+    arms = ["zero-shot", {"name": "broken", "method": {"name": "lora", "targets": ["no_such_layer"]}}]
+    comparison = tunesmith.compare(job(arms), out=tmp_path)
+    assert any("broken" in warning and "no_such_layer" in warning for warning in comparison.warnings)
+    assert comparison.find_arm("zero-shot").status == "done"
+
+
+def test_learning_rates_are_searched_equally_and_chosen_on_validation(tmp_path: Path) -> None:
+    values = job(["lora", "full"], tune={"trials": 2, "factor": 10.0}, metric="nll")
+    values["train"] = {"steps": 2, "evaluate_every": 2, "learning_rate": 1e-5}
+    values["compare"]["seeds"] = [0]
+    comparison = tunesmith.compare(values, out=tmp_path)
+    for arm in comparison.arms:
+        assert len(arm.trials) == 2
+        best = min(arm.trials, key=lambda trial: trial.validation_loss or 9e9)
+        assert best.chosen
+        assert arm.learning_rate == pytest.approx(best.learning_rate)
+    assert any("edge" in warning for warning in comparison.warnings)
+    assert any("one seed" in warning.lower() for warning in comparison.warnings)
+
+
+def test_an_unknown_arm_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="Did you mean 'few-shot'"):
+        tunesmith.compare(job(["few-shoot"]), out=tmp_path)
+    assert not (tmp_path / "prepared").exists()

@@ -1,0 +1,140 @@
+"""Training through the public functions, on the bundled model: what is left in the folder, resuming, refusing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tunesmith.core.errors import DataError, JobError, ModelError, RunDirError
+from tunesmith.core.events import Event
+from tunesmith.core.jsonl import read_json, read_jsonl
+from tunesmith.core.rundir import RunDir
+
+
+def job(**train: Any) -> dict[str, Any]:
+    return {
+        "model": "tunesmith/tiny",
+        "data": {"train": "tunesmith/tickets"},
+        "method": {"name": "lora", "rank": 4},
+        "train": {"steps": 3, "evaluate_every": "never", "learning_rate": 1e-3, **train},
+    }
+
+
+def test_a_run_leaves_an_adapter_that_peft_loads_with_our_logits(tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from tunesmith.api.evaluation import find_target, load_weights
+    from tunesmith.models.layout import make_layout
+
+    record = tunesmith.train(job(), out=tmp_path)
+    assert record.status == "done"
+    assert record.steps == 3
+    assert record.train_tokens > record.target_tokens > 0
+    found = find_target(str(tmp_path))
+    ours = load_weights(found.model_folder, found.weights, found.weights_folder, found.storage)
+    base = transformers.AutoModelForCausalLM.from_pretrained(found.model_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    ids = torch.arange(5, 45)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        logits = ours.head(ours.hidden(ids, make_layout([40])))
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_running_again_returns_the_finished_run(tmp_path: Path) -> None:
+    first = tunesmith.train(job(), out=tmp_path)
+    events: list[Event] = []
+    started = time.monotonic()
+    assert tunesmith.train(job(), out=tmp_path, on_event=events.append) == first
+    assert time.monotonic() - started < 30
+    assert not [event for event in events if event.kind == "step"]
+
+
+def test_another_job_in_the_folder_is_refused_naming_the_key(tmp_path: Path) -> None:
+    tunesmith.train(job(), out=tmp_path)
+    with pytest.raises(RunDirError, match=r"begun with train\.learning_rate=0\.001, not 0\.002"):
+        tunesmith.train(job(learning_rate=2e-3), out=tmp_path)
+    record = tunesmith.train(job(learning_rate=2e-3), out=tmp_path, fresh=True)
+    assert record.learning_rate == 2e-3
+
+
+def test_fresh_never_deletes_what_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(RunDirError, match="holds no run of ours"):
+        tunesmith.train(job(), out=tmp_path, fresh=True)
+    assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    values = job(steps=6, save_every=1)
+    tunesmith.train(values, out=tmp_path / "whole")
+    code = (
+        "import sys, json, tunesmith\n"
+        "from tunesmith.core.errors import TunesmithError\n"
+        "def tell(event):\n"
+        "    if event.kind == 'step': print(event.done, flush=True)\n"
+        f"try: tunesmith.train(json.loads({json.dumps(json.dumps(values))}), out={str(tmp_path / 'cut')!r}, on_event=tell)\n"
+        "except TunesmithError as error: print(error); sys.exit(error.exit_code)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "2":
+            child.send_signal(signal.SIGTERM)
+            break
+    rest = child.stdout.read()
+    child.stdout.close()
+    assert child.wait() == 143, rest
+    assert "saved" in rest
+    record = tunesmith.train(values, out=tmp_path / "cut")
+    assert record.steps == 6
+    same = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert same[0] == same[1]
+    losses = [[row["loss"] for _, row in read_jsonl(tmp_path / name / "steps.jsonl")] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with RunDir(tmp_path).lock(), pytest.raises(RunDirError, match="in use by process"):
+        tunesmith.train(job(), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "finding"),
+    [
+        ({"model": "nowhere/at/all"}, ModelError, "no such folder"),
+        ({"model": "tunesmith/tyny"}, ModelError, "Did you mean tunesmith/tiny"),
+        ({"model": str(Path(__file__))}, ModelError, "is a file"),
+        ({"data": {"train": "nowhere.jsonl"}}, DataError, "nowhere.jsonl"),
+        ({"methd": "lora"}, JobError, "did you mean 'method'"),
+    ],
+)
+def test_faults_are_one_line_before_anything_is_loaded(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], finding: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(error, match=finding) as caught:
+        tunesmith.train({**job(), **change}, out=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+def test_the_record_holds_what_a_rerun_needs(tmp_path: Path) -> None:
+    tunesmith.train(job(), out=tmp_path)
+    record = read_json(tmp_path / "run.json")
+    assert record["config"]["train"]["schedule"] == "cosine"
+    assert {"train_sha256", "template_sha256", "tokenizer_sha256", "model", "code"} <= record["fingerprints"].keys()
+    assert record["versions"]["torch"]
+    assert record["hardware"]["cores"] >= 1
+    assert record["wall_seconds"] > 0 < record["cpu_seconds"]
+    assert record["size_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size

@@ -1,0 +1,111 @@
+"""The command line as a person meets it: real processes, results on stdout, one-line faults on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+JOB = """\
+model: tunesmith/tiny
+data: {train: tunesmith/tickets}
+method: {name: lora, rank: 4}
+train: {steps: 2, evaluate_every: never, learning_rate: 1e-3}
+"""
+
+
+def tunesmith(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tunesmith.cli.main", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1", **(env or {})}
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path
+
+
+def test_help_answers_at_once_and_without_torch(folder: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert tunesmith("--help", cwd=folder).returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 0.5
+    code = "import sys; import tunesmith.cli.main; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "compare", "preview"])
+def test_a_bad_job_answers_in_under_a_second_in_one_line(folder: Path, verb: str) -> None:
+    (folder / "bad.yaml").write_text(JOB.replace("learning_rate", "lerning_rate"))
+    out = ["--out", "run"] if verb in ("train", "compare") else []
+    started = time.monotonic()
+    run = tunesmith(verb, "bad.yaml", *out, cwd=folder)
+    seconds = time.monotonic() - started
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: bad.yaml:4: unknown key 'train.lerning_rate'; did you mean")
+    assert run.stderr.count("\n") == 1
+    assert seconds < 1.0
+
+
+def test_init_writes_a_job_that_check_accepts(folder: Path) -> None:
+    assert tunesmith("init", "new.yaml", cwd=folder).returncode == 0
+    run = tunesmith("check", "new.yaml", "--json", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["splits"]["train"]["num_rows"] > 100
+    again = tunesmith("init", "new.yaml", cwd=folder)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_check_and_preview_are_readable_without_torch(folder: Path) -> None:
+    run = tunesmith("check", "job.yaml", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert "trained tokens" in run.stdout
+    run = tunesmith("preview", "job.yaml", "--rows", "2", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert "tokens," in run.stdout
+    code = (
+        "import sys; from tunesmith import check, job_from\n"
+        "check(job_from({'model': 'tunesmith/tiny', 'data': {'train': 'tunesmith/tickets'}}))\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_train_then_eval_print_one_json_object_each(folder: Path) -> None:
+    trained = tunesmith("train", "job.yaml", "--out", "run", "--json", cwd=folder)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["steps"] == 2
+    rows = [{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}] * 3
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for target in ("run", "run/adapter", "tunesmith/tiny"):
+        scored = tunesmith("eval", target, "--data", "rows.jsonl", "--no-generate", "--json", cwd=folder)
+        assert scored.returncode == 0, scored.stderr
+        values = json.loads(scored.stdout)
+        assert values["num_rows"] == 3
+        assert values["num_target_tokens"] > 3
+        assert values["perplexity"] > 1
+
+
+def test_an_unwritable_folder_is_one_line(folder: Path) -> None:
+    (folder / "file").write_text("x")
+    run = tunesmith("train", "job.yaml", "--out", "file/run", cwd=folder)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: file/run: ")
+    assert "Traceback" not in run.stderr
+
+
+def test_schema_is_json(folder: Path) -> None:
+    run = tunesmith("schema", cwd=folder)
+    assert json.loads(run.stdout)["title"] == "Tunesmith job"
