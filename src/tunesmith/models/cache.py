@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.models.attention import FOLDED_MAX, fold_heads, make_mask, unfold_heads
-from tunesmith.models.layout import Layout, pad_length
+from tunesmith.models.layout import Layout, make_layout, pad_length
+
+if TYPE_CHECKING:
+    from tunesmith.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class StepView:
         return StepView(lengths_n, groups)
 
 
-CacheView = PrefillView | StepView
+CacheView = PrefillView | StepView | dict[int, StepView]
 
 
 class LayerCache:
@@ -83,6 +87,8 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView, *, scale: float, window: int) -> Tensor:
         """Store k and v (T, N, d), attend q (T, H, d) over what its sequence has. Returns (T, H * d)."""
+        if isinstance(view, dict):  # layers of one model with different windows
+            view = view[window]
         if isinstance(view, StepView):
             return self._attend_step(q, k, v, view, scale)
         return self._attend_prompt(q, k, v, view, scale, window)
@@ -141,3 +147,66 @@ class LayerCache:
         early = probs[..., :shared].reshape(count, kv, rows, shared).transpose(0, 1).reshape(kv, count * rows, shared)
         mixed = torch.bmm(early, prefix_v).view(kv, count, rows, width).transpose(0, 1).reshape(count * kv, rows, width)
         return late + mixed
+
+
+class Session:
+    """Sequences being continued by our own decoder. Slots hold them in the order given, which is by length.
+
+    prompts: own tokens of each sequence (behind the shared prefix), at least one, ascending in length.
+    """
+
+    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                 prefix: SharedPrefix | None = None) -> None:
+        self.model, self.prefix = model, prefix
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.start = 0 if prefix is None else prefix.length
+        self.windows = set(model.config.windows)
+        config, capacity = model.config, pad_length(self.lengths[-1] + max_new_tokens)
+        self.caches = [
+            LayerCache(len(prompts), capacity, kv_heads=config.num_kv_heads, width=config.head_dim, dtype=model.dtype,
+                       device=model.device)
+            for _ in range(config.num_layers)
+        ]
+        if prefix is not None:
+            for cache, shared in zip(self.caches, prefix.layers, strict=True):
+                cache.prefix = shared
+        self._prompts = prompts
+
+    def prefill(self) -> Tensor:
+        """Hidden state behind each prompt's last token, (n, D)."""
+        device = self.model.device
+        layout = make_layout(self.lengths, device=device)
+        ids_T = torch.tensor([token for prompt in self._prompts for token in prompt], device=device)
+        last_n = layout.cumulative_N1[1:].long() - 1
+        return self.model.step(ids_T, layout.positions_T + self.start, self.caches, PrefillView.of(layout), last_n)
+
+    def step(self, ids_n: Tensor) -> Tensor:
+        """Append one token to each sequence. Hidden state behind it, (n, D)."""
+        device = self.model.device
+        views = {window: StepView.of(self.lengths, window=window, device=device) for window in self.windows}
+        view = views[min(views)] if len(views) == 1 else views
+        positions_n = torch.tensor(self.lengths, device=device) + self.start
+        hidden = self.model.step(ids_n, positions_n, self.caches, view)
+        self.lengths = [length + 1 for length in self.lengths]
+        return hidden
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Continue only these sequences, in this (ascending) order."""
+        kept = torch.tensor(slots, device=self.model.device)
+        for cache in self.caches:
+            cache.keep(kept)
+        self.lengths = [self.lengths[slot] for slot in slots]
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Keys and values of tokens that all prompts start with: per layer (k, v), each (N, P, d)."""
+
+    length: int
+    layers: list[tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def of(model: Decoder, ids: Sequence[int]) -> SharedPrefix:
+        session = Session(model, [ids], max_new_tokens=0)
+        session.prefill()
+        return SharedPrefix(len(ids), [(c.k[0, :, : len(ids)].contiguous(), c.v[0, :, : len(ids)].contiguous()) for c in session.caches])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,16 @@ class TokenTable(nn.Module):
     def look_up(self, ids: Tensor) -> Tensor:
         # Rows are cast after the look-up: the gradient of a repeated token then adds up in the master's precision.
         return F.embedding(ids, self.active).to(self.dtype)
+
+
+class DecodeSession(Protocol):
+    """Sequences being continued; see cache.Session."""
+
+    def prefill(self) -> Tensor: ...
+
+    def step(self, ids_n: Tensor) -> Tensor: ...
+
+    def keep(self, slots: Sequence[int]) -> None: ...
 
 
 class CausalLM(nn.Module, ABC):
@@ -101,6 +111,24 @@ class CausalLM(nn.Module, ABC):
 
         With `keep_K` the last block computes only those rows after its attention; the values are the same.
         """
+
+    @abstractmethod
+    def open_session(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                     prefix: Sequence[int] = ()) -> DecodeSession:
+        """Sequences to continue. prompts: ascending in length. prefix: tokens in front of every prompt, computed once."""
+
+    @abstractmethod
+    def close_sessions(self) -> None:
+        """Forget what sessions share; call it when weights may change."""
+
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """Cache memory of one token of one sequence."""
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether `open_session` takes a prefix."""
+        return False
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -7,14 +7,14 @@ T: flat tokens  K: kept tokens  D: width  H: query heads  N: key/value heads  d:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.models.attention import attend
-from tunesmith.models.cache import CacheView, LayerCache
+from tunesmith.models.cache import CacheView, LayerCache, Session, SharedPrefix
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.config import DecoderConfig
 from tunesmith.models.elementwise import (
@@ -123,6 +123,7 @@ class Decoder(CausalLM):
         )
         self.register_buffer("inverse", make_inverse_frequencies(config.rope, config.head_dim), persistent=False)
         self.inverse: Tensor
+        self._prefix: tuple[tuple[int, ...], SharedPrefix] | None = None
 
     def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
         x = self.embedding.look_up(ids_T)
@@ -141,6 +142,26 @@ class Decoder(CausalLM):
             assert isinstance(block, Block)
             x = block.step(x, cos, sin, cache, view, keep_K if number == last else None)
         return self.norm(x)
+
+    def open_session(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()) -> Session:
+        if not prefix:
+            return Session(self, prompts, max_new_tokens=max_new_tokens)
+        key = tuple(prefix)
+        if self._prefix is None or self._prefix[0] != key:
+            self._prefix = (key, SharedPrefix.of(self, prefix))
+        return Session(self, prompts, max_new_tokens=max_new_tokens, prefix=self._prefix[1])
+
+    @property
+    def shares_prefix(self) -> bool:
+        return not any(self.config.windows)
+
+    def close_sessions(self) -> None:
+        self._prefix = None
+
+    def bytes_per_token(self) -> int:
+        """Cache memory of one token of one sequence."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens.weight", self.embedding.weight.detach()

@@ -164,6 +164,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         with temporary.open("rb") as handle:
+            # safetensors makes files that only their owner reads; a model folder is for sharing.
+            os.fchmod(handle.fileno(), 0o644)
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)

@@ -1,0 +1,1 @@
+"""One sampler: batched continuation of prompts with a key/value cache."""
