@@ -135,3 +135,13 @@ def test_ten_steps_equal_those_of_torchs_own_adamw_bit_for_bit():
         reference.step()
         reference.zero_grad()
     assert torch.equal(ours, theirs)
+
+
+def test_an_update_raises_the_version_of_every_weight():
+    # Models that keep a rounded copy of an fp32 weight make it again only when the version changed.
+    weights = {"matrix": matrix(1.0), "vector": nn.Parameter(torch.ones(2))}
+    optimizer = MasterAdamW(weights)
+    before = {name: weight._version for name, weight in weights.items()}
+    (weights["matrix"].sum() + weights["vector"].sum()).backward()
+    optimizer.update(learning_rate=0.1)
+    assert all(weight._version > before[name] for name, weight in weights.items())

@@ -118,6 +118,8 @@ class MasterAdamW:
             amsgrad=False,
             maximize=False,
         )
+        # The kernel changes tensors without raising their versions, by which copies in lower precision know their age.
+        torch.autograd.graph.increment_version(masters)
 
     @torch.no_grad()
     def round_masters(self) -> None:
