@@ -6,6 +6,7 @@ Every repair, drop and surprise becomes a `Finding`; nothing here changes a row.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -14,7 +15,7 @@ import numpy as np
 
 from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.render import Renderer, text_of
-from tunesmith.data.split import find_near_pairs, hash_conversation, shingle, split_words
+from tunesmith.data.split import Likeness, split_words
 
 NGRAM_WORDS = 13
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -69,7 +70,7 @@ class SplitFacts:
 
 @dataclass(slots=True)
 class Overlap:
-    """How many rows of a held-out split also stand in train: equal, near (Jaccard >= 0.8), or sharing 13 words in a row."""
+    """How many rows of a held-out split stand in train, too: equal, near (Jaccard >= 0.8), or 13 words in a row."""
 
     num_rows: int = 0
     num_exact: int = 0
@@ -131,39 +132,28 @@ def count_rows(facts: SplitFacts, rows: Iterable[TokenRow], *, stop_ids: Sequenc
             facts.num_without_stop += 1
 
 
-def measure_overlap(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> Overlap:
-    """Compare a held-out split with train, reading train once."""
-    overlap = Overlap(num_rows=len(held_out))
-    train_hashes = {hash_conversation(c) for c in train}
-    train_questions = {_question(c) for c in train}
-    overlap.num_exact = sum(hash_conversation(c) in train_hashes for c in held_out)
-    overlap.num_same_question = sum(_question(c) in train_questions for c in held_out)
-    overlap.num_near = len(find_near_across(train, held_out))
-    grams = [_grams(c) for c in held_out]
-    wanted = frozenset[int]().union(*grams) if grams else frozenset[int]()
+def measure_overlaps(
+    train: Sequence[Conversation], held_out: Mapping[str, Sequence[Conversation]], likeness: Likeness
+) -> dict[str, Overlap]:
+    """Compare held-out splits with train, reading the words of train once."""
+    hashes = {likeness.hash_of(c) for c in train}
+    groups = {likeness.near_group(c) for c in train}
+    questions = {_question(c) for c in train}
+    grams = {name: [_grams(c) for c in rows] for name, rows in held_out.items()}
+    wanted = frozenset(itertools.chain.from_iterable(itertools.chain.from_iterable(grams.values())))
     seen: set[int] = set()
-    for conversation in train:
+    for conversation in train if wanted else ():
         seen |= wanted & _grams(conversation)
-    overlap.num_shared_13grams = sum(not gram.isdisjoint(seen) for gram in grams)
-    return overlap
-
-
-def find_near_across(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[int]:
-    """Numbers of held-out rows that are connected to a train row through near-duplicates."""
-    pairs = find_near_pairs([shingle(c) for c in (*train, *held_out)])
-    root = list(range(len(train) + len(held_out)))
-
-    def find(item: int) -> int:
-        while root[item] != item:
-            root[item] = root[root[item]]
-            item = root[item]
-        return item
-
-    for left, right in pairs:
-        low, high = sorted((find(left), find(right)))
-        root[high] = low
-    # Train comes first and roots are smallest members, so a held-out row's root is in train if any member is.
-    return [n for n in range(len(held_out)) if find(len(train) + n) < len(train)]
+    return {
+        name: Overlap(
+            num_rows=len(rows),
+            num_exact=sum(likeness.hash_of(c) in hashes for c in rows),
+            num_same_question=sum(_question(c) in questions for c in rows),
+            num_near=sum(likeness.near_group(c) in groups for c in rows),
+            num_shared_13grams=sum(not gram.isdisjoint(seen) for gram in grams[name]),
+        )
+        for name, rows in held_out.items()
+    }
 
 
 def _question(conversation: Conversation) -> str:

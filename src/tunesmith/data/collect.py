@@ -14,7 +14,7 @@ from tunesmith.core.types import Conversation, Origin
 from tunesmith.data.checks import CheckReport, SourceFacts, SplitFacts
 from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row
 from tunesmith.data.sources import Source, find_sources, mix_rows, read_rows
-from tunesmith.data.split import assign_splits, find_split_groups, hash_conversation
+from tunesmith.data.split import Likeness, assign_splits
 from tunesmith.job.spec import DataSpec, SourceSpec, as_source_specs
 
 DEFAULT_SHARE = 0.1
@@ -74,12 +74,17 @@ def _parse(raw: RawRow, fmt: FormatName) -> Conversation:
     return parse_row(raw, fmt)
 
 
-def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> dict[str, list[Conversation]]:
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Conversations by split, and how alike they are."""
+
+    splits: dict[str, list[Conversation]]
+    likeness: Likeness
+
+
+def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> Collected:
     """Conversations of train, validation and test, as the job asks; facts about sources go to the report."""
     parts = [_read_source(spec, data, rejects, report) for spec in as_source_specs(data.train)]
-    train: list[tuple[SourceSpec, list[Conversation]]] = [
-        (spec, _deduplicate(part["train"], data, report)) for spec, part in parts
-    ]
     held_out: dict[str, list[Conversation]] = {}
     shares: dict[str, float] = {}
     for name, wish in (("test", data.split.test), ("validation", data.split.validation)):
@@ -90,14 +95,19 @@ def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> dic
             held_out[name] = _read_named(wish, name, rejects, report)
         elif share := DEFAULT_SHARE if wish == "auto" else float(wish):
             shares[name] = share
+    everything = [c for _, part in parts for c in part["train"]] + [
+        c for rows in held_out.values() for c in rows
+    ]
+    likeness = Likeness(everything)
+    train = [(spec, _deduplicate(part["train"], data, report, likeness)) for spec, part in parts]
     if shares:
-        train = _cut_off(train, shares, data, held_out)
+        train = _cut_off(train, shares, data, held_out, likeness)
     mixed: list[Conversation] = []
     for spec, rows in train:
-        keys = [hash_conversation(c) for c in rows]
+        keys = [likeness.hash_of(c) for c in rows]
         mixed += [rows[n] for n in mix_rows(keys, weight=spec.weight, seed=data.seed)]
     found = {"train": mixed, "validation": held_out.get("validation"), "test": held_out.get("test")}
-    return {name: rows for name, rows in found.items() if rows is not None}
+    return Collected({name: rows for name, rows in found.items() if rows is not None}, likeness)
 
 
 def _read_source(
@@ -136,12 +146,14 @@ def _read_all(
     return rows
 
 
-def _deduplicate(rows: list[Conversation], data: DataSpec, report: CheckReport) -> list[Conversation]:
+def _deduplicate(
+    rows: list[Conversation], data: DataSpec, report: CheckReport, likeness: Likeness
+) -> list[Conversation]:
     """Rows without exact repeats if the job asks for that; repeats are counted either way."""
     facts = report.splits.setdefault("train", SplitFacts())
     first: dict[str, Conversation] = {}
     for row in rows:
-        first.setdefault(hash_conversation(row), row)
+        first.setdefault(likeness.hash_of(row), row)
     facts.num_exact_duplicates += len(rows) - len(first)
     return list(first.values()) if data.deduplicate == "exact" else rows
 
@@ -151,10 +163,11 @@ def _cut_off(
     shares: dict[str, float],
     data: DataSpec,
     held_out: dict[str, list[Conversation]],
+    likeness: Likeness,
 ) -> list[tuple[SourceSpec, list[Conversation]]]:
     """Cut held-out rows off the training rows by groups; the cut rows go to `held_out`."""
     flat = [row for _, rows in train for row in rows]
-    names = assign_splits(find_split_groups(flat), shares=shares, seed=data.seed)
+    names = assign_splits(likeness.find_split_groups(flat), shares=shares, seed=data.seed)
     for name in shares:
         held_out[name] = [row for row, split in zip(flat, names, strict=True) if split == name]
         if not held_out[name]:

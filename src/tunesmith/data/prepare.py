@@ -36,11 +36,11 @@ from tunesmith.data.checks import (
     find_findings,
     find_special_tokens,
     measure_lengths,
-    measure_overlap,
+    measure_overlaps,
 )
 from tunesmith.data.collect import Rejects, collect_splits
 from tunesmith.data.render import Renderer
-from tunesmith.data.split import find_clusters, hash_conversation
+from tunesmith.data.split import Likeness, hash_conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.spec import DataSpec
 
@@ -57,11 +57,12 @@ class HasData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A split in memory: token rows, the conversation number of each, and the conversations that have rows."""
+    """A split in memory: token rows, the conversation number of each, the conversations with rows, their clusters."""
 
     rows: list[TokenRow]
     numbers: list[int]
     conversations: list[Conversation]
+    clusters: list[str]
 
 
 class TokenRows(Sequence[TokenRow]):
@@ -259,10 +260,11 @@ def _prepare(
 ) -> tuple[CheckReport, dict[str, _Rendered]]:
     report = CheckReport()
     collected = collect_splits(data, rejects, report)
+    likeness = collected.likeness
     rendered: dict[str, _Rendered] = {}
-    for name, conversations in collected.items():
+    for name, conversations in collected.splits.items():
         facts = report.splits.setdefault(name, SplitFacts())
-        rendered[name] = _render_split(conversations, renderer, data, facts, rejects)
+        rendered[name] = _render_split(conversations, renderer, data, facts, rejects, likeness)
         if not rendered[name].rows:
             raise DataError(
                 f"data, split {name}",
@@ -270,23 +272,17 @@ def _prepare(
                 rule=f"a split has at least one row of at most {data.max_tokens} tokens",
                 cure="Raise data.max_tokens, or give more rows",
             )
-        clusters = find_clusters(conversations)
-        facts.num_clusters = len(set(clusters))
-        facts.num_near_duplicates = len(conversations) - len(set(_near_clusters(conversations)))
+        facts.num_clusters = len({likeness.cluster_of(c) for c in conversations})
+        different = {likeness.hash_of(c): likeness.near_group(c) for c in conversations}
+        facts.num_near_duplicates = len(different) - len(set(different.values()))
         report.counts["rows_with_special_tokens"] = report.counts.get(
             "rows_with_special_tokens", 0
         ) + find_special_tokens(conversations, renderer)
-    for name in ("validation", "test"):
-        if name in collected and "train" in collected:
-            report.overlap[name] = measure_overlap(collected["train"], collected[name])
+    held_out = {name: rows for name, rows in collected.splits.items() if name != "train"}
+    report.overlap = measure_overlaps(collected.splits["train"], held_out, likeness)
     report.counts |= dict(renderer.counts)
     report.findings = find_findings(report, renderer)
     return report, rendered
-
-
-def _near_clusters(conversations: Sequence[Conversation]) -> list[str]:
-    plain = [dataclasses.replace(c, extra={}) for c in conversations]
-    return find_clusters(plain)
 
 
 def _render_split(
@@ -295,6 +291,7 @@ def _render_split(
     data: DataSpec,
     facts: SplitFacts,
     rejects: Rejects,
+    likeness: Likeness,
 ) -> _Rendered:
     """Token rows of a split within `max_tokens`; conversations that lose all rows are left out."""
     kept: list[TokenRow] = []
@@ -313,7 +310,7 @@ def _render_split(
     facts.num_conversations = len(used)
     facts.length_percentiles = measure_lengths(lengths)
     count_rows(facts, kept, stop_ids=renderer.stop_ids)
-    return _Rendered(kept, numbers, used)
+    return _Rendered(kept, numbers, used, [likeness.cluster_of(c) for c in used])
 
 
 def _render_batch(
@@ -381,7 +378,6 @@ def _write_split(folder: Path, name: str, split: _Rendered) -> None:
         "offsets": offsets,
     }
     write_bytes_atomic(_split_path(folder, name, "safetensors"), save(arrays))
-    clusters = find_clusters(split.conversations)
     facts = [
         {
             "place": row.origin.place,
@@ -389,7 +385,7 @@ def _write_split(folder: Path, name: str, split: _Rendered) -> None:
             "index": row.origin.index,
             "row_id": row.row_id,
             "bytes": row.num_answer_bytes,
-            "cluster": clusters[number],
+            "cluster": split.clusters[number],
             "conversation": number,
         }
         for row, number in zip(split.rows, split.numbers, strict=True)

@@ -15,16 +15,15 @@ meet it.
 Where prompt_i is not a prefix of upto_i, the turn is composed as prompt_i + answer_i, with the answer found behind the
 same header. Whatever fits none of these is refused with the reason.
 
-Tokens. A text is tokenised in pieces that begin where an answer begins, because that is where a server's tokenised prompt
-ends and the model continues. A token can therefore never straddle prompt and answer. `render_prompt` cuts history in the
-same places. A row ends with its last trained token; nothing after it could be learned.
+Tokens. A text is tokenised in pieces that begin where an answer begins, because that is where a server's tokenised
+prompt ends and the model continues. A token can therefore never straddle prompt and answer. `render_prompt` cuts
+history in the same places. A row ends with its last trained token; nothing after it could be learned.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -297,14 +296,14 @@ class Renderer:
             longer = self._render([*probe, Message("assistant", "Four.")], ())
         except TemplateError as error:
             raise self._refuse("", str(error)) from None
-        start = upto.rfind("Two.", min(len(os.path.commonprefix([prompt, upto])), len(upto)))
+        start = upto.rfind("Two.", len(_share_start(prompt, upto)))
         if start < 0:
             raise self._refuse("", "an answer does not appear in the rendered conversation")
         tail = upto[start + 4 :]
         if longer.startswith(upto) or not longer.startswith(upto[: start + 4]):
             return _Ending(tail.rstrip())
         # The turn ends before the next header, which opens with the first tag of the whole text, else at its first tag.
-        shared = os.path.commonprefix([tail, longer[start + 4 :]])
+        shared = _share_start(tail, longer[start + 4 :])
         opening = _TAG.search(upto.removeprefix(self.tokenizer.bos_token or ""))
         header = shared.find(opening.group()) if opening else -1
         first = _TAG.search(shared)
@@ -501,9 +500,8 @@ class Renderer:
         """Ids of an answer and of what follows it before the next one."""
         if num_chars == len(piece.text):
             return piece.ids, []
-        cut = piece.find_token(num_chars)
-        if cut is not None:
-            return piece.ids[:cut], piece.ids[cut:]
+        if (parts := self.tokenizer.divide(piece, num_chars)) is not None:
+            return parts
         self.counts["end_markers_cut_from_a_token"] += 1
         answer, rest = piece.text[:num_chars], piece.text[num_chars:]
         return self.tokenizer.encode_continuation(answer), self.tokenizer.encode_continuation(rest)
@@ -516,6 +514,12 @@ class Renderer:
             self.counts["rows_with_bos_twice"] += 1
         elif self.tokenizer.adds_bos and list(ids[:1]) != [bos]:
             self.counts["rows_without_bos"] += 1
+
+
+def _share_start(left: str, right: str) -> str:
+    """The longest text that both begin with."""
+    differ = (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return left[: next(differ, min(len(left), len(right)))]
 
 
 def _with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:

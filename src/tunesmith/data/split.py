@@ -88,35 +88,51 @@ class _Union:
         self._parent[right] = left
 
 
-def find_clusters(conversations: Sequence[Conversation]) -> list[str]:
-    """Cluster id of each conversation: the one given with the row (`cluster`, `family`), else its near-duplicates'.
+class Likeness:
+    """Hashes and near-duplicate groups of a set of conversations, worked out once and asked about often.
 
-    Ids do not depend on the order of the rows.
+    Ids of groups do not depend on the order of the rows. Conversations are known by identity: ask only about those
+    given.
     """
-    near = _group(conversations, given=False)
-    return [str(c.extra.get("cluster", name)) for c, name in zip(conversations, near, strict=True)]
 
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        # Kept, so that an id stands for the same conversation as long as this object lives.
+        self._conversations = list(conversations)
+        self._hash = {id(c): hash_conversation(c) for c in self._conversations}
+        unique = {self._hash[id(c)]: c for c in self._conversations}
+        union = _Union(len(unique))
+        for left, right in find_near_pairs([shingle(c) for c in unique.values()]):
+            union.join(left, right)
+        smallest: dict[int, str] = {}
+        for number, digest in enumerate(unique):
+            root = union.root(number)
+            smallest[root] = min(smallest.get(root, digest), digest)
+        self._group = {digest: smallest[union.root(number)] for number, digest in enumerate(unique)}
 
-def find_split_groups(conversations: Sequence[Conversation]) -> list[str]:
-    """Group id of each conversation for splitting: rows that share a given cluster or are near-duplicates stay together."""
-    return _group(conversations, given=True)
+    def hash_of(self, conversation: Conversation) -> str:
+        return self._hash[id(conversation)]
 
+    def near_group(self, conversation: Conversation) -> str:
+        """Id of the near-duplicates that a conversation belongs to; its own hash if it has none."""
+        return self._group[self.hash_of(conversation)]
 
-def _group(conversations: Sequence[Conversation], *, given: bool) -> list[str]:
-    hashes = [hash_conversation(conversation) for conversation in conversations]
-    union = _Union(len(conversations))
-    for left, right in find_near_pairs([shingle(conversation) for conversation in conversations]):
-        union.join(left, right)
-    if given:
-        first: dict[str, int] = {}
+    def cluster_of(self, conversation: Conversation) -> str:
+        """Cluster id: the one given with the row (`cluster`, `family`), else its near-duplicates'."""
+        return str(conversation.extra.get("cluster", self.near_group(conversation)))
+
+    def find_split_groups(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Group of each conversation for splitting: rows of a given cluster and near-duplicates stay together."""
+        union = _Union(len(conversations))
+        first: dict[tuple[str, str], int] = {}
         for number, conversation in enumerate(conversations):
+            union.join(first.setdefault(("near", self.near_group(conversation)), number), number)
             if (name := conversation.extra.get("cluster")) is not None:
-                union.join(first.setdefault(str(name), number), number)
-    smallest: dict[int, str] = {}
-    for number, digest in enumerate(hashes):
-        root = union.root(number)
-        smallest[root] = min(smallest.get(root, digest), digest)
-    return [smallest[union.root(number)] for number in range(len(hashes))]
+                union.join(first.setdefault(("given", str(name)), number), number)
+        smallest: dict[int, str] = {}
+        for number, conversation in enumerate(conversations):
+            root, digest = union.root(number), self.hash_of(conversation)
+            smallest[root] = min(smallest.get(root, digest), digest)
+        return [smallest[union.root(number)] for number in range(len(conversations))]
 
 
 def assign_splits(groups: Sequence[str], *, shares: dict[str, float], seed: int) -> list[str]:

@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.core.errors import DataError
 
@@ -33,9 +34,9 @@ class TemplateError(ValueError):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks its output while `environment.marking` is set."""
+    """`{% generation %} ... {% endgeneration %}`: marks its output in a render with `mark_generation`."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

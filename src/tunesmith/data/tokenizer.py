@@ -1,7 +1,7 @@
 """A tokenizer that adds nothing by itself: rendering decides every special token.
 
-`tokenizer.json` is read by the `tokenizers` library; other vocabularies (`tokenizer.model`, `vocab.json` + `merges.txt`)
-go once through transformers, which is imported only then.
+`tokenizer.json` is read by the `tokenizers` library; other vocabularies (`tokenizer.model`, `vocab.json` and
+`merges.txt`) go once through transformers, which is imported only then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from tunesmith.core.errors import DataError, ModelError, SetupError
@@ -37,24 +36,10 @@ _ANCHORS = ("\n", ".", "a", ":", "1")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text's ids, with what is needed to find a character's token.
-
-    num_skipped, shift: tokens and characters of a prefix in `encoding` that are not part of the piece.
-    """
+    """A stretch of text and its ids."""
 
     text: str
     ids: list[int]
-    encoding: Encoding
-    num_skipped: int = 0
-    shift: int = 0
-
-    def find_token(self, char: int) -> int | None:
-        """Number of the token that starts exactly at a character, or None if one straddles it."""
-        token = self.encoding.char_to_token(char + self.shift)
-        if token is None or self.encoding.token_to_chars(token) is None:
-            return None
-        span = self.encoding.token_to_chars(token)
-        return token - self.num_skipped if span is not None and span[0] == char + self.shift else None
 
 
 class Tokenizer:
@@ -111,29 +96,45 @@ class Tokenizer:
 
     def encode_pieces(self, texts: Sequence[str], follows: Sequence[bool]) -> list[Piece]:
         """Tokenise texts at once; `follows` says which of them continue another text."""
-        prefixes = [
-            _ANCHORS[0] if after and text and self._prefixes_space else ""
-            for text, after in zip(texts, follows, strict=True)
-        ]
+        anchor = _ANCHORS[0] if self._prefixes_space else ""
+        prefixes = [anchor if after and text else "" for text, after in zip(texts, follows, strict=True)]
         joined = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
-        encodings = self._backend.encode_batch(joined, add_special_tokens=False)
+        # Without offsets, which take as long as the rest.
+        encodings = self._backend.encode_batch_fast(joined, add_special_tokens=False)
         return [
-            self._cut_prefix(text, prefix, encoding) if prefix else Piece(text, encoding.ids, encoding)
+            Piece(text, self._cut_prefix(text, prefix, encoding.ids) if prefix else encoding.ids)
             for text, prefix, encoding in zip(texts, prefixes, encodings, strict=True)
         ]
 
-    def _cut_prefix(self, text: str, prefix: str, encoding: Encoding) -> Piece:
-        """The part of an encoding after its prefix; another prefix is tried where a token covers both."""
-        for other in (prefix, *_ANCHORS[1:]):
+    def _cut_prefix(self, text: str, prefix: str, ids: list[int]) -> list[int]:
+        """Ids after those of the prefix; another prefix is tried where a token covers both."""
+        for other in (prefix, *(anchor for anchor in _ANCHORS if anchor != prefix)):
             if other != prefix:
-                encoding = self._backend.encode(other + text, add_special_tokens=False)
-            first = encoding.char_to_token(len(other))
-            while first and encoding.offsets[first - 1][0] >= len(other):
-                first -= 1
-            if first is not None and all(end <= len(other) for _, end in encoding.offsets[:first]):
-                return Piece(text, encoding.ids[first:], encoding, num_skipped=first, shift=len(other))
+                ids = self.encode(other + text)
+            head = self._anchor_ids[other]
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
         raise DataError(
             "tokenizer", f"cannot continue a text with {text[:20]!r}", rule="a boundary needs a token edge"
+        )
+
+    @cached_property
+    def _anchor_ids(self) -> dict[str, list[int]]:
+        return {anchor: self.encode(anchor) for anchor in _ANCHORS}
+
+    def divide(self, piece: Piece, num_chars: int) -> tuple[list[int], list[int]] | None:
+        """Ids of a continuing piece's first characters and of the rest, or None if a token straddles the cut."""
+        anchor = _ANCHORS[0] if self._prefixes_space else ""
+        encoding = self._backend.encode(anchor + piece.text, add_special_tokens=False)
+        token = encoding.char_to_token(len(anchor) + num_chars)
+        num_before = len(self._anchor_ids[anchor]) if anchor else 0
+        if token is None or encoding.ids[num_before:] != piece.ids:
+            return None
+        start, _ = encoding.token_to_chars(token) or (-1, -1)
+        return (
+            (piece.ids[: token - num_before], piece.ids[token - num_before :])
+            if start == len(anchor) + num_chars
+            else None
         )
 
     @cached_property
