@@ -37,7 +37,7 @@ from tunesmith.models.causal_lm import CausalLM
 MAX_FIELDS = 40
 """Fields of JSON answers that get an accuracy of their own."""
 
-OnRow = Callable[[int], None]
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -160,11 +160,11 @@ def _render_scored(renderer: Renderer, case: Case, prompt: Prompt) -> list[Token
 
 
 def score_cases(
-    model: CausalLM, cases: Sequence[Case], *, end_ids: Sequence[int], on_row: OnRow | None = None
+    model: CausalLM, cases: Sequence[Case], *, end_ids: Sequence[int], on_progress: OnProgress | None = None
 ) -> None:
     """Likelihood of each case's true answer."""
     flat = [row for case in cases for row in case.scored]
-    scores = iter(score_rows(model, flat, end_ids=end_ids, on_row=on_row))
+    scores = iter(score_rows(model, flat, end_ids=end_ids, on_progress=on_progress))
     for case in cases:
         case.score = add_scores([next(scores) for _ in case.scored])
 
@@ -175,32 +175,35 @@ def answer_cases(
     cases: Sequence[Case],
     *,
     spec: EvaluateSpec,
-    on_row: OnRow | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Let the model answer each case that has a prompt."""
-    asked = [case for case in cases if case.prompt]
-    stop_ids = renderer.stop_ids
+    """Let the model answer each case that has a prompt; one that fills the context gets no answer, as if cut."""
+    asked: list[tuple[Case, Prompt]] = []
+    for case in cases:
+        if case.prompt and len(case.prompt.ids) < model.config.max_positions:
+            asked.append((case, case.prompt))
+        elif case.prompt:
+            case.answer, case.generation = "", Generation([], finished=False)
     generations = generate(
         model,
-        [case.prompt.ids for case in asked if case.prompt],
+        [prompt.ids for _, prompt in asked],
         max_new_tokens=spec.max_new_tokens,
-        stop_ids=stop_ids,
+        stop_ids=renderer.stop_ids,
         sampling=spec.sampling,
-        on_progress=on_row,
+        on_progress=on_progress,
     )
-    for case, generation in zip(asked, generations, strict=True):
+    for (case, _), generation in zip(asked, generations, strict=True):
         case.generation = generation
-        ids = [token for token in generation.ids if token not in stop_ids]
-        case.answer = renderer.tokenizer.decode(ids)
+        case.answer = renderer.tokenizer.decode(generation.ids)
 
 
 def choose_cases(
-    model: CausalLM, renderer: Renderer, cases: Sequence[Case], *, on_row: OnRow | None = None
+    model: CausalLM, renderer: Renderer, cases: Sequence[Case], *, on_progress: OnProgress | None = None
 ) -> None:
     """Score the options of each case that has some, under the arm's prompt."""
     asked = [case for case in cases if case.answer_index is not None and case.prompt]
     questions = [_render_options(renderer, case) for case in asked]
-    scores = score_choices(model, questions, end_ids=renderer.stop_ids, on_row=on_row)
+    scores = score_choices(model, questions, end_ids=renderer.stop_ids, on_progress=on_progress)
     for case, score in zip(asked, scores, strict=True):
         case.options = score
 
@@ -287,6 +290,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def count_reserved_tokens(prepared: Prepared, cases: Sequence[Case], *, max_new_tokens: int) -> int:
     """Context kept free behind a prompt: room for the longest answer of the rows, known or to be scored."""
-    longest_train = max((row.num_targets for row in prepared.rows("train")), default=max_new_tokens)
-    longest_test = max(sum(row.mask) for case in cases for row in case.rows)
+    train = prepared.rows("train") if "train" in prepared.splits else ()
+    longest_train = max((row.num_targets for row in train), default=0)
+    longest_test = max(row.num_targets for case in cases for row in case.rows)
     return max(min(max_new_tokens, longest_train), longest_test)

@@ -78,11 +78,11 @@ def score_choices(
     questions: Sequence[Sequence[TokenRow]],
     *,
     end_ids: Collection[int] = (),
-    on_row: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[ChoiceScore]:
     """Score the options of every question: one list of rows (`render_choices`) per question, same order."""
     flat = [row for options in questions for row in options]
-    scores = iter(score_rows(model, flat, end_ids=end_ids, on_row=on_row))
+    scores = iter(score_rows(model, flat, end_ids=end_ids, on_progress=on_progress))
     result: list[ChoiceScore] = []
     for options in questions:
         mine = [next(scores) for _ in options]

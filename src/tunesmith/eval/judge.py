@@ -102,11 +102,11 @@ def _score(
         seed=seed,
         max_prompt_tokens=model.config.max_positions - reserved,
     )
-    steps.score_cases(model, cases, end_ids=renderer.stop_ids, on_row=tell.count("likelihood", len(cases)))
+    steps.score_cases(model, cases, end_ids=renderer.stop_ids, on_progress=tell.count("likelihood"))
     if "choice_accuracy" in names:
         steps.choose_cases(model, renderer, cases)
     if any(METRICS[name].generates for name in names):
-        steps.answer_cases(model, renderer, cases, spec=spec, on_row=tell.count("answers", len(cases)))
+        steps.answer_cases(model, renderer, cases, spec=spec, on_progress=tell.count("answers"))
     answers = steps.mark_cases(cases, names, validator)
     metrics = steps.summarize_cases(cases, answers)
     warnings += find_doubts(
@@ -124,9 +124,9 @@ class _Teller:
     def say(self, text: str) -> None:
         self._on_event(Event("stage", task=self._task, text=text))
 
-    def count(self, text: str, total: int) -> Callable[[int], None]:
+    def count(self, text: str) -> Callable[[int, int], None]:
         self.say(text)
-        return lambda done: self._on_event(Event("progress", self._task, text, done, total))
+        return lambda done, total: self._on_event(Event("progress", self._task, text, done, total))
 
 
 class _Clock:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.types import TokenRow
-from tunesmith.eval.shared_prefix import SharedPrefix, find_shared_prefix
+from tunesmith.eval.shared_prefix import find_shared_prefix, run_behind
+from tunesmith.models.cache import SharedPrefix
 from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.decoder import Decoder
 from tunesmith.models.layout import make_batch
 
 BUDGET_TOKENS = 4096
@@ -49,12 +51,12 @@ def score_rows(
     *,
     end_ids: Collection[int] = (),
     budget_tokens: int = BUDGET_TOKENS,
-    on_row: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[RowScore]:
     """Score the target tokens of each row, in the order given.
 
     end_ids: tokens that end a turn; `nll_content` leaves them out.
-    on_row:  called with the number of rows done so far.
+    on_progress: called with (rows done, rows in all).
     Raises ArmFailed if a likelihood is not finite, naming the row.
     """
     scores: dict[int, RowScore] = {}
@@ -66,8 +68,8 @@ def score_rows(
             row = rows[number]
             scores[number] = _sum_row(row, nll_K[start : start + row.num_targets], end_ids)
             start += row.num_targets
-        if on_row:
-            on_row(len(scores))
+        if on_progress:
+            on_progress(len(scores), len(rows))
     return [scores[number] for number in range(len(rows))]
 
 
@@ -90,17 +92,16 @@ def plan_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int
 def score_tokens(model: CausalLM, rows: Sequence[TokenRow], *, prefix: SharedPrefix | None = None) -> Tensor:
     """NLL of every target token of the rows, in order: (K,), float64 on the CPU, nats.
 
-    prefix: the beginning that all rows share, already run.
+    prefix: the beginning that all rows share, already run; the rows then ascend in length.
     """
     if prefix is None:
         batch = make_batch(rows, device=model.device)
         return compute_nll(model, model.hidden(batch.ids_T, batch.layout, batch.sources_K), batch.targets_K)
-    cut = prefix.num_tokens
-    batch = make_batch(
-        [dataclasses.replace(row, ids=row.ids[cut:], mask=row.mask[cut:]) for row in rows],
-        device=model.device,
-    )
-    return compute_nll(model, prefix.run(batch), batch.targets_K)
+    assert isinstance(model, Decoder)
+    cut = prefix.length
+    rests = [dataclasses.replace(row, ids=row.ids[cut:], mask=row.mask[cut:]) for row in rows]
+    batch = make_batch(rests, device=model.device)
+    return compute_nll(model, run_behind(model, prefix, batch), batch.targets_K)
 
 
 def compute_nll(model: CausalLM, hidden_KD: Tensor, ids_K: Tensor) -> Tensor:
