@@ -77,7 +77,6 @@ def _make_cell(key: str, arm: ArmResult, comparison: Comparison, best: dict[str,
 
 def _describe_kind(arm: ArmResult) -> str:
     parts = [] if arm.framework == "tunesmith" else [arm.framework]
-    parts.append("prompted" if arm.kind == "prompted" else "trained")
     if arm.status == "missing":
         parts.append("no result")
     elif arm.deterministic:
@@ -85,7 +84,7 @@ def _describe_kind(arm: ArmResult) -> str:
     else:
         parts.append(f"{len(arm.seeds)} seeds" if len(arm.seeds) != 1 else "1 seed")
     if arm.trained_by not in (None, arm.name):
-        parts.append(f"weights of {arm.trained_by}")
+        parts.append(f"{arm.trained_by}'s weights")
     return ", ".join(parts)
 
 

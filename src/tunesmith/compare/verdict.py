@@ -64,50 +64,50 @@ def _say_title(title: str) -> str:
 def _weigh_training(trained: ArmResult, prompted: ArmResult, comparison: Comparison) -> str:
     info = describe_metric(comparison.metric)
     pair = find_difference(comparison, trained.name, prompted.name)
-    best = (
-        "the base model" if prompted.name == comparison.base else f"the best prompting arm, {prompted.name}"
-    )
+    value = format_value(trained.metrics[comparison.metric].value, info)
+    reached = f"{trained.name} reaches {value} {_say_title(info.title)}"
     score = format_value(prompted.metrics[comparison.metric].value, info)
-    subject = _state(trained, comparison.metric)
+    other = (
+        f"{prompted.name}, the base model as it is ({score})"
+        if prompted.name == comparison.base
+        else f"{prompted.name}, the best prompting arm ({score})"
+    )
     if pair is None:
-        return f"No verdict: {subject} and {best} ({score}) could not be compared."
-    sure = _say_interval(pair)
+        return f"No verdict: {reached}, and could not be compared with {other}."
+    above, below = ("above", "below") if info.higher_is_better else ("below", "above")
+    gap, difference = format_gap(pair.delta, info), format_difference(pair.delta, info)
     cost = (
-        f"; it took {format_seconds(trained.train_wall_seconds)} to train"
+        f", for {format_seconds(trained.train_wall_seconds)} of training"
         if trained.train_wall_seconds
         else ""
     )
-    gap = format_gap(pair.delta, info)
-    better = "above" if info.higher_is_better else "below"
-    worse = "below" if info.higher_is_better else "above"
     if pair.verdict == "better":
-        return f"Fine-tuning won: {subject} is {gap} {better} {best} ({score}{sure}){cost}."
+        return f"Fine-tuning won: {reached}, {gap}{_say_interval(pair, signed=False)} {above} {other}{cost}."
     if pair.verdict == "worse":
-        return (
-            f"Prompting won: {subject} is {gap} {worse} {best} ({score}{sure}). Fine-tuning did not pay here."
-        )
+        sure = _say_interval(pair, signed=False)
+        return f"Prompting won: {reached}, {gap}{sure} {below} {other}. Fine-tuning did not pay here."
     if pair.verdict == "tie":
-        return f"A tie: {subject} and {best} ({score}) lie within {format_gap(MARGIN, info)} of each other{cost}."
+        return f"A tie: {reached}, within {format_gap(MARGIN, info)} of {other}{cost}."
     if pair.verdict == "exploratory":
         return (
-            f"Exploratory, one seed: {subject} against {best} ({score}), {format_difference(pair.delta, info)}"
-            f"{sure.replace('; ', ', ')}. No winner is declared; run three seeds or more."
+            f"Exploratory, one seed: {reached}, {difference}{_say_interval(pair)} from {other}. "
+            "No winner is declared; run three seeds or more."
         )
     advice = f": {pair.advice}" if pair.advice else ""
-    return (
-        f"Inconclusive: {subject} against {best} ({score}), {format_difference(pair.delta, info)}"
-        f"{sure.replace('; ', ', ')}{advice}."
-    )
+    return f"Inconclusive: {reached}, {difference}{_say_interval(pair)} from {other}{advice}."
 
 
-def _say_interval(pair: Difference) -> str:
-    """`; 95% interval of the difference +55.2 to +66.8 points`."""
+def _say_interval(pair: Difference, *, signed: bool = True) -> str:
+    """` (95% interval +55.2 to +66.8)`; unsigned for a gap whose direction the sentence has said."""
     if pair.low is None or pair.high is None:
         return ""
     info = describe_metric(pair.metric)
-    low, high = format_difference(pair.low, info), format_difference(pair.high, info)
-    unit = high.partition(" ")[2]
-    return f"; 95% interval of the difference {low.removesuffix(unit).strip()} to {high}"
+    if signed:
+        bounds = [format_difference(bound, info) for bound in (pair.low, pair.high)]
+    else:
+        bounds = [format_gap(size, info) for size in sorted((abs(pair.low), abs(pair.high)))]
+    low, high = (bound.split(" ")[0] for bound in bounds)
+    return f" (95% interval {low} to {high})"
 
 
 def _rank_trained(trained: list[ArmResult], comparison: Comparison) -> list[str]:
@@ -124,14 +124,16 @@ def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str
         return []
     best, info = arms[0], describe_metric(comparison.metric)
     said: dict[str, list[str]] = {}
-    advice: list[str] = []
+    advice = ""
     for other in arms[1:]:
         pair = find_difference(comparison, best.name, other.name)
         if pair is None:
             continue
         said.setdefault(pair.verdict, []).append(f"{other.name} ({format_difference(pair.delta, info)})")
-        if pair.advice and pair.advice not in advice:
-            advice.append(f"{other.name}: {pair.advice}")
+        # The nearest rival's is enough: what separates it, separates the others.
+        advice = advice or (
+            f"To separate {best.name} and {other.name}: {pair.advice}." if pair.advice else ""
+        )
     words = {
         "better": "clearly ahead of",
         "worse": "clearly behind",
@@ -143,7 +145,7 @@ def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str
     if not clauses:
         return []
     text = f"Among {group}, {best.name} scores best: {'; '.join(clauses)}."
-    return [text, *(f"To separate {best.name} and {line}." for line in advice)]
+    return [text, advice] if advice else [text]
 
 
 def _tell_cost(arm: ArmResult) -> str:

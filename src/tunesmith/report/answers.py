@@ -91,11 +91,7 @@ def _read_answers(folder: RunDir) -> list[AnswerRecord]:
 
 def choose_row_metric(comparison: Comparison, answers: Answers) -> str:
     """The metric that says who won a row: the declared one, exact match where NLL was declared, else NLL."""
-    scored = (
-        {name for seeds in answers.values() for rows in seeds.values() for name in rows[0].scores}
-        if answers
-        else set()
-    )
+    scored = {name for seeds in answers.values() for rows in seeds.values() for name in rows[0].scores}
     for name in (comparison.metric, "exact_match", *sorted(scored)):
         if name in scored:
             return name

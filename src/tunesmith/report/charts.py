@@ -1,6 +1,6 @@
 """Inline SVG charts without scripts or inline styles; colours come from the page's classes `s0`, `s1`, ... per arm.
 
-Every chart is 480 units wide, so that its text stays readable on a phone, and carries its numbers as tooltips.
+Charts are narrow in their own units, so that their text stays readable on a phone, and carry numbers as tooltips.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from markupsafe import Markup, escape
 from tunesmith.report.scales import Scale, fit_scale, format_tick
 from tunesmith.report.visible import make_visible
 
-WIDTH = 480
+WIDTH = 400
+DOTS_WIDTH = 430
 Format = Callable[[float], str]
 
 # Marks differ in shape as well as in colour; paths are drawn around (0, 0), about 10 units across.
@@ -93,7 +94,7 @@ def plot_dots(
     height, top = 34 * len(rows) + 52, 8
     bottom = height - 44
     values = [v for row in rows for v in (row.value, row.low, row.high, *row.seeds) if v is not None]
-    scale = fit_scale(values, left, WIDTH - 16, log=log, include=include)
+    scale = fit_scale(values, left, DOTS_WIDTH - 24, log=log, include=include)
     parts = [_vertical_grid(scale, top, bottom, x_label, show)]
     if band is not None:
         x0, x1 = scale.place(band[0]), scale.place(band[1])
@@ -104,7 +105,7 @@ def plot_dots(
         parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top}" y2="{bottom}"/>')
     for number, row in enumerate(rows):
         parts.append(_draw_dot_row(row, top + 34 * number + 17, scale, left, show))
-    return _frame(title, height, parts)
+    return _frame(title, height, parts, width=DOTS_WIDTH)
 
 
 def _draw_dot_row(row: DotRow, y: float, scale: Scale, left: float, show: Format) -> str:
@@ -115,7 +116,7 @@ def _draw_dot_row(row: DotRow, y: float, scale: Scale, left: float, show: Format
         tip += f"; seeds {', '.join(show(seed) for seed in row.seeds)}"
     tip += f"; {row.note}" if row.note else ""
     parts = [f'<g class="s{row.style}"><title>{_text(tip)}</title>']
-    parts.append(f'<rect class="hit" x="0" y="{y - 17:.1f}" width="{WIDTH}" height="34"/>')
+    parts.append(f'<rect class="hit" x="0" y="{y - 17:.1f}" width="{DOTS_WIDTH}" height="34"/>')
     parts.append(
         f'<text class="name" x="{left - 12:.1f}" y="{y + 4:.1f}" text-anchor="end">{_text(row.label)}</text>'
     )
@@ -142,7 +143,7 @@ def plot_lines(
 ) -> Markup:
     """Curves over a shared x axis. A logarithmic y axis is chosen when values span more than a factor of 8."""
     every = [point for line in lines for point in line.points]
-    top, bottom, left, right = 28, height - 44, 58, WIDTH - 16
+    top, bottom, left, right = 30, height - 44, 46, WIDTH - 20
     x_scale = fit_scale([x for x, _ in every], left, right, log=log_x, pad=0.02)
     y_scale = fit_scale([y for _, y in every], bottom, top, log=log_y)
     parts = [
@@ -176,9 +177,11 @@ def plot_spots(
     height: int = 300,
 ) -> Markup:
     """Quality against a cost, both with units. Faded arms are dominated: another is better and cheaper."""
-    top, bottom, left, right = 28, height - 44, 58, WIDTH - 20
+    top, bottom, left, right = 30, height - 44, 46, WIDTH - 24
     xs = [spot.x for spot in spots]
-    x_scale = fit_scale(xs, left, right, include=(0.0,), num_ticks=4, pad=0.06)
+    x_scale = fit_scale(
+        xs, left, right, include=(0.0,) if min(xs) <= 0.5 * max(xs) else (), num_ticks=4, pad=0.06
+    )
     ys = [v for spot in spots for v in (spot.y, spot.low, spot.high) if v is not None]
     y_scale = fit_scale(ys, bottom, top, include=include_y)
     parts = [
@@ -257,9 +260,9 @@ def _label_room(labels: Sequence[str]) -> float:
     return min(190.0, 26 + 7.4 * max((len(label) for label in labels), default=4))
 
 
-def _frame(title: str, height: int, parts: Sequence[str]) -> Markup:
+def _frame(title: str, height: int, parts: Sequence[str], *, width: int = WIDTH) -> Markup:
     body = "".join(parts)
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{_text(title)}">'
+    head = f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
     # Every text in `parts` went through `_text`.
     return Markup(f"{head}{body}</svg>")  # noqa: S704
 

@@ -170,12 +170,18 @@ def draw_costs(comparison: Comparison) -> list[Figure]:
             title=f"{info.title} against {title}",
             x_label=title,
             y_label=f"{info.title}{' (higher is better)' if info.higher_is_better else ' (lower is better)'}",
-            show_x=lambda value, show=show: "0" if value == 0 else show(value),
+            show_x=lambda value, show=show: _shorten_zeros(show(value)) if value else "0",
             show_y=_show_metric(info),
             include_y=(0.0, 1.0) if info.unit == "%" else (),
         )
         figures.append(Figure(title, "", chart))
     return figures
+
+
+def _shorten_zeros(text: str) -> str:
+    """`20.0 s` -> `20 s`, `2.50 MB` -> `2.5 MB`: what an axis says about round values."""
+    number, _, unit = text.partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
 
 
 def draw_curves(run_dir: RunDir, comparison: Comparison) -> list[Figure]:

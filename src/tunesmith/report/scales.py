@@ -62,10 +62,10 @@ def fit_scale(
 
 
 def _linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
-    """Multiples of 1, 2 or 5 times a power of ten: (0, 1), 5 -> 0, 0.2, ..., 1."""
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten: (0, 1), 5 -> 0, 0.2, ..., 1."""
     rough = (high - low) / wanted
     power = 10 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return tuple(0.0 if n == 0 else n * step for n in range(first, last + 1))
 
