@@ -1,0 +1,260 @@
+"""Make the bundled data set `tunesmith/tickets`: customer messages and the JSON a support desk needs.
+
+Every sentence comes from `ticket_families.toml`; a family (a kind of writer) belongs to one split, so the sealed
+test is worded unlike anything in train. Slot values (names, products) are partly reserved for the test as well.
+The same seed gives the same bytes on every machine and Python version: only `random.Random.random` is used, whose
+sequence Python guarantees.
+
+    python -m tunesmith.demo.make_tickets --out DIR --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tunesmith.demo.ticket_values import (
+    CURRENCIES,
+    MONTHS,
+    NAMES,
+    NAMES_TEST,
+    PRODUCT_KINDS,
+    PRODUCT_KINDS_TEST,
+    PRODUCT_STYLES,
+    PRODUCT_STYLES_TEST,
+    STAFF,
+)
+
+ISSUES = ("late", "damaged", "wrong", "missing", "faulty", "overcharged", "ignored")
+WANTS = ("refund", "replacement", "repair", "cancel", "update")
+URGENCIES = ("low", "normal", "high")
+SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants, urgency."
+ROWS = {"train": 1600, "validation": 160, "test": 300}
+
+Family = dict[str, Any]
+T = TypeVar("T")
+
+
+class Draw:
+    """Seeded choices built on `random()` alone, the one method whose sequence Python promises to keep."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def chance(self, probability: float) -> bool:
+        return self._random.random() < probability
+
+    def below(self, limit: int) -> int:
+        return int(self._random.random() * limit)
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.below(len(items))]
+
+    def weighted(self, items: Sequence[T], weights: Sequence[float]) -> T:
+        point = self._random.random() * sum(weights)
+        for item, weight in zip(items, weights, strict=True):
+            point -= weight
+            if point < 0:
+                return item
+        return items[-1]
+
+    def sample(self, items: Sequence[T], count: int) -> list[T]:
+        pool = list(items)
+        return [pool.pop(self.below(len(pool))) for _ in range(count)]
+
+
+def load_families() -> list[Family]:
+    """All families of `ticket_families.toml`, in file order."""
+    text = Path(__file__).with_name("ticket_families.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["family"]
+
+
+def draw_order_id(draw: Draw) -> str:
+    """An order number in one of four shapes, such as 48213, A-48213, 5512-084 or QX7731."""
+    digits = "".join(str(draw.below(10)) for _ in range(7))
+    letters = "".join(draw.pick("ABCDEFGHKLMNPQRSTUVWXYZ") for _ in range(2))
+    shapes = ("1" + digits[:4], f"{letters[0]}-{digits[:5]}", f"{digits[:4]}-{digits[4:7]}", letters + digits[:4])
+    return draw.pick(shapes)
+
+
+def draw_date(draw: Draw) -> str:
+    """A date as people write it; the answer repeats it as written."""
+    day, month = 1 + draw.below(28), draw.below(12)
+    return draw.pick((f"{day} {MONTHS[month]}", f"{MONTHS[month]} {day}", f"{day:02d}/{month + 1:02d}"))
+
+
+def draw_amount(draw: Draw) -> tuple[str, dict[str, Any]]:
+    """(the amount as written, the amount as the answer's nested object)."""
+    currency = draw.pick(tuple(CURRENCIES))
+    whole = 3 + draw.below(240)
+    # Cents never end in 0, so that the JSON number has exactly the digits that the customer wrote.
+    value = whole if draw.chance(0.4) else float(f"{whole}.{draw.below(10)}{1 + draw.below(9)}")
+    return draw.pick(CURRENCIES[currency]).format(value), {"value": value, "currency": currency}
+
+
+def misspell(text: str, draw: Draw, *, rate: float) -> str:
+    """Swap, drop or double a letter in some longer words; words with slots or capitals inside stay as they are."""
+
+    def spoil(match: re.Match[str]) -> str:
+        word = match.group()
+        if not draw.chance(rate):
+            return word
+        at = 1 + draw.below(len(word) - 2)
+        swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+        return draw.pick((swapped, word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]))
+
+    return re.sub(r"(?<![{\w])[a-z]{5,}(?![}\w])", spoil, text)
+
+
+def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the answer object without absent keys, the slot values for the sentences)."""
+    names = NAMES_TEST if is_test else NAMES
+    styles = PRODUCT_STYLES_TEST if is_test else PRODUCT_STYLES
+    kinds = PRODUCT_KINDS_TEST if is_test else PRODUCT_KINDS
+    written, amount = draw_amount(draw)
+    order, other = draw_order_id(draw), draw_order_id(draw)
+    style = draw.pick(styles)
+    product = f"{style} {draw.pick(kinds)}" if draw.chance(0.75) else draw.pick(kinds)
+    slots = {
+        "order": order, "other": other, "name": draw.pick(names), "staff": draw.pick(STAFF), "product": product,
+        "date": draw_date(draw), "otherdate": draw_date(draw), "amount": written,
+    }  # fmt: skip
+    answer: dict[str, Any] = {}
+    if draw.chance(0.85):
+        answer["order"] = order
+    if draw.chance(0.75):
+        answer["name"] = slots["name"]
+    answer["item"] = product
+    if draw.chance(0.5):
+        answer["date"] = slots["date"]
+    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), (0.55, 0.35, 0.10)))
+    if draw.chance(0.45):
+        answer["amount"] = amount
+    answer["wants"] = draw.pick(WANTS)
+    answer["urgency"] = draw.weighted(URGENCIES, (0.25, 0.45, 0.30))
+    return answer, slots
+
+
+def list_part(part: str, family: Family, answer: dict[str, Any], draw: Draw) -> list[str]:
+    """The clauses that one element of a family's layout contributes to a message with this answer."""
+    if part == "issues":
+        clauses = [draw.pick(family[issue]) for issue in answer["issues"]]
+        return clauses[:1] + [draw.pick(family["joiner"]) + clause for clause in clauses[1:]]
+    if part == "opening":
+        named = "{name}" in "".join(family["opening"])
+        return [draw.pick(family["opening_anonymous" if named and "name" not in answer else "opening"])]
+    if part == "context":
+        return [draw.pick(family["dated" if "date" in answer else "context"])]
+    if part == "want":
+        return [draw.pick(family[answer["wants"]])]
+    if part == "urgency":
+        return [] if answer["urgency"] == "normal" else [draw.pick(family[answer["urgency"]])]
+    if part == "closing":
+        return [draw.pick(family["closing"])] if draw.chance(0.6) else []
+    absent = {"order": "order", "amount": "amount", "sign": "name"}.get(part)
+    if absent is not None and absent not in answer:
+        return []
+    return [draw.pick(family[part])]
+
+
+def join_clauses(clauses: list[str], style: str) -> str:
+    """One message out of its clauses, in the family's way of writing."""
+    kept = [clause for clause in clauses if clause]
+    if style == "lower":
+        return ", ".join(kept).replace(":,", ":").replace("?,", "?").replace("!,", "!")
+    if style == "lines":
+        return "\n".join(clause if ":" in clause.split(" ")[0] else clause[0].upper() + clause[1:] for clause in kept)
+    if style == "bullets":
+        return "\n".join([kept[0]] + [f"- {clause}" for clause in kept[1:]])
+    sentences = [clause[0].upper() + clause[1:] for clause in kept]
+    return " ".join(clause if clause[-1] in ".,!?:)" else clause + "." for clause in sentences)
+
+
+def write_message(family: Family, answer: dict[str, Any], slots: dict[str, str], draw: Draw) -> str:
+    """The customer's message that says what `answer` holds, with small talk and misspellings."""
+    clauses: list[str] = []
+    for part in family["layout"]:
+        if part == "noise_fixed" and draw.chance(0.4):
+            continue
+        clauses += list_part(part, family, answer, draw)
+    if draw.chance(0.35):  # a distractor: small talk, or another order number
+        clauses.insert(1 + draw.below(len(clauses) - 1), draw.pick(family["noise"]))
+    if draw.chance(0.4):
+        clauses = [misspell(clause, draw, rate=0.06) for clause in clauses]
+    return join_clauses(clauses, family.get("style", "plain")).format(**slots)
+
+
+def make_split(split: str, families: list[Family], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows of one split, no two with the same message; families take turns."""
+    draw = Draw(seed)
+    own = [family for family in families if family["split"] == split]
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while len(rows) < count:
+        family = own[len(rows) % len(own)]
+        answer, slots = draw_answer(draw, is_test=split == "test")
+        message = write_message(family, answer, slots, draw)
+        if message in seen:
+            continue
+        seen.add(message)
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": json.dumps(answer, ensure_ascii=False, separators=(",", ":"))},
+        ]
+        rows.append({"messages": messages, "family": family["name"]})
+    return draw.sample(rows, len(rows))
+
+
+def build_schema() -> dict[str, Any]:
+    """The JSON Schema of the answer. Absent facts are absent keys, never null."""
+    text = {"type": "string", "minLength": 1}
+    amount = {
+        "type": "object",
+        "properties": {"value": {"type": "number"}, "currency": {"enum": sorted(CURRENCIES)}},
+        "required": ["value", "currency"],
+        "additionalProperties": False,
+    }
+    issues = {"type": "array", "items": {"enum": list(ISSUES)}, "minItems": 1, "uniqueItems": True}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Support ticket",
+        "type": "object",
+        "properties": {
+            "order": text, "name": text, "item": text, "date": text, "issues": issues, "amount": amount,
+            "wants": {"enum": list(WANTS)}, "urgency": {"enum": list(URGENCIES)},
+        },
+        "required": ["item", "issues", "wants", "urgency"],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+def write_tickets(out: Path, *, seed: int) -> None:
+    """Write train, validation and test rows and the answer's schema into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    families = load_families()
+    for at, (split, count) in enumerate(ROWS.items()):
+        rows = make_split(split, families, count, seed * 10 + at)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (out / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    schema = json.dumps(build_schema(), indent=2) + "\n"
+    (out / "schema.json").write_text(schema, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Make the tickets data set.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_tickets(arguments.out, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
