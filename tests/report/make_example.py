@@ -300,14 +300,13 @@ def _is_object(text: str) -> bool:
 
 
 def main() -> None:
-    from tunesmith.report.page import render_report
-
     from tunesmith.compare.result import compare_run
+    from tunesmith.report.page import render_report
 
     run_dir, job = write_example(Path(sys.argv[1]))
     comparison = compare_run(run_dir, job)
     print(comparison.verdict)
-    print(render_report(run_dir.root))
+    print(render_report(run_dir))
 
 
 if __name__ == "__main__":

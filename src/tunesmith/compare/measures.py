@@ -27,12 +27,14 @@ def describe_metric(name: str) -> MetricInfo:
 
 
 def format_value(value: float, info: MetricInfo) -> str:
-    """0.8431 -> `84.3%` for a share; three decimals of nats; perplexity with three significant digits."""
+    """0.8431 -> `84.3%` for a share; three decimals of nats; perplexity with three significant digits, four below 2."""
     if info.unit == "%":
         return f"{100 * value:.1f}%"
     if info.unit in ("nats", "bits"):
         return f"{value:.3f}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value < 2 else f"{value:#.3g}"
 
 
 def format_bounds(interval: Interval, info: MetricInfo) -> str:

@@ -326,3 +326,8 @@ def _collect_record(arms: Sequence[ArmFiles], job: Job) -> dict[str, Any]:
         for name, run in runs.items()
     }
     return record
+
+
+def to_public_json(comparison: Comparison, *, report: str | None = None) -> dict[str, Any]:
+    """The stable object that `compare --json` prints; see `Comparison.public_json`."""
+    return comparison.public_json(report=report)

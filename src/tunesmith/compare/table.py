@@ -55,9 +55,12 @@ def _find_best(comparison: Comparison, metric: str) -> float | None:
     if metric in _LIKELIHOODS:
         arms = [arm for arm in arms if arm.kind == "trained"]
     values = [arm.metrics[metric].value for arm in arms]
-    if len(values) < 2 or len(set(values)) == 1:
+    if len(values) < 2:
         return None
-    return max(values) if info.higher_is_better else min(values)
+    best = max(values) if info.higher_is_better else min(values)
+    shown = [format_value(value, info) for value in values]
+    # A best value that others share to the last digit shown distinguishes nothing.
+    return best if shown.count(format_value(best, info)) == 1 else None
 
 
 def _make_cell(key: str, arm: ArmResult, comparison: Comparison, best: dict[str, float | None]) -> Cell:

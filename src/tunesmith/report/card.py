@@ -12,7 +12,7 @@ from tunesmith.report.visible import make_visible
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|#~&])")
 
 
-def render_markdown(comparison: Comparison) -> str:
+def render_card(comparison: Comparison) -> str:
     """Verdict, table, warnings and method, ending in a newline. Intervals stand in brackets behind their values."""
     table = comparison.table
     head = [escape_markdown(column.title) for column in table.columns]

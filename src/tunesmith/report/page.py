@@ -41,12 +41,11 @@ from tunesmith.report.visible import make_visible
 _FOLDER = Path(__file__).parent
 
 
-def render_report(run_dir: Path) -> Path:
+def render_report(folder: RunDir) -> Path:
     """Write `report.html` from the comparison's files and return its path. It can be repeated at any time.
 
     Raises DataError if a file is missing or damaged, RunDirError if the report cannot be written.
     """
-    folder = RunDir(run_dir)
     comparison = Comparison.from_json(read_json(folder.comparison), place=str(folder.comparison))
     try:
         write_bytes_atomic(folder.report, build_page(folder, comparison).encode())
