@@ -84,6 +84,8 @@ class Collected:
 
 def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> Collected:
     """Conversations of train, validation and test, as the job asks; facts about sources go to the report."""
+    if data.streaming:
+        check_stream_splits(data)
     parts = [_read_source(spec, data, rejects, report) for spec in as_source_specs(data.train)]
     held_out: dict[str, list[Conversation]] = {}
     shares: dict[str, float] = {}
@@ -107,20 +109,40 @@ def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> Col
         keys = [likeness.hash_of(c) for c in rows]
         mixed += [rows[n] for n in mix_rows(keys, weight=spec.weight, seed=data.seed)]
     found = {"train": mixed, "validation": held_out.get("validation"), "test": held_out.get("test")}
-    return Collected({name: rows for name, rows in found.items() if rows is not None}, likeness)
+    kept = {
+        name: rows
+        for name, rows in found.items()
+        if rows is not None and not (data.streaming and name == "train")
+    }
+    return Collected(kept, likeness)
+
+
+def check_stream_splits(data: DataSpec) -> None:
+    """Streaming takes held-out rows from named files only: a share cannot be cut from rows not yet read."""
+    own = {name for spec in as_source_specs(data.train) for name in find_sources(spec)}
+    for name in ("validation", "test"):
+        wish: Any = getattr(data.split, name)
+        if (wish == "auto" and name not in own) or (not isinstance(wish, str) and wish > 0):
+            raise DataError(
+                f"data.split.{name}",
+                "streaming cannot cut a share of the rows",
+                rule="with data.streaming the held-out splits are named files",
+                cure=f"Set data.split.{name} to a file, or to 0",
+            )
 
 
 def _read_source(
     spec: SourceSpec, data: DataSpec, rejects: Rejects, report: CheckReport
 ) -> tuple[SourceSpec, dict[str, list[Conversation]]]:
-    """All splits that a source brings and the job will use."""
-    wanted = {"train"} | {n for n in ("validation", "test") if getattr(data.split, n) == "auto"}
-    part: dict[str, list[Conversation]] = {}
-    for name, source in find_sources(spec).items():
-        if name in wanted:
-            part[name] = _read_all(source, name, spec.format, rejects, report)
-    if "train" not in part:
+    """All splits that a source brings and the job will use; a streaming job reads its training rows later."""
+    wanted = {n for n in ("validation", "test") if getattr(data.split, n) == "auto"}
+    found = find_sources(spec)
+    if "train" not in found:
         raise DataError(spec.path, "no train split", rule="training rows come from a split named train")
+    part: dict[str, list[Conversation]] = {"train": []}
+    for name, source in found.items():
+        if name in wanted or (name == "train" and not data.streaming):
+            part[name] = _read_all(source, name, spec.format, rejects, report)
     return spec, part
 
 

@@ -112,15 +112,17 @@ def _take_text(row: Mapping[str, Any], key: str, origin: Origin, *, default: str
 
 
 def _name_type(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-    }
-    return "null" if value is None else names.get(cast(type, type(value)), type(value).__name__)
+    """How an error calls a JSON value of the wrong type."""
+    if value is None:
+        return "null"
+    names = (
+        (bool, "a boolean"),
+        (int | float, "a number"),
+        (str, "a string"),
+        (list, "a list"),
+        (dict, "an object"),
+    )
+    return next((name for kind, name in names if isinstance(value, kind)), "of an unknown type")
 
 
 def _take_extra(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ def is_offline() -> bool:
 
 def _import_datasets(place: str) -> Any:
     try:
-        import datasets
+        return import_module("datasets")
     except ImportError:
         raise SetupError(
             place,
@@ -81,7 +82,6 @@ def _import_datasets(place: str) -> Any:
             rule="no local file or folder has this name",
             cure="Run: pip install 'tunesmith[hub]', or check the path",
         ) from None
-    return datasets
 
 
 def _unreachable(place: str, error: Exception) -> DataError:

@@ -76,7 +76,7 @@ class TokenRows(Sequence[TokenRow]):
         facts: Sequence[Mapping[str, Any]],
     ) -> None:
         # Views of memory, not arrays: their items are Python integers, so sum() cannot overflow a byte.
-        self._ids, self._mask = memoryview(ids_T), memoryview(mask_T)
+        self._ids, self._mask = memoryview(cast("Any", ids_T)), memoryview(cast("Any", mask_T))
         self._offsets: list[int] = offsets.tolist()
         self._facts = facts
         self.lengths: list[int] = np.diff(offsets).tolist()
@@ -258,6 +258,7 @@ def check(
 def _prepare(
     data: DataSpec, renderer: Renderer, rejects: Rejects
 ) -> tuple[CheckReport, dict[str, _Rendered]]:
+    """A streaming job's training rows are left to `stream`; its held-out splits are prepared like any other's."""
     report = CheckReport()
     collected = collect_splits(data, rejects, report)
     likeness = collected.likeness
@@ -279,7 +280,7 @@ def _prepare(
             "rows_with_special_tokens", 0
         ) + find_special_tokens(conversations, renderer)
     held_out = {name: rows for name, rows in collected.splits.items() if name != "train"}
-    report.overlap = measure_overlaps(collected.splits["train"], held_out, likeness)
+    report.overlap = measure_overlaps(collected.splits.get("train", []), held_out, likeness)
     report.counts |= dict(renderer.counts)
     report.findings = find_findings(report, renderer)
     return report, rendered
@@ -302,7 +303,7 @@ def _render_split(
         batch = conversations[start : start + _BATCH]
         for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
             lengths += [len(row.ids) for row in rows]
-            fitting = [row for row in (_fit_row(row, data, facts) for row in rows) if row is not None]
+            fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
             if fitting:
                 kept += fitting
                 numbers += [len(used)] * len(fitting)
@@ -331,7 +332,7 @@ def _render_batch(
     return rows
 
 
-def _fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
+def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
     """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted."""
     if len(row.ids) > data.max_tokens:
         if data.too_long == "refuse":

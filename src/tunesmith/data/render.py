@@ -130,7 +130,7 @@ class Renderer:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the tokenizer's, and the template's own end marker where that is one token."""
-        ids = list(self.tokenizer.eos_ids)
+        ids = [*self.tokenizer.eos_ids]
         if (self._given is not None or self.tokenizer.chat_template is not None) and (
             mark := self.end_token
         ) is not None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -168,7 +169,9 @@ def _read_file(path: Path, label: str, source: str, on_bad: OnBad | None) -> Ite
         if error is not None:
             if on_bad is None:
                 raise error
-            on_bad(origin, value if isinstance(value, bytes) else repr(value).encode()[:2000], error)
+            on_bad(
+                origin, value if isinstance(value, bytes) else repr(cast("Any", value)).encode()[:2000], error
+            )
             continue
         yield RawRow(cast("dict[str, Any]", value), origin)
     if empty:
@@ -180,7 +183,11 @@ _Numbered = Iterator[tuple[int, Any, DataError | None]]
 
 def _read_jsonl(path: Path, label: str) -> _Numbered:
     bad: list[tuple[int, bytes, DataError]] = []
-    for number, value in read_jsonl(path, name=label, on_bad=lambda *found: bad.append(found)):
+
+    def keep(number: int, raw: bytes, error: DataError) -> None:
+        bad.append((number, raw, error))
+
+    for number, value in read_jsonl(path, name=label, on_bad=keep):
         yield from _take_all(bad)
         yield number, value, None
     yield from _take_all(bad)
@@ -195,8 +202,9 @@ def _read_json(path: Path, label: str) -> _Numbered:
     """One JSON list of rows; `{"data": [...]}` is read too. Held in memory as a whole."""
     value = parse_json(_read_bytes(path, label), place=label)
     if isinstance(value, dict):
-        lists = [v for v in cast("dict[str, Any]", value).values() if isinstance(v, list)]
-        value = cast("Any", lists[0]) if len(lists) == 1 else value
+        items = cast("dict[str, Any]", value)
+        keys = [key for key, item in items.items() if isinstance(item, list)]
+        value = items[keys[0]] if len(keys) == 1 else items
     if not isinstance(value, list):
         raise DataError(
             label,
@@ -264,20 +272,21 @@ def _read_cell(value: Any) -> Any:
             parsed = parse_json(value.encode(), place="")
         except DataError:
             return value
-        return parsed if isinstance(parsed, list) and parsed and isinstance(parsed[0], dict) else value
+        rows = cast("list[Any]", parsed) if isinstance(parsed, list) else []
+        return rows if rows and isinstance(rows[0], dict) else value
     return value
 
 
 def _read_parquet(path: Path, label: str) -> _Numbered:
     try:
-        import pyarrow.parquet as parquet
+        parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise SetupError(
             label, "reading .parquet needs pyarrow", cure="Run: pip install 'tunesmith[hub]'"
         ) from None
     number = 0
     try:
-        table: Any = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(path)
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from tunesmith.core.fingerprint import hash_json
 from tunesmith.core.types import Conversation
@@ -43,15 +45,15 @@ def shingle(conversation: Conversation) -> set[str]:
 
 def find_near_pairs(shingles: Sequence[set[str]]) -> list[tuple[int, int]]:
     """Pairs (i < j) of near-duplicates, enough to connect each cluster (not every pair of a cluster)."""
-    from rensa import RMinHash, RMinHashLSH
-
-    index = RMinHashLSH(THRESHOLD, _NUM_PERMUTATIONS, _NUM_BANDS)
+    rensa: Any = import_module("rensa")
+    index = rensa.RMinHashLSH(THRESHOLD, _NUM_PERMUTATIONS, _NUM_BANDS)
     joined = _Union(len(shingles))
     pairs: list[tuple[int, int]] = []
     for number, pieces in enumerate(shingles):
-        sketch = RMinHash(_NUM_PERMUTATIONS, 42)
+        sketch = rensa.RMinHash(_NUM_PERMUTATIONS, 42)
         sketch.update(sorted(pieces))
-        for other in sorted(index.query(sketch)):
+        found: list[int] = sorted(index.query(sketch))
+        for other in found:
             if joined.root(other) == joined.root(number):
                 continue
             if _jaccard(shingles[other], pieces) >= THRESHOLD:

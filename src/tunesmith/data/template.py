@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
@@ -36,7 +36,7 @@ class TemplateError(ValueError):
 class _Generation(Extension):
     """`{% generation %} ... {% endgeneration %}`: marks its output in a render with `mark_generation`."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance variable
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -102,8 +102,10 @@ def _format(pattern: Any, *args: Any, **kwargs: Any) -> str:
 
 def _make_environment(today: datetime.date) -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters.update(tojson=_to_json, center=_pad, format=_format)
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_Clock(today))
+    filters = cast("Any", environment).filters
+    filters.update(tojson=_to_json, center=_pad, format=_format)
+    names = cast("Any", environment).globals
+    names.update(raise_exception=_raise_exception, strftime_now=_Clock(today))
     return environment
 
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,13 +69,15 @@ class Tokenizer:
         self.eos_token = _name_token(self.settings.get("eos_token"))
         self.bos_id = self._id_of(self.bos_token)
         self.eos_id = self._id_of(self.eos_token)
-        self.eos_ids = tuple(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *eos_ids]))
+        self.eos_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *eos_ids])
+        )
         self.pad_id = self._id_of(_name_token(self.settings.get("pad_token")))
         self.adds_bos = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
         # Byte-level post-processors trim spaces from offsets, which would hide a token that straddles a boundary;
         # BOS is added by rendering.
         self._original = backend.to_str() if folder is None else None
-        backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+        backend.post_processor = None
         backend.no_padding()
         backend.no_truncation()
 
@@ -240,9 +243,7 @@ def _load_backend(root: Path) -> Backend:
 
 def _convert_with_transformers(root: Path) -> Backend:
     try:
-        from transformers import AutoTokenizer
-
-        converted: Any = AutoTokenizer.from_pretrained(str(root))  # type: ignore[no-untyped-call]
+        converted: Any = import_module("transformers").AutoTokenizer.from_pretrained(str(root))
     except Exception as error:
         raise SetupError(
             str(root),
@@ -285,7 +286,8 @@ def _collect_eos(*configs: Mapping[str, Any]) -> list[int]:
     found: list[int] = []
     for config in configs:
         value = config.get("eos_token_id")
-        found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+        values = cast("list[Any]", value) if isinstance(value, list) else [value]
+        found += [item for item in values if isinstance(item, int)]
     return found
 
 

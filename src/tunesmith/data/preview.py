@@ -1,0 +1,73 @@
+"""Rows as coloured text: which tokens are trained, which not, which end the answer. Data only; the cli prints it."""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.core.types import TokenRow
+from tunesmith.data.tokenizer import Tokenizer
+
+SegmentKind = Literal["masked", "trained", "stop"]
+_SHOWN = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a row with one fate. `text` is safe to print: control and direction characters are spelled out."""
+
+    text: str
+    kind: SegmentKind
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPreview:
+    """One row: where it came from, how long it is, and its segments in order."""
+
+    place: str
+    row_id: str
+    num_tokens: int
+    num_targets: int
+    segments: tuple[Segment, ...]
+
+
+def preview_row(row: TokenRow, tokenizer: Tokenizer, *, stop_ids: Sequence[int]) -> RowPreview:
+    """Segments of a row.
+
+    stop_ids: ids shown as "stop" where they are trained (`Renderer.stop_ids`).
+    """
+    stops = set(stop_ids)
+
+    def kind_of(position: int) -> SegmentKind:
+        if not row.mask[position]:
+            return "masked"
+        return "stop" if row.ids[position] in stops else "trained"
+
+    segments: list[Segment] = []
+    for kind, group in itertools.groupby(range(len(row.ids)), key=kind_of):
+        positions = list(group)
+        text = "".join(_decode_parts([row.ids[n] for n in positions], tokenizer))
+        segments.append(Segment(make_printable(text), kind, len(positions)))
+    return RowPreview(row.origin.place, row.row_id, len(row.ids), row.num_targets, tuple(segments))
+
+
+def _decode_parts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text of ids in a stretch. A stretch's first word keeps the space that a decoder strips from a text's start."""
+    text = tokenizer.decode(ids)
+    if ids and tokenizer.token(ids[0]).startswith("▁") and not text.startswith(" "):
+        yield " "
+    yield text
+
+
+def make_printable(text: str) -> str:
+    """Text that a terminal cannot be steered by: line ends and tabs are marked, other controls become \\u escapes."""
+    return "".join(_SHOWN.get(char) or (char if _is_safe(char) else f"\\u{ord(char):04x}") for char in text)
+
+
+def _is_safe(char: str) -> bool:
+    """Controls (Cc), formats such as direction overrides (Cf), surrogates and separators other than space are not."""
+    return char == " " or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
