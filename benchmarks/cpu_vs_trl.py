@@ -1,0 +1,378 @@
+"""LoRA on a CPU: Tunesmith against TRL + PEFT, interleaved in one run, on the same tokens.
+
+    make benchmark-trl                      # sets up both environments and runs this
+    make benchmark-trl ARGS="--steps 20 --rounds 2"
+
+Both train the bundled model on the bundled tickets: same token ids and labels (rendered once, by us, and handed over),
+same rows in each optimizer step, same number of steps, same rank, alpha, target layers and learning rate. TRL runs
+twice: as its documentation starts it (`SFTConfig` defaults), and with the best settings that we found for it here (each
+candidate is tried first; the fastest by CPU time is taken and named). A, B, C, A, B, C ...: what else the machine does
+falls on all of them.
+
+Measured are wall and CPU seconds of the training loop, without imports, loading and saving, and beside them those of
+the whole command. Neither side evaluates or writes checkpoints while it trains. Both have one thread; `--threads 0`
+leaves the number to torch.
+
+Writes benchmarks/results/cpu_vs_trl.json with all single measurements, hardware, versions, commit and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULT = CHECKOUT / "benchmarks" / "results" / "cpu_vs_trl.json"
+TRL_PYTHON = CHECKOUT / ".venv-trl" / "bin" / "python"
+OURS, DEFAULTS, BEST = "tunesmith", "trl defaults", "trl best"
+LORA = {"rank": 32, "alpha": 64}
+LEARNING_RATE = 1e-3
+
+# What makes TRL faster here than its defaults: no recomputation, nothing printed, less or no padding.
+_LEAN = {"gradient_checkpointing": False, "logging_strategy": "no", "disable_tqdm": True}
+_GROUPED = {**_LEAN, "train_sampling_strategy": "group_by_length"}
+_FLAT = {**_LEAN, "padding_free": True, "max_length": None}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "fp32": {"weights": "float32", "sft": {**_LEAN, "bf16": False}},
+    "fp32, grouped by length": {"weights": "float32", "sft": {**_GROUPED, "bf16": False}},
+    "bf16 weights": {"weights": "bfloat16", "sft": {**_LEAN, "bf16": False}},
+    "bf16 weights, grouped by length": {"weights": "bfloat16", "sft": {**_GROUPED, "bf16": False}},
+    "bf16 weights, padding-free": {"weights": "bfloat16", "sft": {**_FLAT, "bf16": False}},
+    "bf16 weights, autocast": {"weights": "bfloat16", "sft": {**_LEAN, "bf16": True}},
+    "bf16 weights, autocast, grouped by length": {"weights": "bfloat16", "sft": {**_GROUPED, "bf16": True}},
+    "fp32 weights, autocast, grouped by length": {"weights": "float32", "sft": {**_GROUPED, "bf16": True}},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One training run. The loop's seconds, the whole command's seconds, tokens the loop trained on (all / targets)."""
+
+    who: str
+    wall_seconds: float
+    cpu_seconds: float
+    command_wall_seconds: float
+    command_cpu_seconds: float
+    peak_bytes: int
+    num_tokens: int
+    num_target_tokens: int
+    trained_parameters: int
+    first_loss: float | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run has in common. `model` is a folder."""
+
+    folder: Path
+    model: Path
+    steps: int
+    batch_rows: int
+    seed: int
+    threads: int
+    precision: str
+
+    @property
+    def rows_file(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the number of threads set, or left to torch."""
+        environ = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+        return {**environ, **quiet, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
+
+
+# --- one run of each side ---------------------------------------------------------------------------------------------
+
+
+def train_ours(bench: Bench, *, out: Path) -> Measured:
+    """`tunesmith train`, as anybody would call it."""
+    job = bench.folder / "job.yaml"
+    job.write_text(json.dumps(describe_job(bench)), encoding="utf-8")  # JSON is YAML
+    command = [str(Path(sys.executable).with_name("tunesmith")), "train", str(job), "--out", str(out)]
+    wall, cpu = run_timed(command, bench)
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    first = json.loads((out / "steps.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return Measured(
+        who=OURS,
+        wall_seconds=record["wall_seconds"],
+        cpu_seconds=record["cpu_seconds"],
+        command_wall_seconds=wall,
+        command_cpu_seconds=cpu,
+        peak_bytes=record["peak_bytes"],
+        num_tokens=record["train_tokens"],
+        num_target_tokens=record["target_tokens"],
+        trained_parameters=record["trained_parameters"],
+        first_loss=first["loss"],
+        versions=record["versions"],
+    )
+
+
+def describe_job(bench: Bench) -> dict[str, Any]:
+    """The job: the defaults of LoRA, and nothing beside training. Linear decay, as TRL has it."""
+    return {
+        "model": str(bench.model),
+        "data": {"train": "tunesmith/tickets"},
+        "method": {"name": "lora", **LORA},
+        "train": {
+            "steps": bench.steps,
+            "batch_rows": bench.batch_rows,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "linear",
+            "warmup": 0.0,
+            "seed": bench.seed,
+            "precision": bench.precision,
+            "evaluate_every": "never",
+            "save_every": "never",
+            "keep_best": False,
+        },
+    }
+
+
+def train_trl(
+    bench: Bench, who: str, *, sft: dict[str, Any], weights: str, steps: int | None = None
+) -> Measured:
+    """TRL on the rows that our run trained on."""
+    task = {
+        "model": str(bench.model),
+        "rows": str(bench.rows_file),
+        "steps": steps or bench.steps,
+        "batch_rows": bench.batch_rows,
+        "lora": LORA,
+        "learning_rate": LEARNING_RATE,
+        "seed": bench.seed,
+        "sft": sft,
+        "weights": weights,
+    }
+    task_file, result_file = bench.folder / "task.json", bench.folder / "result.json"
+    task_file.write_text(json.dumps(task), encoding="utf-8")
+    worker = str(CHECKOUT / "benchmarks" / "trl_worker.py")
+    wall, cpu = run_timed([str(TRL_PYTHON), worker, str(task_file), str(result_file)], bench)
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    rows = read_rows(bench.rows_file)[: task["steps"] * bench.batch_rows]
+    return Measured(
+        who=who,
+        wall_seconds=result["wall_seconds"],
+        cpu_seconds=result["cpu_seconds"],
+        command_wall_seconds=wall,
+        command_cpu_seconds=cpu,
+        peak_bytes=result["peak_bytes"],
+        num_tokens=sum(len(row["input_ids"]) for row in rows),
+        num_target_tokens=sum(label != -100 for row in rows for label in row["labels"]),
+        trained_parameters=result["trained_parameters"],
+        first_loss=result["losses"][0] if result["losses"] else None,
+        versions=result["versions"],
+    )
+
+
+def run_timed(command: list[str], bench: Bench) -> tuple[float, float]:
+    """Run a command to its end. Returns its wall and CPU seconds, children included; stops here if it fails."""
+    started, times = time.perf_counter(), os.times()
+    done = subprocess.run(command, env=bench.environment(), cwd=CHECKOUT, capture_output=True, text=True)
+    wall, after = time.perf_counter() - started, os.times()
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return wall, (after.children_user - times.children_user) + (after.children_system - times.children_system)
+
+
+# --- the same rows for both -------------------------------------------------------------------------------------------
+
+
+def write_rows(prepared: Path, bench: Bench) -> None:
+    """The rows of our run in training order, as token ids and labels."""
+    from tunesmith.data.prepare import load_prepared
+    from tunesmith.train.order import EpochOrder
+
+    order = EpochOrder(load_prepared(prepared).rows("train"), batch_rows=bench.batch_rows, seed=bench.seed)
+    with bench.rows_file.open("w", encoding="utf-8") as file:
+        for step in islice(order.steps_from(None), bench.steps):
+            for row in step.rows:
+                ids = [int(token) for token in row.ids]
+                labels = [token if kept else -100 for token, kept in zip(ids, row.mask, strict=True)]
+                file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, list[int]]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def find_best_settings(bench: Bench) -> tuple[str, list[dict[str, Any]]]:
+    """Try every candidate twice, in turn. Returns the fastest by its better CPU time, and all figures."""
+    tried = []
+    for turn in (1, 2):
+        for name, settings in CANDIDATES.items():
+            measured = train_trl(bench, name, **settings, steps=min(bench.steps, 20))
+            tried.append(asdict(measured))
+            say(
+                f"  candidate {turn}/2  {measured.cpu_seconds:6.2f} CPU s  {measured.wall_seconds:6.2f} s  {name}"
+            )
+    return min(tried, key=lambda one: one["cpu_seconds"])["who"], tried
+
+
+def compare(bench: Bench, *, rounds: int) -> dict[str, Any]:
+    """All runs, interleaved. Returns the record that is written to disk."""
+    say("warm-up: our engine once, which also renders the rows")
+    train_ours(bench, out=bench.folder / "warm-up")
+    write_rows(bench.folder / "warm-up" / "prepared", bench)
+    say("TRL's best settings on this machine:")
+    best, tried = find_best_settings(bench)
+    runs: list[Measured] = []
+    for number in range(1, rounds + 1):
+        for who in (OURS, DEFAULTS, BEST):
+            if who == OURS:
+                measured = train_ours(bench, out=bench.folder / f"ours-{number}")
+            elif who == DEFAULTS:
+                measured = train_trl(bench, who, sft={}, weights="auto")
+            else:
+                measured = train_trl(bench, who, **CANDIDATES[best])
+            runs.append(measured)
+            say(
+                f"  round {number}/{rounds}  {measured.wall_seconds:6.2f} s  {measured.cpu_seconds:6.2f} CPU s  {who}"
+            )
+    check_same_work(runs)
+    return {
+        "what": "LoRA training on a CPU, the loop only, tunesmith/tiny on tunesmith/tickets",
+        "steps": bench.steps,
+        "batch_rows": bench.batch_rows,
+        "lora": LORA,
+        "threads": bench.threads,
+        "our_precision": bench.precision,
+        "seed": bench.seed,
+        "rounds": rounds,
+        "trl_best_settings": {"name": best, **CANDIDATES[best]},
+        "ratios": {who: compute_ratios(runs, who) for who in (DEFAULTS, BEST)},
+        "runs": [asdict(run) for run in runs],
+        "trl_candidates": tried,
+        "hardware": describe_hardware(),
+        "commit": read_commit(),
+        "command": "python benchmarks/cpu_vs_trl.py " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def check_same_work(runs: Iterable[Measured]) -> None:
+    """Same tokens, same targets, same trained parameters, or there is nothing to compare."""
+    for name in ("num_tokens", "num_target_tokens", "trained_parameters"):
+        values = {run.who: getattr(run, name) for run in runs}
+        if len(set(values.values())) != 1:
+            raise SystemExit(f"not the same work: {name} is {values}")
+
+
+def compute_ratios(runs: list[Measured], other: str) -> dict[str, Any]:
+    """How many times `other`'s seconds are ours: of the medians, and of each round's pair (lowest, highest)."""
+    ratios: dict[str, Any] = {}
+    for name in ("wall_seconds", "cpu_seconds", "command_wall_seconds", "command_cpu_seconds"):
+        ours = [getattr(run, name) for run in runs if run.who == OURS]
+        theirs = [getattr(run, name) for run in runs if run.who == other]
+        pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+        ratios[name] = {
+            "of_medians": statistics.median(theirs) / statistics.median(ours),
+            "lowest": min(pairs),
+            "highest": max(pairs),
+        }
+    return ratios
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """Medians and ratios, as Markdown."""
+    print(
+        f"\n{record['what']}: {record['steps']} steps of {record['batch_rows']} rows, {record['rounds']} rounds,"
+    )
+    print(f"{record['threads'] or 'default'} thread(s), {record['hardware']['cpu']}\n")
+    print(
+        "| | loop wall s | loop CPU s | tokens/s | tokens/CPU-s | x wall | x CPU (range) | command wall s | peak MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for who in (OURS, DEFAULTS, BEST):
+        runs = [run for run in record["runs"] if run["who"] == who]
+        wall, cpu, command, peak = (
+            statistics.median(run[name] for run in runs)
+            for name in ("wall_seconds", "cpu_seconds", "command_wall_seconds", "peak_bytes")
+        )
+        tokens = runs[0]["num_tokens"]
+        label = who if who != BEST else f"{who}: {record['trl_best_settings']['name']}"
+        times = "| | "
+        if who != OURS:
+            ratio = record["ratios"][who]
+            r = ratio["cpu_seconds"]
+            times = (
+                f"| {ratio['wall_seconds']['of_medians']:.2f} "
+                f"| {r['of_medians']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f}) "
+            )
+        print(
+            f"| {label} | {wall:.2f} | {cpu:.2f} | {tokens / wall:,.0f} | {tokens / cpu:,.0f} "
+            f"{times}| {command:.1f} | {peak / 2**20:,.0f} |"
+        )
+
+
+def describe_hardware() -> dict[str, Any]:
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "load_at_end": os.getloadavg()}
+
+
+def read_commit() -> str:
+    """Commit of this checkout, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows per step (8 is SFTConfig's default)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each side; 0 leaves it to torch")
+    parser.add_argument("--precision", default="auto", help="ours: auto, bf16 or fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    if not TRL_PYTHON.exists():
+        raise SystemExit("TRL's environment is missing; run: make benchmark-trl")
+    from tunesmith.core.bundled import bundled_path
+
+    model = bundled_path("tunesmith/tiny")
+    assert model is not None
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            folder=Path(folder),
+            model=model,
+            steps=arguments.steps,
+            batch_rows=arguments.batch_rows,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            precision=arguments.precision,
+        )
+        record = compare(bench, rounds=arguments.rounds)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print_table(record)
+    say(f"\nwritten: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
