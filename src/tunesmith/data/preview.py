@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tunesmith.core.types import TokenRow
 from tunesmith.data.tokenizer import Tokenizer
@@ -15,13 +15,11 @@ SegmentKind = Literal["masked", "trained", "stop"]
 _SHOWN = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of a row with one fate. `text` is safe to print: control and direction characters are spelled out."""
 
     text: str
     kind: SegmentKind
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +33,24 @@ class RowPreview:
     segments: tuple[Segment, ...]
 
 
-def preview_row(row: TokenRow, tokenizer: Tokenizer, *, stop_ids: Sequence[int]) -> RowPreview:
-    """Segments of a row.
+def preview_rows(rows: Iterable[TokenRow], tokenizer: Tokenizer) -> list[RowPreview]:
+    return [preview_row(row, tokenizer) for row in rows]
 
-    stop_ids: ids shown as "stop" where they are trained (`Renderer.stop_ids`).
-    """
-    stops = set(stop_ids)
+
+def preview_row(row: TokenRow, tokenizer: Tokenizer) -> RowPreview:
+    """Segments of a row. "stop" is a stop token or a special token that ends a trained stretch."""
+    stops = {*tokenizer.eos_ids, *tokenizer.added_tokens.values()}
+    after = [*row.mask[1:], 0]
 
     def kind_of(position: int) -> SegmentKind:
         if not row.mask[position]:
             return "masked"
-        return "stop" if row.ids[position] in stops else "trained"
+        return "stop" if row.ids[position] in stops and not after[position] else "trained"
 
     segments: list[Segment] = []
     for kind, group in itertools.groupby(range(len(row.ids)), key=kind_of):
-        positions = list(group)
-        text = "".join(_decode_parts([row.ids[n] for n in positions], tokenizer))
-        segments.append(Segment(make_printable(text), kind, len(positions)))
+        text = "".join(_decode_parts([row.ids[n] for n in group], tokenizer))
+        segments.append(Segment(make_printable(text), kind))
     return RowPreview(row.origin.place, row.row_id, len(row.ids), row.num_targets, tuple(segments))
 
 
