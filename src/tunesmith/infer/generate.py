@@ -179,7 +179,7 @@ def shape_distribution(logits_nV: Tensor, sampling: SamplingSpec) -> Tensor:
     top_p keeps the smallest set of most likely tokens whose probability reaches top_p; the most likely always stays.
     """
     logits_nV = logits_nV / sampling.temperature
-    order = logits_nV.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(logits_nV, dim=-1, descending=True, stable=True)
     ranked = logits_nV.gather(-1, order)
     if sampling.top_k:
         ranked[..., sampling.top_k :] = float("-inf")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tunesmith.models.decoder import Decoder
 
 
+_QUERY_BLOCK = 256
+
+
 @dataclass(frozen=True)
 class PrefillView:
     """New documents: document i of `layout` goes into slot i."""
@@ -108,12 +111,25 @@ class LayerCache:
                     attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
                 ).reshape(count * kv, -1, q.shape[2])
             else:
-                scores = torch.bmm(qf, kf.transpose(1, 2)).view(count * kv, -1, size, size).mul_(scale)
-                scores = scores.add_(make_mask(size, window, q.dtype, q.device)).view(count * kv, -1, size)
-                rows = self._mix(qf.view(count, kv, -1, q.shape[2]), scores, vf, scale)
+                rows = self._attend_folded(qf.view(count * kv, -1, size, q.shape[2]), kf, vf, count, scale, window)
             unfolded = unfold_heads(rows, bucket, kv)
             out.index_copy_(0, bucket.flat_n, unfolded.index_select(0, bucket.inside_n))
         return out
+
+    def _attend_folded(self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int) -> Tensor:
+        """q: (n * N, G, S, d), k and v: (n * N, S, d). Blocks of queries see only the keys up to their own end, which
+        saves almost half of the work on long prompts. Returns (n * N, G * S, d)."""
+        size, width = k.shape[1], k.shape[2]
+        mask = make_mask(size, window, q.dtype, q.device)
+        pieces = []
+        for first in range(0, size, _QUERY_BLOCK):
+            last = min(first + _QUERY_BLOCK, size)
+            query = q[:, :, first:last].flatten(1, 2)
+            scores = torch.bmm(query, k[:, :last].transpose(1, 2)).mul_(scale)
+            scores.view(len(q), -1, last - first, last).add_(mask[first:last, :last])
+            mixed = self._mix(query.view(count, -1, query.shape[1], width), scores, v[:, :last], scale)
+            pieces.append(mixed.view(len(q), -1, last - first, width))
+        return torch.cat(pieces, 2).flatten(1, 2)
 
     def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, view: StepView, scale: float) -> Tensor:
         count, kv, width = k.shape

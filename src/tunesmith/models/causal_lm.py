@@ -154,6 +154,9 @@ class CausalLM(nn.Module, ABC):
 
     def _parameter_names(self) -> dict[int, str]:
         names = {id(p): name for name, p in self.named_parameters()}
+        for module in self.modules():
+            if isinstance(name := getattr(module, "name", None), str) and hasattr(module, "weight"):
+                names[id(module.weight)] = f"{name}.weight"
         for projection in self.projections():
             merged = merge_names(projection.names)
             for key in ("weight", "bias"):

@@ -49,8 +49,7 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
     if not (config.own and own_decoder):
         from tunesmith.models.fallback import load_fallback
 
-        model: CausalLM = load_fallback(folder, config, stored, device=device, dtype=torch.float32 if trainable else dtype,
-                                        compute=dtype)
+        model: CausalLM = load_fallback(folder, config, stored, dtype=dtype, trainable=trainable)
     else:
         chosen = check_tensors(stored, list_expected(config), config, place=str(folder))
         tied_twice = {"lm_head.weight", "model.embed_tokens.weight"} & set(stored) if config.tied else set()
@@ -60,11 +59,11 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
         named = {name: tensors[source] for name, source in chosen.items()}
         model = Decoder(config, named, folder=folder, dtype=dtype, storage=torch.float32 if trainable else dtype)
         del tensors, named
-        if base != "full":
-            from tunesmith.models.quant import pack_model
+    if base != "full":
+        from tunesmith.models.quant import pack_model
 
-            pack_model(model, base, double_quant=double_quant, device=device)
-        model = model.to(device)
+        pack_model(model, base, double_quant=double_quant, device=device)
+    model = model.to(device)
     if trainable:
         model.make_trainable()
     return model.eval()

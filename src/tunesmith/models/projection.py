@@ -127,8 +127,10 @@ class Projection(nn.Module):
         return self._weight_cast.of(self.weight, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[0] if x.dim() == 2 else 0
-        if 0 < rows < MIN_ROWS and not torch.is_grad_enabled():
+        if x.dim() != 2:
+            return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        rows = x.shape[0]
+        if rows < MIN_ROWS and not torch.is_grad_enabled():
             return self._project(F.pad(x, (0, 0, 0, MIN_ROWS - rows)))[:rows]
         return self._project(x)
 
@@ -142,7 +144,7 @@ class Projection(nn.Module):
         dropped = self.dropout > 0 and self.training
         if any(lora.magnitude is not None for _, _, lora in loras):
             return self._project_dora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
-        if dropped or x.device.type != "cpu" or x.dim() != 2 or torch.compiler.is_compiling():
+        if dropped or x.device.type != "cpu" or torch.compiler.is_compiling():
             return self._add_lora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
         base = self.packed if self.packed is not None else self.weight
         plan = tuple((rows, lora.scale) for _, rows, lora in loras)

@@ -1,0 +1,157 @@
+"""Model folders in and out: what is refused, with which words, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tunesmith.core.errors import ModelError
+from tunesmith.models.config import parse_config
+from tunesmith.models.load import check_model, load_model
+from tunesmith.models.weights import save_model, write_model
+
+
+@pytest.fixture
+def folder(hf_folders: Any, tmp_path: Path) -> Path:
+    """A private copy of the tied Llama."""
+    return Path(shutil.copytree(hf_folders("llama3-rope")[0], tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_saved_model_is_the_model_it_was(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("x")
+    model = load_model(folder)
+    save_model(model, tmp_path / "out", source_folder=folder)
+    was, now = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert was.keys() == now.keys()
+    assert all(torch.equal(was[key], now[key]) for key in was)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
+    save_model(model, tmp_path / "half", source_folder=folder, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    save_model(load_model(folder), folder, source_folder=folder)
+    load_model(folder)
+
+
+def test_a_tied_matrix_may_lie_under_either_name(folder: Path) -> None:
+    before = load_model(folder).embedding.weight
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(load_model(folder).embedding.weight, before)
+    change_tensors(folder, lambda t: t.update({"model.embed_tokens.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(ModelError, match="two different matrices"):
+        load_model(folder)
+
+
+def test_sharded_folders_load(folder: Path) -> None:
+    before = load_model(folder).embedding.weight
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((names[:9], names[9:])):
+        save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(load_model(folder).embedding.weight, before)
+    (folder / "part-1.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"part-1\.safetensors: No such file"):
+        check_model(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    with pytest.raises(ModelError, match="outside the folder"):
+        check_model(folder)
+
+
+def test_damaged_folders_are_refused_in_one_line_before_loading(folder: Path) -> None:
+    good = (folder / "model.safetensors").read_bytes()
+    weights = folder / "model.safetensors"
+    for size in (0, 5, 300, len(good) - 1):
+        weights.write_bytes(good[:size])
+        with pytest.raises(ModelError, match=r"safetensors|cut off") as caught:
+            check_model(folder)
+        assert "\n" not in str(caught.value)
+    weights.write_bytes(good)
+    change_config(folder, intermediate_size=100)
+    with pytest.raises(ModelError, match=r"mlp\.gate_proj\.weight has shape \[96, 64\], config\.json asks for \[100, 64\]"):
+        check_model(folder)
+    change_config(folder, intermediate_size=96, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"model\.layers\.3\..* is missing"):
+        check_model(folder)
+    change_config(folder, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"model\.layers\.2\..* has no place"):
+        check_model(folder)
+    change_config(folder, num_hidden_layers=3)
+    with pytest.raises(ModelError, match="ids up to 96, the embedding has 96 rows"):
+        check_model(folder, num_tokens=97)
+    check_model(folder, num_tokens=96)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: is a pickle file.*Convert"):
+        check_model(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
+        check_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        check_model(folder)
+    with pytest.raises(ModelError, match="is not a folder"):
+        check_model(folder / "nowhere")
+
+
+def test_a_pickle_with_the_right_name_is_not_read(folder: Path) -> None:
+    torch.save({"model.embed_tokens.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        check_model(folder)
+
+
+def test_old_and_new_rope_fields_mean_the_same() -> None:
+    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+             "intermediate_size": 96, "vocab_size": 96}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64}
+    old = parse_config(shape | {"rope_theta": 5e5, "rope_scaling": llama3}, place="c")
+    new = parse_config(shape | {"rope_parameters": llama3 | {"rope_theta": 5e5}}, place="c")
+    assert old == new
+    assert old.rope.theta == 5e5
+    assert old.num_kv_heads == 4
+    yarn = parse_config(shape | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, place="c")
+    assert (yarn.own, yarn.why_not) == (False, "rope type 'yarn'")
+
+
+@pytest.mark.parametrize(("changes", "finding"), [
+    ({"hidden_size": "64"}, "hidden_size is '64'"),
+    ({"hidden_size": 0}, "hidden_size is 0"),
+    ({"vocab_size": None}, "has no 'vocab_size'"),
+    ({"num_key_value_heads": 3}, "4 attention heads on 3"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
+    ({"torch_dtype": "int8"}, "dtype is 'int8'"),
+])
+def test_bad_configs_name_the_key(changes: dict[str, Any], finding: str) -> None:
+    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+             "intermediate_size": 96, "vocab_size": 96}
+    with pytest.raises(ModelError, match=finding):
+        parse_config(shape | changes, place="config.json")
+
+
+def test_large_models_are_written_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.models.weights.SHARD_BYTES", 50_000)
+    model = load_model(folder)
+    write_model(model.weights(), tmp_path / "out", source_folder=folder, dtype=torch.float32)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    again = load_model(tmp_path / "out")
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(model.weights(), again.weights(), strict=True))

@@ -1,0 +1,90 @@
+"""Tiny random Hugging Face models of each family, and rows to run through them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.core.fingerprint import hash_row
+from tunesmith.core.types import Origin, TokenRow
+
+VOCAB = 96
+_COMMON: dict[str, Any] = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96,
+    "vocab_size": VOCAB, "max_position_embeddings": 512, "initializer_range": 0.15, "eos_token_id": 1, "bos_token_id": 0,
+}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "mistral": ("Mistral", {"sliding_window": 12, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+OTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512, "vocab_size": VOCAB,
+                      "initializer_range": 0.15, "eos_token_id": 1, "bos_token_id": 0}),
+    "gemma2": ("Gemma2", _COMMON | {"num_hidden_layers": 2, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16,
+                                    "final_logit_softcapping": 5.0, "pad_token_id": 0}),
+    "phi": ("Phi", _COMMON | {"num_hidden_layers": 2, "num_key_value_heads": 4, "pad_token_id": 0}),
+}
+
+
+def make_hf(name: str) -> Any:
+    """The random transformers model `name`, fp32, evaluation mode; biases and norms are random too."""
+    import transformers
+
+    family, changes = OWN.get(name) or OTHER[name]
+    fields = changes if name in OTHER else _COMMON | changes
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**fields)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key or "ln_" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_hf(name: str, folder: Path) -> Any:
+    model = make_hf(name)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_row(ids: list[int], mask: list[int]) -> TokenRow:
+    return TokenRow(ids, mask, Origin("rows:1", "rows", 0), hash_row(ids, mask))
+
+
+def make_rows(lengths: list[int], *, seed: int = 0, vocab: int = VOCAB) -> list[TokenRow]:
+    """Random rows; about the second half of each is trained."""
+    draw = random.Random(seed)
+    rows = []
+    for length in lengths:
+        ids = [draw.randrange(2, vocab) for _ in range(length)]
+        rows.append(make_row(ids, [0] * (length // 2) + [1] * (length - length // 2)))
+    return rows
+
+
+def hf_loss(model: Any, rows: list[TokenRow]) -> torch.Tensor:
+    """Sum of target losses row by row, each alone, through transformers."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ids = torch.tensor([list(row.ids)])
+        logits = model(ids).logits[0].double()
+        log_probs = logits[:-1].log_softmax(-1)
+        picked = log_probs[torch.arange(len(row.ids) - 1), ids[0, 1:]]
+        total = total - (picked * torch.tensor(list(row.mask)[1:])).sum()
+    return total
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
