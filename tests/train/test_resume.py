@@ -72,7 +72,7 @@ def test_a_run_continued_in_a_new_process_equals_an_uninterrupted_one_in_every_b
 ):
     message = finish_leg(start_leg(tmp_path, "--dropout", "0.2", *stop), expect=code)
     assert "checkpoint of step" in message
-    assert "--resume" in message
+    assert "Run the same command again to continue" in message
     continued = json.loads(finish_leg(start_leg(tmp_path, "--dropout", "0.2", "--resume")))
     assert continued == uninterrupted
 

@@ -5,87 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from tunesmith.core.errors import Interrupted, JobError, RunDirError, TrainingFailed
+from tunesmith.core.errors import Interrupted, JobError, TrainingFailed
 from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
-from tunesmith.train.checkpoint import (
-    Checkpoint,
-    delete_old_checkpoints,
-    list_checkpoints,
-    open_newest,
-    write_checkpoint,
-)
+from tunesmith.train.keeper import Keeper
 from tunesmith.train.meter import Meter
 from tunesmith.train.optim import LossScale, MasterAdamW
-from tunesmith.train.order import EpochOrder, RowSource
+from tunesmith.train.order import RowSource, StepRows, order_rows
+from tunesmith.train.outcome import Progress, TrainOutcome
 from tunesmith.train.schedule import count_steps, count_warmup_steps, learning_rate_at
 from tunesmith.train.signals import StopNow, StopSignals, catch_signals
-from tunesmith.train.state import (
-    Best,
-    Pending,
-    TrainState,
-    copy_weights,
-    describe_environment,
-    describe_run,
-    pack_state,
-    pack_tensors,
-    put_weights,
-    refuse_other_run,
-    restore,
+from tunesmith.train.state import Best, Pending, TrainState, copy_weights, describe_run, put_weights
+from tunesmith.train.step import (
+    LossFunction,
+    MakeBatch,
+    Stepper,
+    TrainableModel,
+    is_out_of_memory,
+    read_random,
+    set_random,
 )
-from tunesmith.train.step import LossFunction, MakeBatch, Stepper, TrainableModel, read_random, set_random
 from tunesmith.train.steplog import StepLog
-from tunesmith.train.trackers import open_trackers
+from tunesmith.train.trackers import Tracker, open_trackers
 
-# Tokens per forward pass when the job says `auto`. A core's caches are full long before 2,048 tokens; a GPU's units
+# Tokens per forward pass when the job says `auto`. A core is as fast with 512 tokens as with 4,096; a GPU's units
 # are busy from about 16,384. Where that doesn't fit, the first step finds out and halves it.
-_AUTO_BUDGET = {"cpu": 2048, "cuda": 16384}
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What there is to show after a step. loss: nats per target token of this step. seconds_left: an estimate."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    tokens_per_second: float
-    seconds_left: float
-    peak_bytes: int
-    validation_loss: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOutcome:
-    """A finished run. The model holds the best weights if `keep_best` and there was validation, else the last.
-
-    validation_loss: of the weights the model ends with, nats per target token; None without validation.
-    best_step:       the step these weights are from; None without validation.
-    tokens, seconds and peak include the parts of the run before interruptions.
-    """
-
-    steps: int
-    epochs: float
-    loss: float
-    validation_loss: float | None
-    best_step: int | None
-    trained_parameters: int
-    train_tokens: int
-    target_tokens: int
-    wall_seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    micro_batch_tokens: int
-    continued_from: int | None = None
-    warnings: list[str] = field(default_factory=list)
+_AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 def train(
@@ -120,19 +71,35 @@ def train(
     device = next(iter(named.values())).device if named else torch.device("cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), catch_signals() as stop:
         torch.manual_seed(spec.seed)
-        run = _Run(
+        source = order_rows(rows, batch_rows=spec.batch_rows, seed=spec.seed)
+        meter = Meter(device)
+        stepper = Stepper(
             model,
-            rows,
-            spec,
-            run_dir,
-            named,
-            device,
-            stop,
-            make_batch,
-            loss,
-            evaluate,
-            on_step,
-            identity or {},
+            _make_optimizer(named, spec),
+            make_batch=make_batch,
+            loss=loss,
+            device=device,
+            budget_tokens=_choose_budget(spec, device),
+            clip_norm=spec.clip_norm,
+            scale=LossScale(enabled=_computes_in_fp16(model)),
+        )
+        told = describe_run(spec, named, rows=source.fingerprint(), given=identity or {})
+        keeper = Keeper(
+            run_dir, spec, named=named, stepper=stepper, meter=meter, identity=told, device=device
+        )
+        run = _Run(
+            model=model,
+            named=named,
+            spec=spec,
+            run_dir=run_dir,
+            source=source,
+            stepper=stepper,
+            keeper=keeper,
+            meter=meter,
+            stop=stop,
+            total_steps=_count_total_steps(spec, source),
+            evaluate=evaluate,
+            on_step=on_step,
         )
         try:
             run.open(resume=resume)
@@ -141,108 +108,39 @@ def train(
             run.close()
 
 
+@dataclass(slots=True)
 class _Run:
-    """One call of `train`: the parts and the order in which they act."""
+    """One call of `train`: the order in which its parts act."""
 
-    def __init__(
-        self,
-        model: TrainableModel,
-        rows: Sequence[TokenRow] | RowSource,
-        spec: TrainSpec,
-        run_dir: RunDir,
-        named: dict[str, torch.nn.Parameter],
-        device: torch.device,
-        stop: StopSignals,
-        make_batch: MakeBatch,
-        loss: LossFunction,
-        evaluate: Callable[[], float] | None,
-        on_step: Callable[[Progress], None] | None,
-        identity: Mapping[str, Any],
-    ) -> None:
-        self.model, self.spec, self.run_dir, self.named, self.device = model, spec, run_dir, named, device
-        self.stop, self.evaluate, self.on_step = stop, evaluate, on_step
-        self.source: RowSource
-        if hasattr(rows, "steps_from"):
-            self.source = cast(RowSource, rows)
-        else:
-            self.source = EpochOrder(
-                cast(Sequence[TokenRow], rows), batch_rows=spec.batch_rows, seed=spec.seed
-            )
-        self.total_steps = _count_total_steps(spec, self.source)
-        self.warmup_steps = count_warmup_steps(self.total_steps, warmup=spec.warmup)
-        self.meter = Meter(device)
-        self.optimizer = MasterAdamW(
-            named, beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay
-        )
-        self.scale = LossScale(enabled=_computes_in_fp16(model))
-        self.stepper = Stepper(
-            model,
-            self.optimizer,
-            make_batch=make_batch,
-            loss=loss,
-            device=device,
-            budget_tokens=_choose_budget(spec, device),
-            clip_norm=spec.clip_norm,
-            scale=self.scale,
-        )
-        self.identity = describe_run(spec, named, rows=self.source.fingerprint(), given=identity)
-        self.environment = describe_environment(device)
-        self.state = TrainState()
-        self.continued_from: int | None = None
-        self.saved_step: int | None = None
-        self.log: StepLog | None = None
-        self.trackers: list[Any] = []
+    model: TrainableModel
+    named: Mapping[str, torch.nn.Parameter]
+    spec: TrainSpec
+    run_dir: RunDir
+    source: RowSource
+    stepper: Stepper
+    keeper: Keeper
+    meter: Meter
+    stop: StopSignals
+    total_steps: int
+    evaluate: Callable[[], float] | None
+    on_step: Callable[[Progress], None] | None
+    state: TrainState = field(default_factory=TrainState)
+    log: StepLog | None = None
+    trackers: list[Tracker] = field(default_factory=list)
 
     # --- start and end ------------------------------------------------------------------------------------------
 
     def open(self, *, resume: bool) -> None:
-        checkpoint, warnings = None, []
-        if resume:
-            checkpoint, warnings = open_newest(self.run_dir.checkpoints)
-        elif list_checkpoints(self.run_dir.checkpoints):
-            raise RunDirError(
-                str(self.run_dir.root),
-                "holds checkpoints of an earlier run",
-                rule="a run never overwrites another",
-                cure="Continue it with --resume, or give another --out",
-            )
-        if checkpoint is not None:
-            self._continue_from(checkpoint)
-        self._warn(*warnings)
+        self.state = self.keeper.open(resume=resume)
         if not self.meter.peak_is_own:
-            self._warn("peak memory is that of the whole process: this system can't reset it")
+            self.state.warn("peak memory is that of the whole process: this system can't reset it")
         # A pending step is logged once its validation is done.
         logged = self.state.step - (1 if self.state.pending else 0)
         self.log = StepLog(self.run_dir.steps, last_step=logged)
         self.trackers = open_trackers(
-            self.spec.trackers, run_root=self.run_dir.root, config=self.identity, first_step=logged
+            self.spec.trackers, run_root=self.run_dir.root, config=self.keeper.identity, first_step=logged
         )
         self.model.train()
-
-    def _continue_from(self, checkpoint: Checkpoint) -> None:
-        stored = checkpoint.state
-        refuse_other_run(stored["identity"], self.identity, place=checkpoint.folder)
-        self.state = restore(
-            checkpoint, named=self.named, optimizer=self.optimizer, scale=self.scale, device=self.device
-        )
-        self.continued_from = self.saved_step = self.state.step
-        self.meter.continue_from(stored["totals"])
-        if stored["micro_batches"]["asked"] == self.spec.micro_batch_tokens:
-            # The schedule of micro-batches is part of the bits: one halved by lack of memory stays halved.
-            self.stepper.budget_tokens = stored["micro_batches"]["budget_tokens"]
-        else:
-            self._warn(
-                f"train.micro_batch_tokens changed after step {self.state.step}: equal to rounding only"
-            )
-        for key, value in self.environment.items():
-            if stored["environment"].get(key) != value:
-                was = stored["environment"].get(key)
-                self._warn(
-                    f"{key} changed after step {self.state.step} ({was} to {value}): equal to rounding only"
-                )
-
-    def _warn(self, *texts: str) -> None:
-        self.state.warnings += [text for text in texts if text not in self.state.warnings]
 
     def close(self) -> None:
         for tracker in self.trackers:
@@ -263,12 +161,12 @@ class _Run:
         self._stop_if_asked()
         return self._conclude()
 
-    def _take_step(self, step_rows: Any) -> Pending:
+    def _take_step(self, step_rows: StepRows) -> Pending:
         assert self.spec.learning_rate != "auto"
         rate = learning_rate_at(
             self.state.step,
             total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=count_warmup_steps(self.total_steps, warmup=self.spec.warmup),
             peak=self.spec.learning_rate,
             schedule=self.spec.schedule,
         )
@@ -280,7 +178,7 @@ class _Run:
         self.state.position = step_rows.position
         self.state.epoch = step_rows.epoch
         self.state.last_loss = result.loss
-        self._warn(*result.notes)
+        self.state.warn(*result.notes)
         record = StepRecord(
             step=self.state.step,
             epoch=step_rows.epoch,
@@ -321,19 +219,19 @@ class _Run:
     def _validate(self) -> float:
         """Validation loss; keeps the weights if it is the lowest. A signal cuts it off: see `Pending`."""
         assert self.evaluate is not None
-        random = read_random(self.device)
+        random = read_random(self.meter.device)
         self.model.train(False)
         try:
             with self.stop.interruptible():
                 value = float(self.evaluate())
         except StopNow:
-            set_random(random, self.device)
+            set_random(random, self.meter.device)
             self._stop_if_asked()
             raise AssertionError("StopNow without a signal") from None
         finally:
             self.model.train(True)
             # Whatever validation draws, training goes on as if there had been none.
-            set_random(random, self.device)
+            set_random(random, self.meter.device)
         if not math.isfinite(value):
             raise TrainingFailed(
                 f"step {self.state.step}",
@@ -368,33 +266,21 @@ class _Run:
 
     def _save(self) -> None:
         assert self.log is not None
-        tensors = pack_tensors(self.state, self.optimizer, device=self.device)
-        state = pack_state(
-            self.state,
-            scale=self.scale,
-            budget_tokens=self.stepper.budget_tokens,
-            totals=self.meter.totals(),
-            identity=self.identity,
-            environment=self.environment,
-            asked_budget=self.spec.micro_batch_tokens,
-        )
         self.log.flush_to_disk()
-        write_checkpoint(self.run_dir.checkpoints, self.state.step, tensors=tensors, state=state)
-        delete_old_checkpoints(self.run_dir.checkpoints, keep=self.spec.keep_checkpoints)
-        self.saved_step = self.state.step
+        self.keeper.save(self.state)
 
     def _stop_if_asked(self) -> None:
         if self.stop.received is None:
             return
         # Nothing is lost by a signal before the first step.
-        if self.state.step and (self.saved_step != self.state.step or self.state.pending is not None):
+        if self.state.step and (self.keeper.saved_step != self.state.step or self.state.pending is not None):
             self._save()
         saved = f"checkpoint of step {self.state.step} saved" if self.state.step else "nothing to save yet"
         raise Interrupted(
             str(self.run_dir.root),
             f"stopped by {self.stop.name} after step {self.state.step} of {self.total_steps}, {saved}",
             signal_number=self.stop.received,
-            cure="Run the command again with --resume to continue",
+            cure="Run the same command again to continue",
         )
 
     def _conclude(self) -> TrainOutcome:
@@ -406,8 +292,10 @@ class _Run:
                 raise TrainingFailed(
                     f"step {self.state.step}", f"{name} is not finite", cure="Lower train.learning_rate"
                 )
-        if self.scale.overflows:
-            self._warn(f"fp16: {self.scale.overflows} overflows, repeated with a smaller loss scale")
+        if self.stepper.scale.overflows:
+            self.state.warn(
+                f"fp16: {self.stepper.scale.overflows} overflows, repeated with a smaller loss scale"
+            )
         kept_best = best is not None and self.spec.keep_best
         totals = self.meter.totals()
         return TrainOutcome(
@@ -423,9 +311,25 @@ class _Run:
             cpu_seconds=totals["cpu_seconds"],
             peak_bytes=int(totals["peak_bytes"]),
             micro_batch_tokens=self.stepper.budget_tokens,
-            continued_from=self.continued_from,
+            continued_from=self.keeper.continued_from,
             warnings=self.state.warnings,
         )
+
+
+def _make_optimizer(named: Mapping[str, torch.nn.Parameter], spec: TrainSpec) -> MasterAdamW:
+    try:
+        return MasterAdamW(
+            named, beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        count = sum(parameter.numel() for parameter in named.values())
+        raise TrainingFailed(
+            "optimizer",
+            f"out of memory for its states ({count:,} trained weights, 8 bytes each)",
+            cure="Train fewer weights (method: lora or qlora), or a smaller model",
+        ) from None
 
 
 def _count_total_steps(spec: TrainSpec, source: RowSource) -> int:

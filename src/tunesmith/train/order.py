@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, cast
 
+from tunesmith.core.errors import DataError
 from tunesmith.core.fingerprint import hash_rows
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_epoch
@@ -42,6 +44,14 @@ class RowSource(Protocol):
         ...
 
 
+class RowPass(Protocol):
+    """Rows that are read pass by pass, the same ones for the same epoch (`data.stream.RowStream`)."""
+
+    def rows(self, *, epoch: int, skip: int) -> Iterator[TokenRow]:
+        """Rows of one pass without its first `skip`."""
+        ...
+
+
 class EpochOrder:
     """Rows held in a sequence, reordered every epoch. The order follows from (seed, epoch) alone, so a position is
     two numbers. An epoch's last batch may be smaller: every row is trained once an epoch."""
@@ -73,3 +83,49 @@ class EpochOrder:
                     else {"epoch": epoch, "step": index + 1},
                 )
             epoch, done = epoch + 1, 0
+
+
+class StreamOrder:
+    """Rows from a stream, in its own order: its length is known only at its end, so a run needs `train.steps`.
+
+    fingerprint: hash of what decides the rows (files, data settings, seed).
+    Epochs are counted when they are over. Steps do not cross them: a pass's last step may be smaller.
+    """
+
+    steps_per_epoch = None
+
+    def __init__(self, stream: RowPass, *, batch_rows: int, fingerprint: str) -> None:
+        self._stream, self._batch_rows, self._fingerprint = stream, batch_rows, fingerprint
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def steps_from(self, position: Position | None) -> Iterator[StepRows]:
+        epoch, taken = (position["epoch"], position["row"]) if position else (0, 0)
+        while True:
+            rows = self._stream.rows(epoch=epoch, skip=taken)
+            batch = list(islice(rows, self._batch_rows))
+            if not batch:
+                raise DataError(
+                    "data.train", "has no usable row", rule="training needs rows", cure="Run tunesmith check"
+                )
+            while batch:
+                taken += len(batch)
+                # One batch ahead, to know whether this is the pass's last.
+                following = list(islice(rows, self._batch_rows))
+                is_last = not following
+                yield StepRows(
+                    rows=batch,
+                    epoch=float(epoch + is_last),
+                    ends_epoch=is_last,
+                    position={"epoch": epoch + 1, "row": 0} if is_last else {"epoch": epoch, "row": taken},
+                )
+                batch = following
+            epoch, taken = epoch + 1, 0
+
+
+def order_rows(rows: Sequence[TokenRow] | RowSource, *, batch_rows: int, seed: int) -> RowSource:
+    """A source as it is; a sequence, reordered every epoch."""
+    if hasattr(rows, "steps_from"):
+        return cast(RowSource, rows)
+    return EpochOrder(cast(Sequence[TokenRow], rows), batch_rows=batch_rows, seed=seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import JobError, RunDirError, TrainingFailed
-from tunesmith.core.fingerprint import hash_json
+from tunesmith.core.fingerprint import hash_code, hash_json
 from tunesmith.core.jsonl import dump_json
 from tunesmith.core.records import StepRecord
 from tunesmith.job.spec import TrainSpec
@@ -55,6 +55,10 @@ class TrainState:
     last_validation_loss: float | None = None
     warnings: list[str] = field(default_factory=list)
 
+    def warn(self, *texts: str) -> None:
+        """Note what the person should know at the end, each thing once."""
+        self.warnings += [text for text in texts if text not in self.warnings]
+
 
 def describe_run(
     spec: TrainSpec, named: Mapping[str, nn.Parameter], *, rows: str, given: Mapping[str, Any]
@@ -73,7 +77,8 @@ def describe_run(
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What decides the rounding of sums: equal bits are promised only where this is equal."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+    threads = torch.get_num_threads()
+    return {"torch": torch.__version__, "device": name, "threads": threads, "code": hash_code()[:12]}
 
 
 def refuse_other_run(stored: Mapping[str, Any], now: Mapping[str, Any], *, place: Path) -> None:
