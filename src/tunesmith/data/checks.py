@@ -187,6 +187,10 @@ _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
         "{n} rows start with BOS twice: the template writes it and so does the data",
     ),
     "rows_without_bos": ("warning", "{n} rows have no BOS, though the tokenizer puts one before plain text"),
+    "rows_refused_by_template": (
+        "warning",
+        "{n} rows do not fit the chat template and were skipped, written to rejected_rows.jsonl",
+    ),
     "eos_added_after_answer": (
         "note",
         "{n} rows got the tokenizer's EOS after the last answer: the template ends answers without a stop token",
@@ -203,9 +207,13 @@ _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
         "warning",
         "{n} answers are changed by the template; the changed text is trained",
     ),
-    "boundaries_cut_through_a_token": (
+    "prompts_unlike_rendered_turns": (
         "note",
-        "{n} rows were tokenised in parts, because a token would straddle the start or end of an answer",
+        "{n} answers follow the generation prompt, which the template writes differently in rendered turns",
+    ),
+    "end_markers_cut_from_a_token": (
+        "note",
+        "{n} end markers are plain text to the tokenizer and were cut from a token that also held what follows",
     ),
 }
 

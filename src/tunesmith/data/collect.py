@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.jsonl import write_jsonl
@@ -49,29 +49,31 @@ def read_conversations(
     source: Source, rejects: Rejects, facts: SourceFacts, *, fmt: str = "auto"
 ) -> Iterator[Conversation]:
     """Conversations of one split of one source. The shape is detected from its first rows unless `fmt` names it."""
-    on_bad = rejects.add if rejects.collect else None
     before = len(rejects.rows)
-    rows = read_rows(source, on_bad=on_bad)
-    head = list(itertools.islice(rows, _DETECT_ROWS))
-    found: FormatName = (
-        detect_format((raw.value for raw in head), place=source.name) if fmt == "auto" else fmt
-    )  # type: ignore[assignment]
-    facts.format = found
-    for raw in itertools.chain(head, rows):
-        try:
-            conversation = _parse(raw, found)
-        except DataError as error:
-            if not rejects.collect:
-                raise
-            rejects.add(raw.origin, repr(raw.value).encode(), error)
-            continue
-        facts.num_rows += 1
-        yield conversation
+    rows = read_rows(source, on_bad=rejects.add if rejects.collect else None)
+    head: list[RawRow] = []
+    failure: DataError | None = None
+    try:
+        head.extend(itertools.islice(rows, _DETECT_ROWS))
+    except DataError as error:
+        # Told after the rows before it have been looked at, so that the first bad row is the one named.
+        failure = error
+    if head:
+        found = detect_format((raw.value for raw in head), place=source.name) if fmt == "auto" else fmt
+        facts.format = found
+        for raw in itertools.chain(head, rows):
+            try:
+                conversation = parse_row(raw, cast("FormatName", found))
+            except DataError as error:
+                if not rejects.collect:
+                    raise
+                rejects.add(raw.origin, repr(raw.value).encode(), error)
+                continue
+            facts.num_rows += 1
+            yield conversation
     facts.num_rejected = len(rejects.rows) - before
-
-
-def _parse(raw: RawRow, fmt: FormatName) -> Conversation:
-    return parse_row(raw, fmt)
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,6 +282,9 @@ def _prepare(
     held_out = {name: rows for name, rows in collected.splits.items() if name != "train"}
     report.overlap = measure_overlaps(collected.splits.get("train", []), held_out, likeness)
     report.counts |= dict(renderer.counts)
+    report.counts["rows_refused_by_template"] = len(rejects.rows) - sum(
+        source.num_rejected for source in report.sources
+    )
     report.findings = find_findings(report, renderer)
     return report, rendered
 
