@@ -184,7 +184,9 @@ def _summarise_arm(arm: ArmFiles, pool: _Pool) -> ArmResult:
     if "nll" in metrics and metrics["nll"].value < 700:
         metrics["perplexity"] = _exponentiate(metrics["nll"])
         per_seed["perplexity"] = [math.exp(min(value, 700.0)) for value in per_seed["nll"]]
-    return replace(result, metrics=metrics, per_seed=per_seed, not_comparable=arm.not_comparable)
+    # Seeds that other arms lack take no part in any figure.
+    seeds = [seed for seed in arm.seeds if arm.plan.deterministic or arm.not_comparable or seed in pool.seeds]
+    return replace(result, metrics=metrics, per_seed=per_seed, seeds=seeds, not_comparable=arm.not_comparable)
 
 
 def _as_interval(estimate: Estimate) -> Interval:

@@ -274,7 +274,7 @@ def judge_difference(
 def find_t_quantile(alpha: float, degrees: int) -> float:
     """Two-sided point of Student's t: exact for 1 and 2 degrees of freedom, an expansion in 1 / degrees above.
 
-    Within 1% of the true value for alpha = 0.05 and 3 degrees or more. Source: Fisher and Cornish 1960.
+    Within 2% of the true value for alpha of 0.01 or more. Source: Fisher and Cornish 1960.
     """
     if degrees == 1:
         return 1 / math.tan(math.pi * alpha / 2)

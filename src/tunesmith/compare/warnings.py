@@ -40,6 +40,8 @@ def _check_design(comparison: Comparison) -> list[str]:
     found: list[str] = []
     if len(comparison.seeds) == 1 and any(not arm.deterministic for arm in comparison.arms):
         found.append("one seed: intervals cover the test rows only, and no winner is declared (exploratory)")
+    if len(comparison.seeds) == 2:
+        found.append("two seeds say little about a third: intervals are wide; three seeds or more are wanted")
     if comparison.num_clusters < 2:
         found.append("all test rows are one cluster: no interval can be given")
     elif comparison.num_clusters < FEW_CLUSTERS:

@@ -92,7 +92,7 @@ class ArmResult:
 
     kind:        "prompted" or "trained".   status: "done", "partial" (some seeds missing) or "missing".
     trained_by:  the arm whose training this one uses; its own name when it trained itself; None when prompted.
-    seeds:       seeds that were scored; a deterministic arm is scored once.
+    seeds:       seeds that were compared: scored in every arm that depends on them; a deterministic arm is scored once.
     per_seed:    metric -> value of each seed, in the order of `seeds`.
     costs:       means over seeds of one training plus one scoring, the shared training included; `wall_seconds` is the
                  sum of `train_wall_seconds` and `eval_wall_seconds`, and so for CPU. `peak_bytes` is the largest.

@@ -43,5 +43,7 @@ def _three_digits(value: float) -> str:
     """Three significant digits without an exponent, for values from 0 to 1000."""
     if value <= 0:
         return "0"
+    # Rounded first: 0.9996 is 1.00, not 1.000.
+    value = float(f"{value:.3g}")
     decimals = max(0, 2 - math.floor(math.log10(value) + 1e-9))
     return f"{value:.{min(decimals, 3)}f}"

@@ -1,0 +1,145 @@
+"""Arms from names and mappings, shared trainings, learning-rate trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.compare.plan import ChosenRate, choose_rate, plan_arms, plan_trials
+from tunesmith.core.errors import JobError
+from tunesmith.job.spec import Job, LoraSpec, TuneSpec
+
+
+def job(arms: list[Any], **more: Any) -> Job:
+    compare = {"arms": arms, "seeds": more.pop("seeds", [0, 1, 2])}
+    return Job.model_validate({"model": "m", "data": {"train": "d"}, "compare": compare, **more})
+
+
+def test_names_expand_in_order_with_their_kinds() -> None:
+    arms = plan_arms(job(["zero-shot", "few-shot", "rag", "lora", "qlora", "full"]))
+    assert [(arm.name, arm.kind, arm.prompting) for arm in arms] == [
+        ("zero-shot", "prompted", "zero-shot"),
+        ("few-shot", "prompted", "few-shot"),
+        ("rag", "prompted", "rag"),
+        ("lora", "trained", "zero-shot"),
+        ("qlora", "trained", "zero-shot"),
+        ("full", "trained", "zero-shot"),
+    ]
+
+
+def test_arms_that_no_seed_changes_are_scored_once() -> None:
+    arms = {arm.name: arm for arm in plan_arms(job(["zero-shot", "few-shot", "rag", "lora"]))}
+    assert arms["zero-shot"].seeds == arms["rag"].seeds == (0,)
+    assert arms["few-shot"].seeds == arms["lora"].seeds == (0, 1, 2)
+
+
+def test_sampled_answers_depend_on_the_seed() -> None:
+    arms = plan_arms(job(["zero-shot"], evaluate={"sampling": {"temperature": 0.7}}))
+    assert arms[0].seeds == (0, 1, 2)
+    assert not arms[0].deterministic
+
+
+def test_retrieval_shares_the_training_of_the_same_settings() -> None:
+    arms = {arm.name: arm for arm in plan_arms(job(["lora+rag", "lora", "full"]))}
+    assert arms["lora+rag"].trained_by == "lora"
+    assert not arms["lora+rag"].trains
+    assert arms["lora"].trains
+    assert arms["full"].trained_by == "full"
+
+
+def test_retrieval_alone_trains_itself() -> None:
+    (arm,) = plan_arms(job(["lora+rag"]))
+    assert arm.trains
+
+
+def test_other_settings_are_another_training() -> None:
+    other = {"method": {"name": "lora", "rank": 8}, "rag": True}
+    arms = plan_arms(job(["lora", other]))
+    assert arms[1].name == "lora-r8+rag"
+    assert arms[1].trained_by == "lora-r8+rag"
+
+
+def test_equal_arms_with_names_both_train() -> None:
+    arms = plan_arms(job([{"name": "a", "method": "lora"}, {"name": "b", "method": "lora"}]))
+    assert [arm.trains for arm in arms] == [True, True]
+
+
+def test_a_named_method_takes_the_jobs_adapter_settings() -> None:
+    arms = plan_arms(job(["lora", "qlora"], method={"name": "lora", "rank": 64}))
+    for arm in arms:
+        assert isinstance(arm.method, LoraSpec)
+        assert arm.method.rank == 64
+    assert isinstance(arms[1].method, LoraSpec)
+    assert arms[1].method.storage == "nf4"
+
+
+def test_mappings_are_named_after_what_differs() -> None:
+    arms = plan_arms(
+        job(
+            [
+                "lora",
+                {
+                    "method": {"name": "lora", "rank": 64, "base": "int8"},
+                    "learning_rate": 3e-4,
+                    "epochs": 1.0,
+                },
+            ]
+        )
+    )
+    assert arms[1].name == "lora-r64-int8-lr0.0003-e1"
+    assert arms[1].learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("loar", "lora"), ("zeroshot", "zero-shot"), ("few_shot", "few-shot"), ("lora+rga", "lora+rag")],
+)
+def test_an_unknown_arm_is_refused_with_the_nearest_name(wrong: str, meant: str) -> None:
+    with pytest.raises(JobError) as caught:
+        plan_arms(job(["zero-shot", wrong]))
+    assert str(caught.value).startswith(f"compare.arms[1]: unknown arm {wrong!r}")
+    assert str(caught.value).endswith(f"Did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
+    ("arms", "finding"),
+    [
+        (["lora", "lora"], "second arm called 'lora'"),
+        ([{"name": "../x", "method": "lora"}], "name '../x'"),
+        ([{"name": "A", "method": "lora"}, {"name": "a", "method": "full"}], "second arm called 'a'"),
+        ([{"method": "rag", "learning_rate": 1e-3}], "rag has a learning rate"),
+        ([{"method": "few-shot", "rag": True}], "few-shot with"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(arms: list[Any], finding: str) -> None:
+    with pytest.raises(JobError) as caught:
+        plan_arms(job(arms))
+    assert finding in str(caught.value)
+
+
+def test_a_repeated_seed_is_refused() -> None:
+    with pytest.raises(JobError, match="seed 1 appears twice"):
+        plan_arms(job(["lora"], seeds=[0, 1, 1]))
+
+
+def test_trials_surround_the_prior() -> None:
+    assert plan_trials(1e-3, TuneSpec(trials=5)) == pytest.approx([2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3])
+    assert plan_trials(1e-3, TuneSpec(trials=4, factor=3.0)) == pytest.approx(
+        [1e-3 / 9, 1e-3 / 3, 1e-3, 3e-3]
+    )
+    assert plan_trials(1e-3, TuneSpec(trials=0)) == []
+
+
+def test_the_lowest_validation_loss_wins_and_an_edge_is_flagged() -> None:
+    rates = [1e-4, 2e-4, 4e-4]
+    assert choose_rate(rates, [1.2, 1.0, 1.1]) == ChosenRate(2e-4, 1, at_edge=False)
+    assert choose_rate(rates, [0.9, 1.0, 1.1]) == ChosenRate(1e-4, 0, at_edge=True)
+    assert choose_rate(rates, [1.2, 1.1, float("nan")]) == ChosenRate(2e-4, 1, at_edge=False)
+    assert choose_rate([4e-4, 1e-4], [None, 1.0]) == ChosenRate(1e-4, 0, at_edge=True)
+    assert not choose_rate([1e-4], [1.0]).at_edge
+
+
+def test_trials_that_all_diverge_choose_nothing() -> None:
+    with pytest.raises(ValueError, match="every learning-rate trial diverged"):
+        choose_rate([1e-4, 2e-4], [None, float("inf")])
