@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -130,7 +133,7 @@ def test_validation_runs_in_eval_mode_and_whatever_it_draws_changes_nothing(tmp_
     run_tiny(tmp_path / "a", make_spec(evaluate_every=2, keep_best=False), model=model, evaluate=evaluate)
     run_tiny(tmp_path / "b", make_spec(), model=other)
     assert set(modes) == {False}
-    assert model.training
+    assert not model.training, "whoever judges the model next must not meet active dropout"
     assert hash_tensors(dict(model.named_parameters())) == hash_tensors(dict(other.named_parameters()))
 
 
@@ -197,12 +200,20 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
         run_tiny(tmp_path, make_spec(steps=2))
 
 
-def test_two_runs_in_one_folder_are_refused_naming_the_first(tmp_path):
-    def start_another(progress):
-        with pytest.raises(RunDirError, match="in use by process"):
+def test_a_second_run_in_a_folder_is_refused_naming_the_first_until_that_dies(tmp_path):
+    ready, go = os.pipe()
+    first = os.fork()
+    if first == 0:
+        run_tiny(tmp_path, make_spec(steps=1), on_step=lambda progress: (os.write(go, b"x"), time.sleep(60)))
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        with pytest.raises(RunDirError, match=f"in use by process {first} on"):
             run_tiny(tmp_path, make_spec(steps=1))
-
-    run_tiny(tmp_path, make_spec(steps=1), on_step=start_another)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    assert run_tiny(tmp_path, make_spec(steps=1)).steps == 1
 
 
 def test_a_rate_of_auto_must_be_resolved_by_the_caller(tmp_path):

@@ -52,7 +52,7 @@ def train(
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
 ) -> TrainOutcome:
-    """Train `model` in place and return what it cost. The caller holds `run_dir.lock()`.
+    """Train `model` in place, leave it in eval mode, return what it cost. The caller holds `run_dir.lock()`.
 
     rows:       a sequence (reordered every epoch from seed and epoch alone), or a source with its own order.
     spec:       with `learning_rate` a number; see `schedule.auto_learning_rate`.
@@ -143,6 +143,8 @@ class _Run:
         self.model.train()
 
     def close(self) -> None:
+        # Whoever judges or saves the model next must not meet active dropout.
+        self.model.train(False)
         for tracker in self.trackers:
             tracker.close()
         if self.log is not None:
