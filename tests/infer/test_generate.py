@@ -28,8 +28,12 @@ def test_greedy_tokens_equal_transformers(hf_folders: Any, name: str) -> None:
     found = generate(model, prompts, max_new_tokens=12, stop_ids=[1])
     for prompt, generation in zip(prompts, found, strict=True):
         expected = reference.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=12,
-            do_sample=False, eos_token_id=1, pad_token_id=0,
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=1,
+            pad_token_id=0,
         )[0, len(prompt) :].tolist()
         assert generation.finished == (1 in expected)
         assert generation.ids == (expected[: expected.index(1)] if 1 in expected else expected)
@@ -43,7 +47,9 @@ def test_batch_size_never_changes_a_result(hf_folders: Any, dtype: torch.dtype, 
     sampling = SamplingSpec(temperature=temperature, top_p=0.9, top_k=20, seed=7)
 
     def run(size: int | None) -> Any:
-        return generate(model, prompts, max_new_tokens=20, stop_ids=[5, 9], sampling=sampling, batch_size=size)
+        return generate(
+            model, prompts, max_new_tokens=20, stop_ids=[5, 9], sampling=sampling, batch_size=size
+        )
 
     every = run(None)
     assert any(generation.finished for generation in every)
@@ -75,8 +81,14 @@ def test_long_prompts_run_in_blocks_of_queries(hf_folders: Any) -> None:
     folder, reference = hf_folders("llama")
     prompt = make_prompts(1, seed=3)[0] * 200
     found = generate(load_model(folder), [prompt[:400]], max_new_tokens=4, stop_ids=[])[0].ids
-    expected = reference.generate(torch.tensor([prompt[:400]]), attention_mask=torch.ones(1, 400, dtype=torch.int64),
-                                  max_new_tokens=4, do_sample=False, eos_token_id=[], pad_token_id=0)
+    expected = reference.generate(
+        torch.tensor([prompt[:400]]),
+        attention_mask=torch.ones(1, 400, dtype=torch.int64),
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=[],
+        pad_token_id=0,
+    )
     assert found == expected[0, 400:].tolist()
 
 
@@ -91,8 +103,14 @@ def test_the_context_limit_ends_an_answer_and_refuses_a_prompt(hf_folders: Any) 
 
 def test_progress_is_told(hf_folders: Any) -> None:
     seen: list[tuple[int, int]] = []
-    generate(load_model(hf_folders("llama")[0]), make_prompts(5), max_new_tokens=3, stop_ids=[], batch_size=2,
-             on_progress=lambda done, of: seen.append((done, of)))
+    generate(
+        load_model(hf_folders("llama")[0]),
+        make_prompts(5),
+        max_new_tokens=3,
+        stop_ids=[],
+        batch_size=2,
+        on_progress=lambda done, of: seen.append((done, of)),
+    )
     assert seen[-1] == (5, 5)
     assert seen == sorted(seen)
 

@@ -52,7 +52,9 @@ def test_one_batch_of_eight_is_eight_batches_of_one(hf_folders: Any) -> None:
         targets = sum(row.num_targets for row in rows)
         for part in batches:
             (sft_loss(model, make_batch(part)).total / targets).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None])
+        )
     assert relative_error(gradients[0], gradients[1]) < 2e-6
 
 

@@ -18,8 +18,9 @@ from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora, load_adapter, merge, save_adapter
 from tunesmith.models.weights import save_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning",
-                                        "ignore:fan_in_fan_out is set:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:fan_in_fan_out is set:UserWarning"
+)
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -29,20 +30,28 @@ def test_losses_and_generations_equal_transformers(hf_folders: Any, name: str) -
     assert isinstance(model, Fallback)
     rows = make_rows([20, 7, 33])
     with torch.no_grad():
-        assert relative_error(sft_loss(model, make_batch(rows), chunk=9).total, hf_loss(reference, rows)) < 1e-5
+        assert (
+            relative_error(sft_loss(model, make_batch(rows), chunk=9).total, hf_loss(reference, rows)) < 1e-5
+        )
     prompts = [list(row.ids) for row in rows]
     found = generate(model, prompts, max_new_tokens=8, stop_ids=[])
     for prompt, generation in zip(prompts, found, strict=True):
         expected = reference.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=8,
-            do_sample=False, eos_token_id=[], pad_token_id=0,
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=[],
+            pad_token_id=0,
         )
         assert generation.ids == expected[0, len(prompt) :].tolist()
     assert found == [generate(model, [prompt], max_new_tokens=8, stop_ids=[])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_adapters_and_merged_models_are_what_peft_and_transformers_load(hf_folders: Any, tmp_path: Path, name: str) -> None:
+def test_adapters_and_merged_models_are_what_peft_and_transformers_load(
+    hf_folders: Any, tmp_path: Path, name: str
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

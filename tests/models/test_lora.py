@@ -61,7 +61,9 @@ def spec(**changes: Any) -> LoraSpec:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_plain_peft_loads_a_saved_adapter_with_identical_logits(hf_folders: Any, tmp_path: Path, name: str, variant: str) -> None:
+def test_plain_peft_loads_a_saved_adapter_with_identical_logits(
+    hf_folders: Any, tmp_path: Path, name: str, variant: str
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -112,16 +114,31 @@ def test_new_tokens_are_saved_with_the_adapter(hf_folders: Any, tmp_path: Path, 
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]},
-                                     {"rank_pattern": {"layers.1.*q_proj": 3}, "alpha_pattern": {"v_proj": 5}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"layers.1.*q_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+    ],
+)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_adapters_made_by_peft_load_with_identical_logits(hf_folders: Any, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+def test_adapters_made_by_peft_load_with_identical_logits(
+    hf_folders: Any, tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     folder, _ = hf_folders(name)
     torch.manual_seed(5)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**settings, **changes))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -146,7 +163,9 @@ def test_the_fast_pass_has_the_gradients_of_the_plain_one(hf_folders: Any) -> No
             if plain:
                 projection._project = _plain(projection)  # type: ignore[method-assign]
         sft_loss(model, batch).total.backward()
-        return torch.cat([p.grad.flatten().double() for p in model.trainable_parameters() if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten().double() for p in model.trainable_parameters() if p.grad is not None]
+        )
 
     exact = gradients(torch.float64, plain=True)
     assert relative_error(gradients(torch.float32, plain=False), exact) < 1e-5
@@ -158,7 +177,11 @@ def _plain(projection: Any) -> Any:
     def project(x: torch.Tensor) -> torch.Tensor:
         bias = projection.bias
         loras = projection.loras()
-        return projection._add_lora(x, bias, loras, x) if loras else nn.functional.linear(x, projection.weight, bias)
+        return (
+            projection._add_lora(x, bias, loras, x)
+            if loras
+            else nn.functional.linear(x, projection.weight, bias)
+        )
 
     return project
 
@@ -191,7 +214,7 @@ def test_continuing_an_adapter(hf_folders: Any, tmp_path: Path) -> None:
     assert [name for name, _ in more.named_trainable()] == [name for name, _ in model.named_trainable()]
     with pytest.raises(ModelError, match=r"method\.rank: the job and the adapter .* disagree"):
         add_lora(load_model(folder), LoraSpec(name="lora", adapter=str(tmp_path), rank=4), seed=0)
-    with pytest.raises(ModelError, match="q_proj.lora_A.weight has shape"):
+    with pytest.raises(ModelError, match=r"q_proj\.lora_A\.weight has shape"):
         load_adapter(_make_narrow(tmp_path), tmp_path)
 
 
@@ -199,14 +222,17 @@ def _make_narrow(tmp_path: Path) -> CausalLM:
     """A model whose layers have the adapter's names but other shapes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=48,
-                                 vocab_size=VOCAB)).save_pretrained(tmp_path / "narrow")
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=48, vocab_size=VOCAB
+        )
+    ).save_pretrained(tmp_path / "narrow")
     return load_model(tmp_path / "narrow")
 
 
 def test_unknown_targets_and_foreign_adapters_are_refused(hf_folders: Any, tmp_path: Path) -> None:
     model = load_model(hf_folders("llama")[0])
-    with pytest.raises(ModelError, match="no linear layer ends in 'query'.*q_proj"):
+    with pytest.raises(ModelError, match=r"no linear layer ends in 'query'.*q_proj"):
         add_lora(model, spec(targets=["query"]), seed=0)
     with pytest.raises(ModelError, match="cannot be trained whole"):
         add_lora(load_model(hf_folders("llama")[0]), spec(modules_to_save=["norm"]), seed=0)

@@ -25,7 +25,9 @@ def test_nf4_equals_bitsandbytes_bit_for_bit(dtype: torch.dtype, double_quant: b
     for shape in [(172, 64), (640, 256), (96, 1024)]:
         weight = (torch.randn(shape) * 0.05).to(dtype)
         weight[3] = 0
-        packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+        )
         ours = Nf4Matrix(weight, double_quant=double_quant)
         assert torch.equal(ours.packed, packed)
         assert torch.equal(ours.absmax, state.absmax)
@@ -35,7 +37,9 @@ def test_nf4_equals_bitsandbytes_bit_for_bit(dtype: torch.dtype, double_quant: b
         assert stored.keys() == theirs.keys()
         for key, value in theirs.items():
             assert torch.equal(stored[key], value), key
-        again = functional.QuantState.from_dict({k: v for k, v in stored.items() if k != "w"}, torch.device("cpu"))
+        again = functional.QuantState.from_dict(
+            {k: v for k, v in stored.items() if k != "w"}, torch.device("cpu")
+        )
         assert torch.equal(functional.dequantize_4bit(stored["w"], again), ours.dense(dtype))
         assert torch.equal(Nf4Matrix.from_state(theirs, "w").dense(dtype), ours.dense(dtype))
 
@@ -60,7 +64,9 @@ def test_adapters_train_on_a_packed_base_as_on_its_dense_values(hf_folders: Any,
                 target.weight.data = source.dense()
         add_lora(model, LoraSpec(name="lora", rank=4, targets=["q_proj", "down_proj"]), seed=0)
         sft_loss(model, batch).total.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None])
+        )
     assert relative_error(gradients[0], gradients[1]) < 1e-6
 
 

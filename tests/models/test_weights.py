@@ -88,7 +88,9 @@ def test_damaged_folders_are_refused_in_one_line_before_loading(folder: Path) ->
         assert "\n" not in str(caught.value)
     weights.write_bytes(good)
     change_config(folder, intermediate_size=100)
-    with pytest.raises(ModelError, match=r"mlp\.gate_proj\.weight has shape \[96, 64\], config\.json asks for \[100, 64\]"):
+    with pytest.raises(
+        ModelError, match=r"mlp\.gate_proj\.weight has shape \[96, 64\], config\.json asks for \[100, 64\]"
+    ):
         check_model(folder)
     change_config(folder, intermediate_size=96, num_hidden_layers=4)
     with pytest.raises(ModelError, match=r"model\.layers\.3\..* is missing"):
@@ -120,10 +122,21 @@ def test_a_pickle_with_the_right_name_is_not_read(folder: Path) -> None:
 
 
 def test_old_and_new_rope_fields_mean_the_same() -> None:
-    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-             "intermediate_size": 96, "vocab_size": 96}
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 64}
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "vocab_size": 96,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     old = parse_config(shape | {"rope_theta": 5e5, "rope_scaling": llama3}, place="c")
     new = parse_config(shape | {"rope_parameters": llama3 | {"rope_theta": 5e5}}, place="c")
     assert old == new
@@ -133,22 +146,33 @@ def test_old_and_new_rope_fields_mean_the_same() -> None:
     assert (yarn.own, yarn.why_not) == (False, "rope type 'yarn'")
 
 
-@pytest.mark.parametrize(("changes", "finding"), [
-    ({"hidden_size": "64"}, "hidden_size is '64'"),
-    ({"hidden_size": 0}, "hidden_size is 0"),
-    ({"vocab_size": None}, "has no 'vocab_size'"),
-    ({"num_key_value_heads": 3}, "4 attention heads on 3"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
-    ({"torch_dtype": "int8"}, "dtype is 'int8'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"vocab_size": None}, "has no 'vocab_size'"),
+        ({"num_key_value_heads": 3}, "4 attention heads on 3"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
+        ({"torch_dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
 def test_bad_configs_name_the_key(changes: dict[str, Any], finding: str) -> None:
-    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-             "intermediate_size": 96, "vocab_size": 96}
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "vocab_size": 96,
+    }
     with pytest.raises(ModelError, match=finding):
         parse_config(shape | changes, place="config.json")
 
 
-def test_large_models_are_written_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_are_written_in_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tunesmith.models.weights.SHARD_BYTES", 50_000)
     model = load_model(folder)
     write_model(model.weights(), tmp_path / "out", source_folder=folder, dtype=torch.float32)

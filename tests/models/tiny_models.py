@@ -13,14 +13,31 @@ from tunesmith.core.types import Origin, TokenRow
 
 VOCAB = 96
 _COMMON: dict[str, Any] = {
-    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96,
-    "vocab_size": VOCAB, "max_position_embeddings": 512, "initializer_range": 0.15, "eos_token_id": 1, "bos_token_id": 0,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
 }
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": (
+        "Llama",
+        {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama3-rope": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "mistral": ("Mistral", {"sliding_window": 12, "tie_word_embeddings": False}),
@@ -29,10 +46,31 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
 }
 OTHER: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512, "vocab_size": VOCAB,
-                      "initializer_range": 0.15, "eos_token_id": 1, "bos_token_id": 0}),
-    "gemma2": ("Gemma2", _COMMON | {"num_hidden_layers": 2, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16,
-                                    "final_logit_softcapping": 5.0, "pad_token_id": 0}),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": 64,
+            "n_head": 4,
+            "n_layer": 2,
+            "n_positions": 512,
+            "vocab_size": VOCAB,
+            "initializer_range": 0.15,
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        _COMMON
+        | {
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 5.0,
+            "pad_token_id": 0,
+        },
+    ),
     "phi": ("Phi", _COMMON | {"num_hidden_layers": 2, "num_key_value_heads": 4, "pad_token_id": 0}),
 }
 

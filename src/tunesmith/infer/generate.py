@@ -28,7 +28,7 @@ _DROP_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """ids: new tokens, without the stop token. finished: a stop token came before max_new_tokens or the context's end."""
+    """ids: new tokens, without the stop token. finished: a stop token came before the limit."""
 
     ids: list[int]
     finished: bool
@@ -60,8 +60,12 @@ def generate(
         if not prompt:
             raise ValueError(f"prompt {place} is empty")
         if len(prompt) >= limit:
-            raise DataError(f"prompt {place + 1}", f"has {len(prompt)} tokens, the model's context {limit}",
-                            rule="a prompt leaves room for an answer", cure="Lower evaluate.shots or evaluate.retrieved")
+            raise DataError(
+                f"prompt {place + 1}",
+                f"has {len(prompt)} tokens, the model's context {limit}",
+                rule="a prompt leaves room for an answer",
+                cure="Lower evaluate.shots or evaluate.retrieved",
+            )
     was_training = model.training
     model.eval()
     prefix = _find_shared(prompts) if model.shares_prefix else []
@@ -80,7 +84,9 @@ def generate(
                 if on_progress is not None:
                     on_progress(before + done, len(prompts))
 
-            for place, found in zip(batch, _run_batch(model, session, room, set(stop_ids), chooser, report), strict=True):
+            for place, found in zip(
+                batch, _run_batch(model, session, room, set(stop_ids), chooser, report), strict=True
+            ):
                 results[place] = found
     finally:
         model.close_sessions()
@@ -100,8 +106,14 @@ def _find_shared(prompts: Sequence[Sequence[int]]) -> list[int]:
     return first[:shared] if shared >= 64 else []
 
 
-def _cut_batches(order: list[int], prompts: Sequence[Sequence[int]], shared: int, new: int, model: CausalLM,
-                 batch_size: int | None) -> list[list[int]]:
+def _cut_batches(
+    order: list[int],
+    prompts: Sequence[Sequence[int]],
+    shared: int,
+    new: int,
+    model: CausalLM,
+    batch_size: int | None,
+) -> list[list[int]]:
     batches: list[list[int]] = [[]]
     tokens = 0
     for place in order:
@@ -116,8 +128,14 @@ def _cut_batches(order: list[int], prompts: Sequence[Sequence[int]], shared: int
     return [batch for batch in batches if batch]
 
 
-def _run_batch(model: CausalLM, session: DecodeSession, room: list[int], stop_ids: set[int], chooser: _Chooser,
-               report: Callable[[int], None]) -> list[Generation]:
+def _run_batch(
+    model: CausalLM,
+    session: DecodeSession,
+    room: list[int],
+    stop_ids: set[int],
+    chooser: _Chooser,
+    report: Callable[[int], None],
+) -> list[Generation]:
     outputs: list[list[int]] = [[] for _ in room]
     finished = [False] * len(room)
     slots = list(range(len(room)))  # which sequence lies in each slot of the session

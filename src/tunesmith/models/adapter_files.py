@@ -27,9 +27,17 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Settings of other adapters than the ones we run, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None), "lora_bias": (False, None), "trainable_token_indices": (None,), "layer_replication": (None,),
-    "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
     "monteclora_config": (None,),
 }
 
@@ -103,15 +111,34 @@ def _describe(model: CausalLM, config: AdapterConfig, base_name: str, revision: 
     if config.tied and saved:
         saved = [model.embedding.name.rpartition(".")[2], model.head_name.rpartition(".")[2]]
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
-        "inference_mode": True, "auto_mapping": None, "r": config.rank, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout, "target_modules": list(config.targets), "exclude_modules": None,
-        "modules_to_save": saved or None, "ensure_weight_tying": bool(config.tied and saved),
-        "use_rslora": config.rslora, "use_dora": config.dora, "bias": "none", "lora_bias": False,
-        "fan_in_fan_out": any(projection.transposed for projection in model.projections()), "init_lora_weights": True,
-        "rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern),
-        "layers_to_transform": None, "layers_pattern": None, "layer_replication": None, "loftq_config": {},
-        "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "exclude_modules": None,
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": bool(config.tied and saved),
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": "none",
+        "lora_bias": False,
+        "fan_in_fan_out": any(projection.transposed for projection in model.projections()),
+        "init_lora_weights": True,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "trainable_token_indices": None,
     }
 
 
@@ -119,26 +146,46 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read adapter_config.json. Raises ModelError for adapters of another kind."""
     path = folder / CONFIG
     if not path.exists():
-        raise ModelError(str(folder), f"has no {CONFIG}", rule="an adapter folder is in PEFT format", cure="Check the path")
+        raise ModelError(
+            str(folder), f"has no {CONFIG}", rule="an adapter folder is in PEFT format", cure="Check the path"
+        )
     try:
         raw = read_json(path)
         kind = raw.get("peft_type")
         if kind != "LORA":
-            raise ModelError(str(path), f"peft_type is {kind!r}", rule="LoRA adapters (with rsLoRA, DoRA) are read")
+            raise ModelError(
+                str(path), f"peft_type is {kind!r}", rule="LoRA adapters (with rsLoRA, DoRA) are read"
+            )
         for key, unused in _UNUSED.items():
             if key in raw and raw[key] not in unused:
-                raise ModelError(str(path), f"{key} is {raw[key]!r}", rule="this variant of LoRA is not run here",
-                                 cure="Merge it with peft, then use the merged model")
-        if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in ("gaussian", "orthogonal", "eva"):
-            raise ModelError(str(path), f"init_lora_weights is {raw['init_lora_weights']!r}, which changes the base",
-                             cure="Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)")
+                raise ModelError(
+                    str(path),
+                    f"{key} is {raw[key]!r}",
+                    rule="this variant of LoRA is not run here",
+                    cure="Merge it with peft, then use the merged model",
+                )
+        if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in (
+            "gaussian",
+            "orthogonal",
+            "eva",
+        ):
+            raise ModelError(
+                str(path),
+                f"init_lora_weights is {raw['init_lora_weights']!r}, which changes the base",
+                cure="Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            )
         targets = raw.get("target_modules") or []
         return AdapterConfig(
-            rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
-            rslora=bool(raw.get("use_rslora")), dora=bool(raw.get("use_dora")),
+            rank=int(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            dropout=float(raw.get("lora_dropout") or 0.0),
+            rslora=bool(raw.get("use_rslora")),
+            dora=bool(raw.get("use_dora")),
             targets=(targets,) if isinstance(targets, str) else tuple(targets),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()), tied=bool(raw.get("ensure_weight_tying")),
-            rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            tied=bool(raw.get("ensure_weight_tying")),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
         raise ModelError(str(path), f"is not an adapter config ({error})", cure="Check the file") from None
@@ -153,7 +200,9 @@ def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False
     config = read_adapter_config(folder)
     if not (folder / WEIGHTS).exists():
         rule = "adapters are safetensors"
-        raise ModelError(str(folder), f"has no {WEIGHTS}", rule=rule, cure="Save it with safe_serialization=True")
+        raise ModelError(
+            str(folder), f"has no {WEIGHTS}", rule=rule, cure="Save it with safe_serialization=True"
+        )
     stored = read_header(folder / WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): t.float() for name, t in read_tensors(stored, stored).items()}
     place = str(folder / WEIGHTS)
@@ -166,14 +215,24 @@ def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False
     _take_tables(model, tensors, config, place, trainable=trainable)
     if tensors:
         name = next(iter(tensors))
-        raise ModelError(place, f"{name} {list(tensors[name].shape)} has no place in this model",
-                         rule="adapter and base belong together", cure="Give the adapter's own base model")
+        raise ModelError(
+            place,
+            f"{name} {list(tensors[name].shape)} has no place in this model",
+            rule="adapter and base belong together",
+            cure="Give the adapter's own base model",
+        )
     model.adapter_config = config
     return config
 
 
-def _take_part(tensors: dict[str, Tensor], name: str, projection: Projection, rows: slice, config: AdapterConfig,
-               place: str) -> LoraPart:
+def _take_part(
+    tensors: dict[str, Tensor],
+    name: str,
+    projection: Projection,
+    rows: slice,
+    config: AdapterConfig,
+    place: str,
+) -> LoraPart:
     a = tensors.pop(f"{name}.lora_A.weight")
     b = tensors.pop(f"{name}.lora_B.weight", torch.empty(0, 0))
     rank, outputs = a.shape[0], rows.stop - rows.start
@@ -192,11 +251,17 @@ def _take_part(tensors: dict[str, Tensor], name: str, projection: Projection, ro
 
 def _check_shape(place: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
-        raise ModelError(place, f"tensor {name} has shape {list(tensor.shape)}, this base asks for {list(expected)}",
-                         rule="adapter and base belong together", cure="Give the adapter's own base model")
+        raise ModelError(
+            place,
+            f"tensor {name} has shape {list(tensor.shape)}, this base asks for {list(expected)}",
+            rule="adapter and base belong together",
+            cure="Give the adapter's own base model",
+        )
 
 
-def _take_tables(model: CausalLM, tensors: dict[str, Tensor], config: AdapterConfig, place: str, *, trainable: bool) -> None:
+def _take_tables(
+    model: CausalLM, tensors: dict[str, Tensor], config: AdapterConfig, place: str, *, trainable: bool
+) -> None:
     """Whole matrices: embedding and head, perhaps with more rows than the base has."""
     embed = tensors.pop(f"{model.embedding.name}.weight", None)
     head = tensors.pop(f"{model.head_name}.weight", None)
@@ -204,9 +269,7 @@ def _take_tables(model: CausalLM, tensors: dict[str, Tensor], config: AdapterCon
         return
     rows = (embed if embed is not None else head).shape[0]  # pyright: ignore[reportOptionalMemberAccess]
     if rows > model.config.vocab_size:
-        from tunesmith.models.lora import resize_vocabulary
-
-        resize_vocabulary(model, rows)
+        model.resize_vocabulary(rows)
     if model.untied_head is None:
         if config.tied or (embed is not None and head is not None and torch.equal(embed, head)):
             head = None if embed is not None else head
@@ -216,6 +279,8 @@ def _take_tables(model: CausalLM, tensors: dict[str, Tensor], config: AdapterCon
             model.untie_head()
     for table, tensor in ((model.embedding, embed), (model.head_table, head)):
         if tensor is not None:
-            _check_shape(place, f"{table.name}.weight", tensor, (model.config.vocab_size, model.config.hidden_size))
+            _check_shape(
+                place, f"{table.name}.weight", tensor, (model.config.vocab_size, model.config.hidden_size)
+            )
             table.tuned = nn.Parameter(tensor.to(table.weight.device), requires_grad=trainable)
     assert isinstance(model.embedding, TokenTable)

@@ -34,8 +34,9 @@ def make_mask(size: int, window: int, dtype: torch.dtype, device: torch.device) 
     return torch.zeros(size, size, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
 
 
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, num_kv_heads: int, scale: float,
-           window: int) -> Tensor:
+def attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, num_kv_heads: int, scale: float, window: int
+) -> Tensor:
     """Rotate queries and keys, attend inside each document.
 
     qkv: (T, H + 2N, d), queries first, then keys, then values. cos, sin: (T, 1, d/2). Returns (T, H * d).
@@ -61,7 +62,9 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: floa
         size = bucket.padded_length
 
         def pad(x: Tensor, bucket: Bucket = bucket, size: int = size) -> Tensor:
-            return x.index_select(0, bucket.gather_BS).unflatten(0, (bucket.num_documents, size)).transpose(1, 2)
+            return (
+                x.index_select(0, bucket.gather_BS).unflatten(0, (bucket.num_documents, size)).transpose(1, 2)
+            )
 
         mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
         out = F.scaled_dot_product_attention(
@@ -78,8 +81,19 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: flo
     longest = layout.max_length
     left = window - 1 if window else None
     out = torch.ops.aten._flash_attention_forward(
-        q, k, v, layout.cumulative_N1, layout.cumulative_N1, longest, longest, 0.0, True, False,
-        scale=scale, window_size_left=left, window_size_right=0 if window else None,
+        q,
+        k,
+        v,
+        layout.cumulative_N1,
+        layout.cumulative_N1,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=0 if window else None,
     )[0]
     return out.flatten(1)
 
@@ -112,7 +126,7 @@ class _FoldedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin, *saved = ctx.saved_tensors
         tokens, all_heads, width = ctx.shape
         kv = ctx.num_kv_heads
@@ -123,7 +137,11 @@ class _FoldedAttention(torch.autograd.Function):
             size, count = bucket.padded_length, bucket.num_documents
             # Empty slots repeat a real token, so what flows into them must be nothing.
             grad_rows = grad.index_select(0, bucket.gather_BS).index_fill_(0, bucket.empty_e, 0)
-            grad_out = grad_rows.view(count, size, kv, -1, width).permute(0, 2, 3, 1, 4).reshape(count * kv, -1, width)
+            grad_out = (
+                grad_rows.view(count, size, kv, -1, width)
+                .permute(0, 2, 3, 1, 4)
+                .reshape(count * kv, -1, width)
+            )
             grad_v = torch.bmm(probs.transpose(1, 2), grad_out)
             grad_probs = torch.bmm(grad_out, v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)

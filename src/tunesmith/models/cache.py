@@ -39,7 +39,9 @@ class PrefillView:
         members: dict[int, list[int]] = {}
         for slot, length in enumerate(layout.lengths):
             members.setdefault(pad_length(length), []).append(slot)
-        return PrefillView(layout, [torch.tensor(members[b.padded_length], device=layout.device) for b in layout.buckets])
+        return PrefillView(
+            layout, [torch.tensor(members[b.padded_length], device=layout.device) for b in layout.buckets]
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,16 @@ CacheView = PrefillView | StepView | dict[int, StepView]
 class LayerCache:
     """Keys and values of one layer, (n, N, C, d) each, and of the shared prefix, (N, P, d)."""
 
-    def __init__(self, slots: int, capacity: int, *, kv_heads: int, width: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: int,
+        capacity: int,
+        *,
+        kv_heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.k = torch.empty(slots, kv_heads, capacity, width, dtype=dtype, device=device)
         # Padded slots are masked, but 0 * NaN of uninitialised memory would still be NaN.
         self.v = torch.zeros(slots, kv_heads, capacity, width, dtype=dtype, device=device)
@@ -88,7 +98,9 @@ class LayerCache:
         """Drop all other slots; order is kept."""
         self.k, self.v = self.k.index_select(0, slots), self.v.index_select(0, slots)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView, *, scale: float, window: int) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, view: CacheView, *, scale: float, window: int
+    ) -> Tensor:
         """Store k and v (T, N, d), attend q (T, H, d) over what its sequence has. Returns (T, H * d)."""
         if isinstance(view, dict):  # layers of one model with different windows
             view = view[window]
@@ -96,7 +108,9 @@ class LayerCache:
             return self._attend_step(q, k, v, view, scale)
         return self._attend_prompt(q, k, v, view, scale, window)
 
-    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, view: PrefillView, scale: float, window: int) -> Tensor:
+    def _attend_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, view: PrefillView, scale: float, window: int
+    ) -> Tensor:
         out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         stream, kv = torch.cat((q, k, v), 1), k.shape[1]
         for bucket, slots in zip(view.layout.buckets, view.slots, strict=True):
@@ -107,16 +121,25 @@ class LayerCache:
             if self.prefix is None and size > FOLDED_MAX[q.dtype]:
                 mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
                 rows = F.scaled_dot_product_attention(
-                    qf.view(count, -1, size, q.shape[2]), kf.view(count, kv, size, -1), vf.view(count, kv, size, -1),
-                    attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
+                    qf.view(count, -1, size, q.shape[2]),
+                    kf.view(count, kv, size, -1),
+                    vf.view(count, kv, size, -1),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scale,
+                    enable_gqa=True,
                 ).reshape(count * kv, -1, q.shape[2])
             else:
-                rows = self._attend_folded(qf.view(count * kv, -1, size, q.shape[2]), kf, vf, count, scale, window)
+                rows = self._attend_folded(
+                    qf.view(count * kv, -1, size, q.shape[2]), kf, vf, count, scale, window
+                )
             unfolded = unfold_heads(rows, bucket, kv)
             out.index_copy_(0, bucket.flat_n, unfolded.index_select(0, bucket.inside_n))
         return out
 
-    def _attend_folded(self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int) -> Tensor:
+    def _attend_folded(
+        self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int
+    ) -> Tensor:
         """q: (n * N, G, S, d), k and v: (n * N, S, d). Blocks of queries see only the keys up to their own end, which
         saves almost half of the work on long prompts. Returns (n * N, G * S, d)."""
         size, width = k.shape[1], k.shape[2]
@@ -160,8 +183,18 @@ class LayerCache:
         early = early.view(kv, count, rows, shared).transpose(0, 1).reshape(count * kv, rows, shared)
         probs = torch.softmax(torch.cat((early, scores), -1), -1)
         late = torch.bmm(probs[..., shared:], own_v)
-        early = probs[..., :shared].reshape(count, kv, rows, shared).transpose(0, 1).reshape(kv, count * rows, shared)
-        mixed = torch.bmm(early, prefix_v).view(kv, count, rows, width).transpose(0, 1).reshape(count * kv, rows, width)
+        early = (
+            probs[..., :shared]
+            .reshape(count, kv, rows, shared)
+            .transpose(0, 1)
+            .reshape(kv, count * rows, shared)
+        )
+        mixed = (
+            torch.bmm(early, prefix_v)
+            .view(kv, count, rows, width)
+            .transpose(0, 1)
+            .reshape(count * kv, rows, width)
+        )
         return late + mixed
 
 
@@ -171,16 +204,28 @@ class Session:
     prompts: own tokens of each sequence (behind the shared prefix), at least one, ascending in length.
     """
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                 prefix: SharedPrefix | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        prefix: SharedPrefix | None = None,
+    ) -> None:
         self.model, self.prefix = model, prefix
         self.lengths = [len(prompt) for prompt in prompts]
         self.start = 0 if prefix is None else prefix.length
         self.windows = set(model.config.windows)
         config, capacity = model.config, pad_length(self.lengths[-1] + max_new_tokens)
         self.caches = [
-            LayerCache(len(prompts), capacity, kv_heads=config.num_kv_heads, width=config.head_dim, dtype=model.dtype,
-                       device=model.device)
+            LayerCache(
+                len(prompts),
+                capacity,
+                kv_heads=config.num_kv_heads,
+                width=config.head_dim,
+                dtype=model.dtype,
+                device=model.device,
+            )
             for _ in range(config.num_layers)
         ]
         if prefix is not None:
@@ -194,7 +239,9 @@ class Session:
         layout = make_layout(self.lengths, device=device)
         ids_T = torch.tensor([token for prompt in self._prompts for token in prompt], device=device)
         last_n = layout.cumulative_N1[1:].long() - 1
-        return self.model.step(ids_T, layout.positions_T + self.start, self.caches, PrefillView.of(layout), last_n)
+        return self.model.step(
+            ids_T, layout.positions_T + self.start, self.caches, PrefillView.of(layout), last_n
+        )
 
     def step(self, ids_n: Tensor) -> Tensor:
         """Append one token to each sequence. Hidden state behind it, (n, D)."""
@@ -225,4 +272,10 @@ class SharedPrefix:
     def of(model: Decoder, ids: Sequence[int]) -> SharedPrefix:
         session = Session(model, [ids], max_new_tokens=0)
         session.prefill()
-        return SharedPrefix(len(ids), [(c.k[0, :, : len(ids)].contiguous(), c.v[0, :, : len(ids)].contiguous()) for c in session.caches])
+        return SharedPrefix(
+            len(ids),
+            [
+                (c.k[0, :, : len(ids)].contiguous(), c.v[0, :, : len(ids)].contiguous())
+                for c in session.caches
+            ],
+        )

@@ -95,8 +95,19 @@ class CausalLM(nn.Module, ABC):
 
     def untie_head(self) -> None:
         """Give a tied model a head of its own, equal to the base's embedding."""
-        self.untied_head = TokenTable(self.head_name, self.embedding.weight.detach().clone(), dtype=self.dtype)
+        self.untied_head = TokenTable(
+            self.head_name, self.embedding.weight.detach().clone(), dtype=self.dtype
+        )
         self.config = dataclasses.replace(self.config, tied=False)
+
+    def resize_vocabulary(self, num_tokens: int) -> None:
+        """Append rows to embedding and head, each the mean of the old rows: close to what an unseen token means."""
+        for table in self.tables():
+            old = table.weight.detach()
+            mean = old.float().mean(0, keepdim=True).to(old.dtype)
+            rows = torch.cat((old, mean.expand(num_tokens - len(old), -1)))
+            table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
+        self.config = dataclasses.replace(self.config, vocab_size=num_tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (K, V) of hidden states (K, D), in the compute dtype."""
@@ -113,9 +124,10 @@ class CausalLM(nn.Module, ABC):
         """
 
     @abstractmethod
-    def open_session(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                     prefix: Sequence[int] = ()) -> DecodeSession:
-        """Sequences to continue. prompts: ascending in length. prefix: tokens in front of every prompt, computed once."""
+    def open_session(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
+    ) -> DecodeSession:
+        """Sequences to continue. prompts: ascending in length. prefix: tokens in front of all, run once."""
 
     @abstractmethod
     def close_sessions(self) -> None:

@@ -79,7 +79,11 @@ class _Fields:
             found = float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
             raise ModelError(self.place, f"{key} is {found!r}", rule=f"it is a {kind.__name__}")
-        if kind is int and key.startswith(("num_", "vocab", "hidden_size", "interm", "head_dim")) and found <= 0:
+        if (
+            kind is int
+            and key.startswith(("num_", "vocab", "hidden_size", "interm", "head_dim"))
+            and found <= 0
+        ):
             raise ModelError(self.place, f"{key} is {found}", rule="sizes are positive")
         return found
 
@@ -88,14 +92,22 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """The raw `config.json`. Raises ModelError if the folder is no model folder."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ModelError(str(folder), "is not a folder", cure="Give a model folder, a hub id or a bundled name")
+        raise ModelError(
+            str(folder), "is not a folder", cure="Give a model folder, a hub id or a bundled name"
+        )
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelError(str(folder), "has no config.json", rule="a model folder is in Hugging Face format",
-                         cure="Give the folder that holds config.json and model.safetensors") from None
+        raise ModelError(
+            str(folder),
+            "has no config.json",
+            rule="a model folder is in Hugging Face format",
+            cure="Give the folder that holds config.json and model.safetensors",
+        ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(str(path), f"cannot be read ({error})", rule="config.json is one JSON object") from None
+        raise ModelError(
+            str(path), f"cannot be read ({error})", rule="config.json is one JSON object"
+        ) from None
     if not isinstance(value, dict):
         raise ModelError(str(path), "is not a JSON object", rule="config.json is one JSON object")
     return value
@@ -109,9 +121,12 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
     fields = _Fields(raw, place)
     model_type = fields.read("model_type", str)
     if raw.get("quantization_config"):
-        raise ModelError(place, "weights are already quantised (quantization_config)",
-                         rule="the base is quantised here, with base: nf4 or int8",
-                         cure="Give the unquantised model")
+        raise ModelError(
+            place,
+            "weights are already quantised (quantization_config)",
+            rule="the base is quantised here, with base: nf4 or int8",
+            cure="Give the unquantised model",
+        )
     why_not = _why_not_own(raw, model_type)
     strict = {} if not why_not else {"default": 0}
     hidden = fields.read("hidden_size", int, **(strict and {"default": raw.get("n_embd") or 0}))
@@ -120,7 +135,11 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
     head_dim = fields.read("head_dim", int, hidden // heads)
     kv_heads = fields.read("num_key_value_heads", int, heads)
     if not why_not and heads % kv_heads:
-        raise ModelError(place, f"{heads} attention heads on {kv_heads} key/value heads", rule="the first divides by the second")
+        raise ModelError(
+            place,
+            f"{heads} attention heads on {kv_heads} key/value heads",
+            rule="the first divides by the second",
+        )
     return DecoderConfig(
         model_type=model_type,
         vocab_size=fields.read("vocab_size", int, **strict),
@@ -184,7 +203,11 @@ def _parse_rope(raw: Mapping[str, Any], fields: _Fields) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, kind, factor)
     return RopeConfig(
-        theta, kind, factor, inner.read("low_freq_factor", float), inner.read("high_freq_factor", float),
+        theta,
+        kind,
+        factor,
+        inner.read("low_freq_factor", float),
+        inner.read("high_freq_factor", float),
         inner.read("original_max_position_embeddings", int),
     )
 

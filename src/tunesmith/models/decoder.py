@@ -42,8 +42,15 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor], layer: int, *,
-                 dtype: torch.dtype, storage: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, Tensor],
+        layer: int,
+        *,
+        dtype: torch.dtype,
+        storage: torch.dtype,
+    ) -> None:
         super().__init__()
         at = f"model.layers.{layer}."
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
@@ -54,11 +61,17 @@ class Block(nn.Module):
             weights = [tensors[f"{name}.weight"].to(storage) for name in full]
             biases = [tensors[f"{name}.bias"].to(storage) for name in full] if bias else []
             return Projection(
-                full, [len(w) for w in weights], _stack(weights), _stack(biases) if biases else None, dtype=dtype
+                full,
+                [len(w) for w in weights],
+                _stack(weights),
+                _stack(biases) if biases else None,
+                dtype=dtype,
             )
 
         def norm(name: str) -> Norm:
-            return Norm(at + name, tensors[f"{at}{name}.weight"].to(storage, copy=True), config.norm_eps, dtype)
+            return Norm(
+                at + name, tensors[f"{at}{name}.weight"].to(storage, copy=True), config.norm_eps, dtype
+            )
 
         self.qkv = project("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
         self.out = project("self_attn.o_proj", bias=config.o_bias)
@@ -70,21 +83,32 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep_K: Tensor | None) -> Tensor:
         attended = attend(
-            self._make_qkv(x), cos, sin, layout, num_kv_heads=self.num_kv_heads, scale=self.scale, window=self.window
+            self._make_qkv(x),
+            cos,
+            sin,
+            layout,
+            num_kv_heads=self.num_kv_heads,
+            scale=self.scale,
+            window=self.window,
         )
         if keep_K is not None:
             attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
         return self._finish(x, attended)
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, view: CacheView,
-             keep_K: Tensor | None) -> Tensor:
+    def step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, view: CacheView, keep_K: Tensor | None
+    ) -> Tensor:
         """The same block over tokens whose earlier keys and values lie in `cache`, which takes theirs."""
         qkv = self._make_qkv(x)
         rotated = qkv.shape[1] - self.num_kv_heads
         turned = rotate_plain(qkv[:, :rotated], cos, sin)
         attended = cache.attend(
-            turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, rotated:], view,
-            scale=self.scale, window=self.window,
+            turned[:, : self.num_heads],
+            turned[:, self.num_heads :],
+            qkv[:, rotated:],
+            view,
+            scale=self.scale,
+            window=self.window,
         )
         if keep_K is not None:
             attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
@@ -109,19 +133,37 @@ class Decoder(CausalLM):
     storage: dtype of the parameters; fp32 where they will be trained, else the compute dtype.
     """
 
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor], *, folder: Path,
-                 dtype: torch.dtype, storage: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        folder: Path,
+        dtype: torch.dtype,
+        storage: torch.dtype,
+    ) -> None:
         super().__init__()
         self.config, self.folder, self.dtype = config, folder, dtype
-        self.embedding = TokenTable("model.embed_tokens", tensors["model.embed_tokens.weight"].to(storage, copy=True), dtype=dtype)
-        self.layers = nn.ModuleList([
-            Block(config, tensors, layer, dtype=dtype, storage=storage) for layer in range(config.num_layers)
-        ])
-        self.norm = Norm("model.norm", tensors["model.norm.weight"].to(storage, copy=True), config.norm_eps, dtype)
-        self.untied_head = (
-            None if config.tied else TokenTable("lm_head", tensors["lm_head.weight"].to(storage, copy=True), dtype=dtype)
+        self.embedding = TokenTable(
+            "model.embed_tokens", tensors["model.embed_tokens.weight"].to(storage, copy=True), dtype=dtype
         )
-        self.register_buffer("inverse", make_inverse_frequencies(config.rope, config.head_dim), persistent=False)
+        self.layers = nn.ModuleList(
+            [
+                Block(config, tensors, layer, dtype=dtype, storage=storage)
+                for layer in range(config.num_layers)
+            ]
+        )
+        self.norm = Norm(
+            "model.norm", tensors["model.norm.weight"].to(storage, copy=True), config.norm_eps, dtype
+        )
+        self.untied_head = (
+            None
+            if config.tied
+            else TokenTable("lm_head", tensors["lm_head.weight"].to(storage, copy=True), dtype=dtype)
+        )
+        self.register_buffer(
+            "inverse", make_inverse_frequencies(config.rope, config.head_dim), persistent=False
+        )
         self.inverse: Tensor
         self._prefix: tuple[tuple[int, ...], SharedPrefix] | None = None
 
@@ -133,8 +175,14 @@ class Decoder(CausalLM):
             x = block(x, cos, sin, layout, keep_K if number == last else None)
         return self.norm(x)
 
-    def step(self, ids_T: Tensor, positions_T: Tensor, caches: list[LayerCache], view: CacheView,
-             keep_K: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        caches: list[LayerCache],
+        view: CacheView,
+        keep_K: Tensor | None = None,
+    ) -> Tensor:
         x = self.embedding.look_up(ids_T)
         cos, sin = make_rotation(self.inverse, positions_T, self.dtype)
         last = len(self.layers) - 1
@@ -143,7 +191,9 @@ class Decoder(CausalLM):
             x = block.step(x, cos, sin, cache, view, keep_K if number == last else None)
         return self.norm(x)
 
-    def open_session(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()) -> Session:
+    def open_session(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
+    ) -> Session:
         if not prefix:
             return Session(self, prompts, max_new_tokens=max_new_tokens)
         key = tuple(prefix)
@@ -183,11 +233,17 @@ def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a checkpoint of this config holds; a tied head is not among them."""
     d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ff = config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, d),
+        "model.norm.weight": (d,),
+    }
     linears = {
-        "self_attn.q_proj": (q, d, config.qkv_bias), "self_attn.k_proj": (kv, d, config.qkv_bias),
-        "self_attn.v_proj": (kv, d, config.qkv_bias), "self_attn.o_proj": (d, q, config.o_bias),
-        "mlp.gate_proj": (ff, d, config.mlp_bias), "mlp.up_proj": (ff, d, config.mlp_bias),
+        "self_attn.q_proj": (q, d, config.qkv_bias),
+        "self_attn.k_proj": (kv, d, config.qkv_bias),
+        "self_attn.v_proj": (kv, d, config.qkv_bias),
+        "self_attn.o_proj": (d, q, config.o_bias),
+        "mlp.gate_proj": (ff, d, config.mlp_bias),
+        "mlp.up_proj": (ff, d, config.mlp_bias),
         "mlp.down_proj": (d, ff, config.mlp_bias),
     }
     for layer in range(config.num_layers):
@@ -198,7 +254,9 @@ def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{at}{name}.bias"] = (rows,)
         shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
         if config.qk_norm:
-            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (config.head_dim,)
+            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (
+                config.head_dim,
+            )
     if not config.tied:
         shapes["lm_head.weight"] = (config.vocab_size, d)
     return shapes

@@ -43,7 +43,7 @@ class _NormRms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_D, scale = ctx.saved_tensors
         unit = x.float() * scale
         grad32 = grad.float()
@@ -78,7 +78,7 @@ class _GateSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate_up_TF, opened = ctx.saved_tensors
         gate, up = gate_up_TF.chunk(2, -1)
         grad_in = torch.empty_like(gate_up_TF)

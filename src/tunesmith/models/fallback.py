@@ -28,25 +28,43 @@ from tunesmith.models.projection import Projection
 from tunesmith.models.weights import StoredTensor
 
 
-def load_fallback(folder: Path, config: DecoderConfig, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype,
-                  trainable: bool) -> Fallback:
+def load_fallback(
+    folder: Path,
+    config: DecoderConfig,
+    stored: Mapping[str, StoredTensor],
+    *,
+    dtype: torch.dtype,
+    trainable: bool,
+) -> Fallback:
     """Load through transformers, safetensors only. Raises ModelError in one line for whatever it refuses."""
     if trainable and dtype != torch.float32:
-        raise ModelError(str(folder), f"{config.model_type!r} models are trained whole in fp32 only",
-                         cure="Set train.precision: fp32, or method: lora")
+        raise ModelError(
+            str(folder),
+            f"{config.model_type!r} models are trained whole in fp32 only",
+            cure="Set train.precision: fp32, or method: lora",
+        )
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        inner, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(str(folder), f"transformers cannot load this {config.model_type!r} model ({reason})",
-                         rule="models run without code of their own", cure="Use a supported architecture") from None
+        raise ModelError(
+            str(folder),
+            f"transformers cannot load this {config.model_type!r} model ({reason})",
+            rule="models run without code of their own",
+            cure="Use a supported architecture",
+        ) from None
+    inner, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(str(folder), f"tensor {missing[0]} is missing", cure="Give a complete checkpoint")
     return Fallback(inner, config, folder=folder, dtype=dtype)
@@ -67,8 +85,8 @@ class _TableEmbedding(nn.Module):
         return self.table.matrix()
 
     def forward(self, ids: Tensor) -> Tensor:
-        module: nn.Module = self.module
-        module._parameters["weight"] = self.table.matrix()  # pyright: ignore[reportArgumentType]
+        module: Any = self.module
+        module._parameters["weight"] = self.table.matrix()
         try:
             return module.forward(ids)
         finally:
@@ -98,7 +116,9 @@ class _GivenHidden(nn.Module):
     """Stands for the body of a model whose hidden states are known already."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        output = SimpleNamespace(last_hidden_state=inputs_embeds, past_key_values=None, hidden_states=None, attentions=None)
+        output = SimpleNamespace(
+            last_hidden_state=inputs_embeds, past_key_values=None, hidden_states=None, attentions=None
+        )
         return _Indexable(output)
 
 
@@ -139,6 +159,7 @@ class Fallback(CausalLM):
         body = copy.copy(inner)
         body._modules = dict(inner._modules)
         body._modules[inner.base_model_prefix] = _GivenHidden()
+        self._head_only: Any
         object.__setattr__(self, "_head_only", body)
 
     def _replace_linears(self) -> None:
@@ -150,7 +171,9 @@ class Fallback(CausalLM):
             transposed = isinstance(module, Conv1D)
             weight = module.weight.detach().t().contiguous() if transposed else module.weight.detach()
             bias = None if module.bias is None else module.bias.detach()
-            projection = Projection([name], [weight.shape[0]], weight, bias, dtype=self.dtype, transposed=transposed)
+            projection = Projection(
+                [name], [weight.shape[0]], weight, bias, dtype=self.dtype, transposed=transposed
+            )
             parent, _, leaf = name.rpartition(".")
             setattr(self.inner.get_submodule(parent), leaf, projection)
 
@@ -186,7 +209,9 @@ class Fallback(CausalLM):
             hidden_TD = hidden_TD.index_select(0, layout.order_T)
         return hidden_TD if keep_K is None else hidden_TD.index_select(0, keep_K)
 
-    def open_session(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()) -> FallbackSession:
+    def open_session(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
+    ) -> FallbackSession:
         if prefix:
             raise ValueError("the fallback does not share prefixes")
         return FallbackSession(self, prompts)
@@ -245,19 +270,25 @@ class FallbackSession:
             mask = [[0] * (size - len(prompts[slot])) + [1] * len(prompts[slot]) for slot in slots]
             lengths = [len(prompts[slot]) for slot in slots]
             self._ids.append(torch.tensor(ids, device=model.device))
-            self.groups.append(_Group(
-                slots, torch.tensor(mask, device=model.device), torch.tensor(lengths, device=model.device)
-            ))
+            self.groups.append(
+                _Group(
+                    slots, torch.tensor(mask, device=model.device), torch.tensor(lengths, device=model.device)
+                )
+            )
 
     def prefill(self) -> Tensor:
-        hidden = self.model.embedding.weight.new_empty(self.count, self.model.config.hidden_size, dtype=self.model.dtype)
+        hidden = self.model.embedding.weight.new_empty(
+            self.count, self.model.config.hidden_size, dtype=self.model.dtype
+        )
         for group, ids_nS in zip(self.groups, self._ids, strict=True):
             positions = (group.mask_nS.cumsum(1) - 1).clamp(min=0)
             hidden[group.slots] = self._run(group, ids_nS, positions)
         return hidden
 
     def step(self, ids_n: Tensor) -> Tensor:
-        hidden = self.model.embedding.weight.new_empty(self.count, self.model.config.hidden_size, dtype=self.model.dtype)
+        hidden = self.model.embedding.weight.new_empty(
+            self.count, self.model.config.hidden_size, dtype=self.model.dtype
+        )
         for group in self.groups:
             group.mask_nS = F.pad(group.mask_nS, (0, 1), value=1)
             hidden[group.slots] = self._run(group, ids_n[group.slots][:, None], group.positions_n[:, None])
@@ -266,7 +297,10 @@ class FallbackSession:
 
     def _run(self, group: _Group, ids_nS: Tensor, positions_nS: Tensor) -> Tensor:
         output = self.model.inner.base_model(
-            input_ids=ids_nS, attention_mask=group.mask_nS, position_ids=positions_nS, past_key_values=group.cache,
+            input_ids=ids_nS,
+            attention_mask=group.mask_nS,
+            position_ids=positions_nS,
+            past_key_values=group.cache,
             use_cache=True,
         )
         group.cache = output.past_key_values
@@ -281,7 +315,12 @@ class FallbackSession:
                 continue
             chosen = torch.tensor(rows, device=self.model.device)
             group.cache.batch_select_indices(chosen)
-            groups.append(_Group(
-                [place[group.slots[row]] for row in rows], group.mask_nS[chosen], group.positions_n[chosen], group.cache
-            ))
+            groups.append(
+                _Group(
+                    [place[group.slots[row]] for row in rows],
+                    group.mask_nS[chosen],
+                    group.positions_n[chosen],
+                    group.cache,
+                )
+            )
         self.groups, self.count = groups, len(slots)

@@ -115,7 +115,12 @@ class Layout:
         empty_e = (~inside_BS).flatten().nonzero().flatten()
         move = self.device
         return Bucket(
-            len(documents), size, gather_BS.to(move), slots_n.to(move), gather_BS[slots_n].to(move), empty_e.to(move)
+            len(documents),
+            size,
+            gather_BS.to(move),
+            slots_n.to(move),
+            gather_BS[slots_n].to(move),
+            empty_e.to(move),
         )
 
 
@@ -159,7 +164,9 @@ def make_batch(rows: Sequence[TokenRow], *, device: torch.device | str = "cpu") 
     ids, mask, row = [], [], []
     for number, token_row in enumerate(rows):
         if token_row.mask[0]:
-            raise ValueError(f"{token_row.origin.place}: the first token is a target, but nothing precedes it")
+            raise ValueError(
+                f"{token_row.origin.place}: the first token is a target, but nothing precedes it"
+            )
         ids.extend(token_row.ids)
         mask.extend(token_row.mask)
         row.extend([number] * len(token_row.ids))

@@ -26,13 +26,24 @@ def check_model(folder: Path, *, num_tokens: int | None = None) -> None:
     if config.own:
         check_tensors(stored, list_expected(config), config, place=str(folder))
     if num_tokens is not None and num_tokens > config.vocab_size:
-        raise ModelError(str(folder), f"the tokenizer gives ids up to {num_tokens - 1}, the embedding has {config.vocab_size} rows",
-                         rule="every token has an embedding", cure="Use the model's own tokenizer, or method.new_tokens")
+        raise ModelError(
+            str(folder),
+            f"the tokenizer gives ids up to {num_tokens - 1}, the embedding has {config.vocab_size} rows",
+            rule="every token has an embedding",
+            cure="Use the model's own tokenizer, or method.new_tokens",
+        )
 
 
-def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-               base: Storage = "full", double_quant: bool = True, trainable: bool = False,
-               own_decoder: bool = True) -> CausalLM:
+def load_model(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: Storage = "full",
+    double_quant: bool = True,
+    trainable: bool = False,
+    own_decoder: bool = True,
+) -> CausalLM:
     """Model of a Hugging Face folder, in evaluation mode, frozen.
 
     dtype:       compute dtype, and storage of frozen weights.
@@ -57,7 +68,9 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
         if config.tied:
             check_tied(tensors, place=str(folder))
         named = {name: tensors[source] for name, source in chosen.items()}
-        model = Decoder(config, named, folder=folder, dtype=dtype, storage=torch.float32 if trainable else dtype)
+        model = Decoder(
+            config, named, folder=folder, dtype=dtype, storage=torch.float32 if trainable else dtype
+        )
         del tensors, named
     if base != "full":
         from tunesmith.models.quant import pack_model

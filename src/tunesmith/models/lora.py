@@ -54,9 +54,14 @@ def add_lora(model: CausalLM, spec: LoraSpec, *, seed: int, num_tokens: int | No
     if spec.new_tokens and num_tokens is None:
         raise ValueError("new tokens need num_tokens, the size of the tokenizer that has them")
     model.adapter_config = AdapterConfig(
-        rank=spec.rank, alpha=spec.scaling_alpha, dropout=spec.dropout, rslora=spec.rslora, dora=spec.dora,
+        rank=spec.rank,
+        alpha=spec.scaling_alpha,
+        dropout=spec.dropout,
+        rslora=spec.rslora,
+        dora=spec.dora,
         targets=tuple(_shorten(targets) if spec.targets == "all-linear" else spec.targets),
-        modules_to_save=modules, tied=model.untied_head is None,
+        modules_to_save=modules,
+        tied=model.untied_head is None,
     )
 
 
@@ -69,8 +74,11 @@ def find_targets(model: CausalLM, targets: str | Sequence[str]) -> set[str]:
     for target in targets:
         fits = {name for name in names if name == target or name.endswith("." + target)}
         if not fits:
-            cure = "Write modules_to_save: [lm_head] to train it whole" if target == "lm_head" else (
-                "Choose from " + ", ".join(_shorten(names)))
+            cure = (
+                "Write modules_to_save: [lm_head] to train it whole"
+                if target == "lm_head"
+                else ("Choose from " + ", ".join(_shorten(names)))
+            )
             raise ModelError("method.targets", f"no linear layer ends in {target!r}", cure=cure)
         found |= fits
     return found
@@ -95,9 +103,13 @@ def tune_tables(model: CausalLM, modules: Sequence[str], *, num_tokens: int | No
     known = {"embed_tokens", "lm_head"} | {table.name.rpartition(".")[2] for table in model.tables()}
     for module in modules:
         if module not in known:
-            raise ModelError("method.modules_to_save", f"{module!r} cannot be trained whole", cure="Choose from embed_tokens, lm_head")
+            raise ModelError(
+                "method.modules_to_save",
+                f"{module!r} cannot be trained whole",
+                cure="Choose from embed_tokens, lm_head",
+            )
     if num_tokens is not None and num_tokens > model.config.vocab_size:
-        resize_vocabulary(model, num_tokens)
+        model.resize_vocabulary(num_tokens)
     wanted = {"lm_head" if module == "lm_head" else "embed_tokens" for module in modules}
     if num_tokens is not None:
         wanted = {"embed_tokens", "lm_head"}
@@ -109,22 +121,15 @@ def tune_tables(model: CausalLM, modules: Sequence[str], *, num_tokens: int | No
     return tuple(sorted(wanted))
 
 
-def resize_vocabulary(model: CausalLM, num_tokens: int) -> None:
-    """Append rows to embedding and head, each the mean of the old rows: close to what an unseen token means."""
-    for table in model.tables():
-        old = table.weight.detach()
-        mean = old.float().mean(0, keepdim=True).to(old.dtype)
-        table.weight = nn.Parameter(torch.cat((old, mean.expand(num_tokens - len(old), -1))), requires_grad=False)
-    model.config = dataclasses.replace(model.config, vocab_size=num_tokens)
-
-
 def _continue_adapter(model: CausalLM, spec: LoraSpec, num_tokens: int | None) -> None:
     """Load spec.adapter for further training. What the job says explicitly must agree with it."""
     assert spec.adapter is not None
     found = load_adapter(model, Path(spec.adapter), trainable=True)
     said = spec.model_fields_set
     checks = {
-        "rank": (spec.rank, found.rank), "rslora": (spec.rslora, found.rslora), "dora": (spec.dora, found.dora),
+        "rank": (spec.rank, found.rank),
+        "rslora": (spec.rslora, found.rslora),
+        "dora": (spec.dora, found.dora),
         "alpha": (spec.alpha, found.alpha),
         "targets": (
             find_targets(model, spec.targets),
@@ -135,12 +140,17 @@ def _continue_adapter(model: CausalLM, spec: LoraSpec, num_tokens: int | None) -
     for key, (wanted, stored) in checks.items():
         if key in said and wanted is not None and wanted != stored:
             raise ModelError(
-                f"method.{key}", f"the job and the adapter {spec.adapter} disagree",
-                rule="a continued adapter keeps its shape", cure=f"Remove {key} from the job, or start a new adapter",
+                f"method.{key}",
+                f"the job and the adapter {spec.adapter} disagree",
+                rule="a continued adapter keeps its shape",
+                cure=f"Remove {key} from the job, or start a new adapter",
             )
     if num_tokens is not None and num_tokens > model.config.vocab_size:
-        raise ModelError("method.new_tokens", "the continued adapter does not hold them",
-                         cure="Start a new adapter to add tokens")
+        raise ModelError(
+            "method.new_tokens",
+            "the continued adapter does not hold them",
+            cure="Start a new adapter to add tokens",
+        )
     dropout = spec.dropout if "dropout" in said else found.dropout
     for projection in model.projections():
         projection.dropout = dropout
@@ -156,7 +166,7 @@ def set_enabled(model: CausalLM, enabled: bool) -> None:
 
 
 def merge(model: CausalLM) -> None:
-    """Fold adapters and tuned tables into the weights, in place. A quantised base becomes 16-bit where it is touched."""
+    """Fold adapters and tuned tables into the weights, in place. Quantised weights become 16-bit where touched."""
     for projection in model.projections():
         if not projection.loras():
             continue

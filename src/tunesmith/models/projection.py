@@ -39,7 +39,12 @@ class MasterCast:
             return master
         copy = self._copy
         # An in-place update raises the version; a moved parameter changes its storage.
-        if copy is None or self._version != master._version or copy.device != master.device or copy.dtype != dtype:
+        if (
+            copy is None
+            or self._version != master._version
+            or copy.device != master.device
+            or copy.dtype != dtype
+        ):
             copy = self._copy = master.detach().to(dtype)
             self._version = master._version
         return _UseCast.apply(master, copy) if master.requires_grad and torch.is_grad_enabled() else copy
@@ -55,7 +60,7 @@ class _UseCast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.to(ctx.dtype), None
 
 
@@ -65,7 +70,9 @@ class LoraPart(nn.Module):
     a: (rank, I). b: (outputs, rank). magnitude: (outputs,) with DoRA, else None.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, *, scale: float, alpha: float, magnitude: Tensor | None = None) -> None:
+    def __init__(
+        self, a: Tensor, b: Tensor, *, scale: float, alpha: float, magnitude: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.alpha = scale, alpha
@@ -87,8 +94,16 @@ class Projection(nn.Module):
     sizes:   their numbers of outputs.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], weight: Tensor, bias: Tensor | None, *,
-                 dtype: torch.dtype, transposed: bool = False) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         self.names, self.sizes, self.dtype = tuple(names), tuple(sizes), dtype
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
@@ -148,7 +163,9 @@ class Projection(nn.Module):
             return self._add_lora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
         base = self.packed if self.packed is not None else self.weight
         plan = tuple((rows, lora.scale) for _, rows, lora in loras)
-        return _LoraLinear.apply(x, base, bias, plan, *(tensor for _, _, lora in loras for tensor in (lora.a, lora.b)))
+        return _LoraLinear.apply(
+            x, base, bias, plan, *(tensor for _, _, lora in loras for tensor in (lora.a, lora.b))
+        )
 
     def _base_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
@@ -222,7 +239,7 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad @ ctx.packed.dense(grad.dtype), None, None
 
 
@@ -247,7 +264,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, a_RI, inner_TR, *scaled = ctx.saved_tensors
         grad_inner = torch.empty_like(inner_TR)
         grads_b, at = [], 0

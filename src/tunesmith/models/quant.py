@@ -3,9 +3,9 @@
 nf4: the format of bitsandbytes. Values in row order, blocks of 64; a block stores its largest magnitude and, per value,
      the number of the nearest of 16 levels (normal quantiles); the first value of a pair lies in the high nibble.
      Double quantisation: the block maxima minus their mean, in blocks of 256, as 8-bit "dynamic" codes.
-     Sources: Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantisation); 2022, arXiv:2110.02861 (dynamic codes).
+     Sources: Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantisation); 2021, arXiv:2110.02861 (codes).
 int8: symmetric per output channel. CB int8 (O, I) and SCB fp32 (O,): weight = CB * SCB / 127, SCB the largest
-     magnitude of the row: the storage of LLM.int8() without its outlier columns (Dettmers et al. 2022, arXiv:2208.07339).
+     magnitude of the row: the storage of LLM.int8() without outlier columns (Dettmers et al. 2022, arXiv:2208.07339).
 
 Every matrix of a checkpoint is quantised on its own, also where rows of several are merged into one projection.
 Embeddings, head, norms and biases stay in the compute dtype.
@@ -27,9 +27,22 @@ from tunesmith.models.causal_lm import CausalLM
 BLOCK, OUTER_BLOCK = 64, 256
 # Levels of NF4, as published with QLoRA.
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 
 
@@ -116,8 +129,11 @@ class Nf4Matrix(nn.Module):
     def __init__(self, weight: Tensor, *, double_quant: bool) -> None:
         super().__init__()
         if weight.numel() % BLOCK:
-            raise ModelError("", f"a matrix of {list(weight.shape)} values does not divide into blocks of {BLOCK}",
-                             cure="Use base: int8 or base: full")
+            raise ModelError(
+                "",
+                f"a matrix of {list(weight.shape)} values does not divide into blocks of {BLOCK}",
+                cure="Use base: int8 or base: full",
+            )
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
         packed, absmax = quantize_nf4(weight)
         self.register_buffer("packed", packed)
@@ -131,7 +147,7 @@ class Nf4Matrix(nn.Module):
 
     def scales(self) -> Tensor:
         """fp32 maxima of the blocks, (n/64,)."""
-        if self.outer_absmax is None:
+        if self.outer_absmax is None or self.offset is None:
             return self.absmax
         return dequantize_dynamic(self.absmax, self.outer_absmax) + self.offset
 
@@ -142,15 +158,28 @@ class Nf4Matrix(nn.Module):
         """Keys and tensors under which bitsandbytes stores this matrix, `name` being its key."""
         device = self.packed.device
         fields: dict[str, Any] = {
-            "quant_type": "nf4", "blocksize": BLOCK, "dtype": str(self.dtype).removeprefix("torch."), "shape": self.shape,
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": self.shape,
         }
-        tensors = {name: self.packed, f"{name}.absmax": self.absmax, f"{name}.quant_map": _nf4_levels(device).clone()}
+        tensors = {
+            name: self.packed,
+            f"{name}.absmax": self.absmax,
+            f"{name}.quant_map": _nf4_levels(device).clone(),
+        }
         if self.outer_absmax is not None and self.offset is not None:
             tensors[f"{name}.nested_absmax"] = self.outer_absmax
             tensors[f"{name}.nested_quant_map"] = dynamic_levels(device).clone()
-            fields |= {"nested_blocksize": OUTER_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
+            fields |= {
+                "nested_blocksize": OUTER_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
+            }
         text = json.dumps(fields).encode()
-        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8, device=device)
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
+            list(text), dtype=torch.uint8, device=device
+        )
         return tensors
 
     @staticmethod
@@ -158,9 +187,15 @@ class Nf4Matrix(nn.Module):
         """The matrix that bitsandbytes stored under `name`. Raises ModelError for other block sizes or kinds."""
         try:
             fields = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].cpu().tolist()))
-            supported = fields["blocksize"] == BLOCK and fields.get("nested_blocksize", OUTER_BLOCK) == OUTER_BLOCK
+            supported = (
+                fields["blocksize"] == BLOCK and fields.get("nested_blocksize", OUTER_BLOCK) == OUTER_BLOCK
+            )
             if not supported:
-                raise ModelError(name, f"is quantised in blocks of {fields['blocksize']}", rule=f"blocks of {BLOCK} are read")
+                raise ModelError(
+                    name,
+                    f"is quantised in blocks of {fields['blocksize']}",
+                    rule=f"blocks of {BLOCK} are read",
+                )
             matrix = Nf4Matrix.__new__(Nf4Matrix)
             nn.Module.__init__(matrix)
             matrix.shape, matrix.dtype = tuple(fields["shape"]), getattr(torch, fields["dtype"])
@@ -185,7 +220,9 @@ class Int8Matrix(nn.Module):
         super().__init__()
         wide = weight.detach().float()
         absmax = wide.abs().amax(1)
-        self.register_buffer("codes", (wide * (127.0 / absmax.clamp(min=1e-38))[:, None]).round().to(torch.int8))
+        self.register_buffer(
+            "codes", (wide * (127.0 / absmax.clamp(min=1e-38))[:, None]).round().to(torch.int8)
+        )
         self.register_buffer("absmax", absmax)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -216,7 +253,9 @@ def pack_model(model: CausalLM, base: str, *, double_quant: bool, device: torch.
         for name, rows in projection.rows():
             matrix = weight.detach()[rows].to(device)
             try:
-                parts.append(Int8Matrix(matrix) if base == "int8" else Nf4Matrix(matrix, double_quant=double_quant))
+                parts.append(
+                    Int8Matrix(matrix) if base == "int8" else Nf4Matrix(matrix, double_quant=double_quant)
+                )
             except ModelError as error:
                 raise ModelError(f"{name}.weight", error.finding, cure=error.cure) from None
         projection.weight, projection.packed = None, PackedRows(parts)

@@ -28,8 +28,23 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
-                "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 # Buffers that old versions of transformers wrote and every reader recomputes.
 _IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias", "attn.masked_bias")
 
@@ -69,11 +84,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         for extent in shape:
             count *= extent
         if last - first != count:
-            raise ModelError(str(path), f"{name} takes {last - first} bytes, its shape {list(shape)} needs {count}", cure=cure)
+            raise ModelError(
+                str(path),
+                f"{name} takes {last - first} bytes, its shape {list(shape)} needs {count}",
+                cure=cure,
+            )
         stored[name] = StoredTensor(path, entry["dtype"], shape)
         end = max(end, last)
     if size != 8 + length + end:
-        raise ModelError(str(path), f"is cut off or damaged: {size} bytes, its header promises {8 + length + end}", cure=cure)
+        raise ModelError(
+            str(path),
+            f"is cut off or damaged: {size} bytes, its header promises {8 + length + end}",
+            cure=cure,
+        )
     return stored
 
 
@@ -85,27 +108,44 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not index.exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         if pickles:
-            raise ModelError(str(folder / pickles[0]), "is a pickle file, which can run code when it is read",
-                             rule="weights are safetensors", cure="Convert the model to safetensors first")
-        raise ModelError(str(folder), f"has no {SINGLE}", rule="weights are safetensors",
-                         cure="Give the folder that holds the weights")
+            raise ModelError(
+                str(folder / pickles[0]),
+                "is a pickle file, which can run code when it is read",
+                rule="weights are safetensors",
+                cure="Convert the model to safetensors first",
+            )
+        raise ModelError(
+            str(folder),
+            f"has no {SINGLE}",
+            rule="weights are safetensors",
+            cure="Give the folder that holds the weights",
+        )
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(str(index), "is not a safetensors index", rule="it maps tensor names to files") from None
+        raise ModelError(
+            str(index), "is not a safetensors index", rule="it maps tensor names to files"
+        ) from None
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
             raise ModelError(str(index), f"names a file outside the folder: {file}")
         stored |= read_header(folder / file)
     if missing := sorted(set(files) - set(stored)):
-        raise ModelError(str(index), f"promises {missing[0]}, which no file holds", cure="Download the model again")
+        raise ModelError(
+            str(index), f"promises {missing[0]}, which no file holds", cure="Download the model again"
+        )
     return stored
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], config: DecoderConfig, *,
-                  place: str) -> dict[str, str]:
+def check_tensors(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    config: DecoderConfig,
+    *,
+    place: str,
+) -> dict[str, str]:
     """Expected name -> stored name. Raises ModelError naming the tensor, and both shapes where they differ.
 
     A tied matrix may be stored under either of its two names.
@@ -116,20 +156,30 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
         chosen[embed] = head
     for name, source in chosen.items():
         if source not in stored:
-            raise ModelError(place, f"tensor {name} {list(expected[name])} is missing", cure="Give a complete checkpoint")
+            raise ModelError(
+                place, f"tensor {name} {list(expected[name])} is missing", cure="Give a complete checkpoint"
+            )
         if stored[source].shape != expected[name]:
             raise ModelError(
-                place, f"tensor {source} has shape {list(stored[source].shape)}, config.json asks for {list(expected[name])}",
+                place,
+                f"tensor {source} has shape {list(stored[source].shape)}, config.json asks for {list(expected[name])}",
                 rule="weights and config.json describe one model",
             )
         if not stored[source].dtype.startswith(("F", "BF")) or stored[source].dtype.startswith("F8"):
-            raise ModelError(place, f"tensor {source} is {stored[source].dtype}", rule="weights are 16-, 32- or 64-bit floats",
-                             cure="Give the unquantised model")
+            raise ModelError(
+                place,
+                f"tensor {source} is {stored[source].dtype}",
+                rule="weights are 16-, 32- or 64-bit floats",
+                cure="Give the unquantised model",
+            )
     known = set(chosen.values()) | ({head} if config.tied else set())
     for name in stored:
         if name not in known and not name.endswith(_IGNORED):
-            raise ModelError(place, f"tensor {name} {list(stored[name].shape)} has no place in this architecture",
-                             rule="nothing of a checkpoint is dropped silently")
+            raise ModelError(
+                place,
+                f"tensor {name} {list(stored[name].shape)} has no place in this architecture",
+                rule="nothing of a checkpoint is dropped silently",
+            )
     return chosen
 
 
@@ -152,8 +202,11 @@ def check_tied(tensors: Mapping[str, Tensor], *, place: str) -> None:
     """Raise ModelError if both names of a tied matrix are stored with different values."""
     embed, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
     if embed is not None and head is not None and not torch.equal(embed, head):
-        raise ModelError(place, "config.json ties lm_head to embed_tokens, but the file stores two different matrices",
-                         cure="Set tie_word_embeddings to false in config.json, or remove the wrong tensor")
+        raise ModelError(
+            place,
+            "config.json ties lm_head to embed_tokens, but the file stores two different matrices",
+            cure="Set tie_word_embeddings to false in config.json, or remove the wrong tensor",
+        )
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -162,7 +215,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"},
+        )
         with temporary.open("rb") as handle:
             # safetensors makes files that only their owner reads; a model folder is for sharing.
             os.fchmod(handle.fileno(), 0o644)
@@ -178,24 +235,40 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy tokenizer, template and generation files unchanged: every small file that is neither weights nor config."""
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md") or path.name in ("LICENSE", "NOTICE")
+        wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md") or path.name in (
+            "LICENSE",
+            "NOTICE",
+        )
         skipped = path.name in ("config.json", INDEX) or path.name.startswith(("adapter_", "README", "."))
         if path.is_file() and wanted and not skipped:
             shutil.copyfile(path, folder / path.name)
 
 
-def save_model(model: CausalLM, folder: Path, *, source_folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    model: CausalLM, folder: Path, *, source_folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write the model without adapters (see lora.merge) as an ordinary Hugging Face folder.
 
     dtype: of the stored weights; default: what the source's config.json says.
     """
     stored = dtype or getattr(torch, "float32" if model.config.dtype == "auto" else model.config.dtype)
-    write_model(model.weights(), folder, source_folder=source_folder, dtype=stored,
-                config_changes={"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tied})
+    write_model(
+        model.weights(),
+        folder,
+        source_folder=source_folder,
+        dtype=stored,
+        config_changes={"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tied},
+    )
 
 
-def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, source_folder: Path, dtype: torch.dtype,
-                config_changes: Mapping[str, Any] | None = None) -> None:
+def write_model(
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    source_folder: Path,
+    dtype: torch.dtype,
+    config_changes: Mapping[str, Any] | None = None,
+) -> None:
     """An ordinary Hugging Face folder: weights in `dtype`, sharded above 5 GB, the source's other files unchanged.
 
     config.json is written last: a folder without it was interrupted and is refused by every reader.
