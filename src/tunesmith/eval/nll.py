@@ -24,6 +24,8 @@ from tunesmith.models.layout import make_batch
 
 BUDGET_TOKENS = 4096
 """Tokens of one forward pass. Never changes a score, only speed and memory."""
+BEHIND_TOKENS = 1536
+"""The same behind a shared prefix, where attention to the prefix is what memory and caches are spent on."""
 CHUNK_LOGITS = 2**24
 """Logits held at a time: 64 MB in fp32."""
 
@@ -61,7 +63,8 @@ def score_rows(
     """
     scores: dict[int, RowScore] = {}
     prefix = find_shared_prefix(model, rows)
-    for batch in plan_batches([len(row.ids) for row in rows], budget_tokens=budget_tokens):
+    cut, budget = (0, budget_tokens) if prefix is None else (prefix.length, min(budget_tokens, BEHIND_TOKENS))
+    for batch in plan_batches([len(row.ids) - cut for row in rows], budget_tokens=budget):
         nll_K = score_tokens(model, [rows[number] for number in batch], prefix=prefix).tolist()
         start = 0
         for number in batch:
