@@ -188,10 +188,9 @@ def plot_spots(
         _vertical_grid(x_scale, top, bottom, x_label, show_x),
         _horizontal_grid(y_scale, left, right, y_label, show_y),
     ]
-    placed: list[tuple[float, float, float]] = []
-    # Free arms crowd at the left edge: they are labelled from the top down, each label where there is room.
-    for spot in sorted(spots, key=lambda s: -s.y):
-        x, y = x_scale.place(spot.x), y_scale.place(spot.y)
+    places = [(x_scale.place(spot.x), y_scale.place(spot.y)) for spot in spots]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    for spot, (x, y) in zip(spots, places, strict=True):
         tip = f"{spot.label}: {show_y(spot.y)} at {show_x(spot.x)}{'; ' + spot.note if spot.note else ''}"
         parts.append(f'<g class="s{spot.style}{" faded" if spot.faded else ""}"><title>{_text(tip)}</title>')
         if spot.low is not None and spot.high is not None:
@@ -200,23 +199,34 @@ def plot_spots(
                 f'<line class="interval thin" x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}"/>'
             )
         parts.append(_mark(spot.style, x, y))
-        parts.append(_place_label(spot.label, x, y, placed, left, right))
-        parts.append("</g>")
+        label_x, label_y = _find_room(7.4 * len(spot.label), x, y, taken, (left, top, WIDTH, bottom))
+        parts.append(f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}">{_text(spot.label)}</text></g>')
     return _frame(title, height, parts)
 
 
-def _place_label(
-    label: str, x: float, y: float, placed: list[tuple[float, float, float]], left: float, right: float
-) -> str:
-    """A label beside its mark, moved down until it covers no earlier one. placed: (x0, x1, y) of labels so far."""
-    width = 7.2 * len(label)
-    on_left = x + 10 + width > right
-    x0 = max(left + 4, x - 10 - width) if on_left else x + 10
-    text_y = y + 4
-    while any(abs(text_y - oy) < 14 and x0 < ox1 and ox0 < x0 + width for ox0, ox1, oy in placed):
-        text_y += 3
-    placed.append((x0, x0 + width, text_y))
-    return f'<text class="name" x="{x0:.1f}" y="{text_y:.1f}">{_text(label)}</text>'
+Box = tuple[float, float, float, float]
+
+
+def _find_room(width: float, x: float, y: float, taken: list[Box], inside: Box) -> tuple[float, float]:
+    """Where a label of this width starts, beside its mark and on no other mark or label; adds it to `taken`.
+
+    Right, left, above, below, then farther down; boxes are (left, top, right, bottom).
+    """
+    beside = [(x + 10, y + 4), (x - 10 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)]
+    beside += [(x + 10, y + 4 + step) for step in (14, -14, 28, -28, 42, 56)]
+
+    def boxed(spot: tuple[float, float]) -> Box:
+        return (spot[0], spot[1] - 10, spot[0] + width, spot[1] + 2)
+
+    def is_free(box: Box) -> bool:
+        fits = box[0] >= inside[0] and box[1] >= inside[1] - 8 and box[2] <= inside[2] and box[3] <= inside[3]
+        return fits and not any(
+            box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken
+        )
+
+    chosen = next((spot for spot in beside if is_free(boxed(spot))), beside[0])
+    taken.append(boxed(chosen))
+    return chosen
 
 
 def _mark(style: int, x: float, y: float, *, extra: str = "") -> str:
