@@ -9,8 +9,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = _WORDS + r"\p{N}{1,3}" + _OTHERS
+QWEN2_PATTERN = _WORDS + r"\p{N}" + _OTHERS
 LLAMA3_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -66,7 +68,7 @@ def build_sentencepiece(path: Path) -> Tokenizer:
 
 
 def build_tiktoken(path: Path) -> Tokenizer:
-    to_text = {byte: char for byte, char in zip(range(256), _byte_characters(), strict=True)}
+    to_text = _byte_characters()
     ranks: dict[str, float] = {}
     for line in path.read_bytes().splitlines():
         token, _, rank = line.partition(b" ")

@@ -87,9 +87,9 @@ def test_rendered_conversations_are_those_of_llama_cpp(shared):
     ],
 )
 def test_a_hostile_template_is_stopped(source):
+    template = ChatTemplate(source)
     with pytest.raises(TemplateError):
-        text = ChatTemplate(source).render([{"role": "user", "content": "a"}])
-        raise AssertionError(f"rendered {len(text)} characters: {text[:50]}")
+        template.render([{"role": "user", "content": "a"}])
 
 
 def test_a_template_that_is_not_jinja_names_its_line():
