@@ -24,6 +24,9 @@ from tunesmith.train.checkpoint import (
     write_checkpoint,
 )
 
+# Forked children do nothing but save and die; newer Pythons warn of forking beside other threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"]
 
 

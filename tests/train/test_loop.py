@@ -200,6 +200,7 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
         run_tiny(tmp_path, make_spec(steps=2))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_second_run_in_a_folder_is_refused_naming_the_first_until_that_dies(tmp_path):
     ready, go = os.pipe()
     first = os.fork()
