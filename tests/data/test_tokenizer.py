@@ -94,6 +94,17 @@ def test_saving_copies_the_base_models_own_files(folder, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_new_tokens_become_one_id_and_are_saved(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    size, before = tokenizer.vocab_size, tokenizer.sha256
+    assert tokenizer.add_tokens(["<ticket>", "<|im_end|>"]) == [size, 2]
+    assert tokenizer.vocab_size == size + 1
+    assert tokenizer.encode("a<ticket>b")[1] == size
+    assert tokenizer.sha256 != before
+    tokenizer.save(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").encode("a<ticket>b") == tokenizer.encode("a<ticket>b")
+
+
 def test_the_hash_follows_vocabulary_and_template(folder):
     before = load_tokenizer(folder).sha256
     assert load_tokenizer(folder).sha256 == before

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from tunesmith.core.errors import DataError, ModelError, SetupError
@@ -76,7 +77,8 @@ class Tokenizer:
         self.adds_bos = self.bos_id is not None and backend.encode("a").ids[:1] == [self.bos_id]
         # Byte-level post-processors trim spaces from offsets, which would hide a token that straddles a boundary;
         # BOS is added by rendering.
-        self._original = backend.to_str() if folder is None else None
+        self._post_processor: Any = backend.post_processor
+        self._has_new_tokens = False
         backend.post_processor = None
         backend.no_padding()
         backend.no_truncation()
@@ -166,6 +168,19 @@ class Tokenizer:
         """Tokens that are recognised as a whole wherever their text stands, by text."""
         return {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
 
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Make each text one token and give its id; a text that is a token already keeps its id.
+
+        Raises ModelError for an empty or blank text.
+        """
+        if any(not token.strip() for token in tokens):
+            raise ModelError("method.new_tokens", "an empty token", rule="a token has text", cure="Remove it")
+        self._backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        self._has_new_tokens = True
+        for name in ("vocab_size", "added_tokens", "sha256"):
+            self.__dict__.pop(name, None)
+        return [self._backend.token_to_id(token) for token in tokens]
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 over vocabulary, settings and template: equal when equal text gives equal ids."""
@@ -182,8 +197,10 @@ class Tokenizer:
                 source, target = self.folder / name, folder / name
                 if source.is_file() and source.resolve() != target.resolve():
                     shutil.copyfile(source, target)
-        if not (folder / "tokenizer.json").exists():
-            text = self._original or self._backend.to_str()
+        if self._has_new_tokens or not (folder / "tokenizer.json").exists():
+            self._backend.post_processor = self._post_processor
+            text = self._backend.to_str()
+            self._backend.post_processor = None
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
     def __len__(self) -> int:
