@@ -111,6 +111,17 @@ def test_no_hit_in_sixty_clusters_leaves_room_for_six_percent() -> None:
     assert boot.estimate(1).low == pytest.approx(1 - 0.0596295, abs=1e-6)
 
 
+def test_clusters_are_worth_as_many_rows_as_their_rows_differ() -> None:
+    # 300 rows in 60 clusters of five. One arm has no hit; the other's rows are alike within a cluster, or unrelated.
+    clusters = [str(row // 5) for row in range(300)]
+    alike = [[float(row // 5 % 2) for row in range(300)]]
+    unrelated = np.random.default_rng(2).integers(0, 2, (1, 300)).astype(float).tolist()
+    none = share([[0.0] * 300])
+    assert paired_bootstrap([none, share(alike)], clusters).effective_rows == pytest.approx(60, rel=0.05)
+    assert paired_bootstrap([none, share(unrelated)], clusters).effective_rows > 200
+    assert paired_bootstrap([none], clusters).effective_rows == 60
+
+
 def test_arms_alike_on_every_row_are_as_sure_as_the_rows_are_many() -> None:
     few, many = ([[float(i % 2) for i in range(count)]] for count in (40, 400))
     for values, verdict in ((few, "inconclusive"), (many, "tie")):

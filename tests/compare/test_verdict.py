@@ -120,8 +120,8 @@ def test_quantities_as_people_read_them() -> None:
     assert [format_bytes(b) for b in (0, 512, 1_480_000, 999_600, 16_060_000_000)] == [
         "–", "512 B", "1.48 MB", "1.00 MB", "16.1 GB",
     ]  # fmt: skip
-    assert [format_seconds(s) for s in (0, 0.0421, 41.26, 200.4, 7500)] == [
-        "–", "0.042 s", "41.3 s", "3 min 20 s", "2 h 05 min",
+    assert [format_seconds(s) for s in (0, 0.0421, 41.26, 200.4, 800, 7500)] == [
+        "–", "0.042 s", "41.3 s", "200 s", "13 min 20 s", "2 h 05 min",
     ]  # fmt: skip
     assert [format_count(c) for c in (0, 512, 13_631, 1_235_000, 8_030_000_000)] == [
         "–",

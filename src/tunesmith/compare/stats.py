@@ -65,6 +65,7 @@ class Bootstrap:
     point (M,), per_seed (M, S), replicates (M, B): the value averaged over seeds with clusters resampled.
     widen (B,): turns normal spread into Student's t with C - 1 degrees; seed_t (B,): Student's t with S - 1.
     influence (M, S, C): how far one cluster moves the value, times C; linear, so that differences are differences.
+    effective_rows: independent rows that the clusters are worth, from C (rows of a cluster alike) to R (unrelated).
     """
 
     samples: Sequence[RatioSample]
@@ -75,6 +76,7 @@ class Bootstrap:
     widen: Floats
     seed_t: Floats
     influence: Floats
+    effective_rows: float
 
     def estimate(self, index: int) -> Estimate:
         """One arm on one metric, with 95% and 90% intervals."""
@@ -90,7 +92,7 @@ class Bootstrap:
                 bounds = [
                     v
                     for level in (0.025, 0.05)
-                    for v in _bounds_of_all_alike(value, level, self.num_clusters)
+                    for v in _bounds_of_all_alike(value, level, self.effective_rows)
                 ]
             bounds = [min(max(bound, 0.0), 1.0) for bound in bounds]
         return _estimate(value, bounds)
@@ -103,7 +105,7 @@ class Bootstrap:
         if self.samples[index].is_share and np.array_equal(
             self.samples[index].numerator, self.samples[other].numerator
         ):
-            room95, room90 = (_room(level, self.num_clusters) for level in (0.025, 0.05))
+            room95, room90 = (_room(level, self.effective_rows) for level in (0.025, 0.05))
             return Estimate(delta, delta - room95, delta + room95, delta - room90, delta + room90)
         draws = self._spread(
             delta,
@@ -179,7 +181,26 @@ def paired_bootstrap(
     seed_t = random.standard_t(max(shape[0] - 1, 1), replicates)
     mean_bottom = np.maximum(bottom.mean(axis=2, keepdims=True), 1e-300)
     influence = (top - per_seed[:, :, None] * bottom) / mean_bottom
-    return Bootstrap(samples, num_clusters, point, per_seed, values, widen, seed_t, influence)
+    worth = _count_effective_rows(samples, point, values, num_clusters)
+    return Bootstrap(samples, num_clusters, point, per_seed, values, widen, seed_t, influence, worth)
+
+
+def _count_effective_rows(
+    samples: Sequence[RatioSample], point: Floats, values: Floats, num_clusters: int
+) -> float:
+    """R divided by the largest design effect seen: how much more a share varies over clusters than over single rows.
+
+    Where nothing varies nothing shows how alike the rows of a cluster are; then each cluster counts as one row.
+    """
+    num_rows = samples[0].numerator.shape[1]
+    effects = [
+        float(np.var(values[i])) * num_rows / (point[i] * (1 - point[i]))
+        for i, sample in enumerate(samples)
+        if sample.is_share and 0.02 < point[i] < 0.98
+    ]
+    if not effects or max(effects) == 0:
+        return float(num_clusters)
+    return min(max(num_rows / max(effects), num_clusters), num_rows)
 
 
 def _sum_by_cluster(values: Floats, cluster_of_row: NDArray[np.intp], num_clusters: int) -> Floats:
@@ -218,13 +239,13 @@ def _estimate(value: float, bounds: Sequence[float], p: float = 1.0) -> Estimate
     return Estimate(value, low, high, low90, high90, p)
 
 
-def _room(tail: float, num_clusters: int) -> float:
-    """Largest share that n clusters without a hit leave possible: (1 - share)^n = tail. Clopper and Pearson 1934."""
-    return 1 - tail ** (1 / num_clusters)
+def _room(tail: float, num_rows: float) -> float:
+    """Largest share that n rows without a hit leave possible: (1 - share)^n = tail. Clopper and Pearson 1934."""
+    return 1 - tail ** (1 / num_rows)
 
 
-def _bounds_of_all_alike(value: float, tail: float, num_clusters: int) -> tuple[float, float]:
-    room = _room(tail, num_clusters)
+def _bounds_of_all_alike(value: float, tail: float, num_rows: float) -> tuple[float, float]:
+    room = _room(tail, num_rows)
     return (0.0, room) if value == 0.0 else (1 - room, 1.0)
 
 

@@ -129,7 +129,9 @@ def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str
         pair = find_difference(comparison, best.name, other.name)
         if pair is None:
             continue
-        said.setdefault(pair.verdict, []).append(f"{other.name} ({format_difference(pair.delta, info)})")
+        open_still = pair.verdict in ("inconclusive", "exploratory")
+        word = "level" if open_still and abs(pair.delta) < MARGIN else pair.verdict
+        said.setdefault(word, []).append(f"{other.name} ({format_difference(pair.delta, info)})")
         # The nearest rival's is enough: what separates it, separates the others.
         advice = advice or (
             f"To separate {best.name} and {other.name}: {pair.advice}." if pair.advice else ""
@@ -140,6 +142,7 @@ def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str
         "tie": "tied with",
         "inconclusive": "not clearly ahead of",
         "exploratory": "ahead, on one seed, of",
+        "level": "level, as far as can be seen, with",
     }
     clauses = [f"{words[verdict]} {', '.join(names)}" for verdict, names in said.items()]
     if not clauses:

@@ -17,12 +17,14 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.42 s`, `41.3 s`, `3 min 20 s`, `2 h 05 min`. 0 is a dash: no time was spent."""
+    """`0.42 s`, `41.3 s`, `200 s`, `13 min 20 s`, `2 h 05 min`. 0 is a dash: no time was spent."""
     if seconds <= 0:
         return "–"
     if seconds < 99.95:
         return f"{_three_digits(seconds)} s"
     whole = round(seconds)
+    if whole < 600:
+        return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)

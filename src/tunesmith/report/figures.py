@@ -120,14 +120,12 @@ def draw_gain(comparison: Comparison) -> list[Figure]:
         chart = plot_dots(
             lost,
             title="Loss on general text after training, minus before",
-            x_label="Rise of NLL on general text, nats per token (left is better)",
+            x_label="Rise of NLL, nats per token (left is better)",
             show=format_tick_or_value,
             include=(0.0,),
             band=(0.0, 0.0),
         )
-        caption = (
-            "What training cost on text that has nothing to do with the task. Zero: nothing was forgotten."
-        )
+        caption = "Rise of the loss on general text, which has nothing to do with the task. Zero: nothing was forgotten."
         figures.append(Figure("Forgetting", caption, chart))
     return figures
 
