@@ -26,6 +26,7 @@ from tunesmith.core.jsonl import dump_json, parse_json, read_json, read_jsonl, w
         (b'{"a": 1} {"b": 2}', "text after the JSON value at column 9"),
         (b"[" * 100_000, "nested too deeply"),
         (b"", "Expecting value at column 1"),
+        (b"1" * 5000, "thousands of digits"),
     ],
 )
 def test_what_is_not_strict_json_is_refused_in_one_line(raw: bytes, finding: str) -> None:

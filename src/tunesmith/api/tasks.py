@@ -24,6 +24,7 @@ class TrainTask:
     prepared:     folder of token rows; the sealed test split is not read.
     key:          hash of everything that decides the result; kept when the task is done.
     keep_weights: False for learning-rate trials, of which only the validation loss is wanted.
+    skip_bad_rows: set bad rows of a streamed source aside (others are read before, in `prepare`).
     """
 
     label: str
@@ -36,6 +37,7 @@ class TrainTask:
     key: str
     resume: bool = True
     keep_weights: bool = True
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import (
     describe_hardware,
     describe_versions,
+    hash_bytes,
     hash_code,
     hash_file,
     hash_json,
@@ -22,7 +23,9 @@ from tunesmith.core.fingerprint import (
 from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
+from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.resolve import ResolvedModel, resolve_model
@@ -93,6 +96,7 @@ def _prepare_task(
         model_name=base.name,
         revision=base.revision,
         key=hash_json({"job": job.model_dump(mode="json"), "data": prepared.fingerprints}),
+        skip_bad_rows=on_bad_row == "skip",
     )
 
 
@@ -152,9 +156,10 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     model = load_trainable(job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device))
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, prepared)
+    rejects = Rejects(run.rejects if task.skip_bad_rows else None)
     outcome = run_loop(
         model,
-        prepared.rows("train"),
+        _training_rows(job, rejects, prepared, tokenizer),
         job.train.model_copy(update={"learning_rate": rate}),
         run,
         make_batch=lambda rows, where: make_batch(rows, device=where),
@@ -162,8 +167,11 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         evaluate=_validation_loss(model, prepared),
         on_step=_report_steps(task.label, on_event),
         resume=task.resume,
-        identity={"method": job.model_dump(mode="json")["method"], **fingerprints},
+        # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
+        identity={"method": job.model_dump(mode="json")["method"], **{k: v for k, v in fingerprints.items() if k != "code"}},
     )
+    if job.data.streaming:
+        rejects.write()
     size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0
     record = RunRecord(
         status="done",
@@ -182,6 +190,32 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     write_json(run.record, record.to_json())
     return record
+
+
+def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
+    """Prepared rows, or a stream over sources too large to hold."""
+    if not job.data.streaming:
+        return prepared.rows("train")
+    from tunesmith.train.order import StreamOrder
+
+    stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
+    fingerprint = fingerprint_sources(job, prepared.fingerprints)
+    return StreamOrder(stream, batch_rows=job.train.batch_rows, fingerprint=fingerprint)
+
+
+def fingerprint_sources(job: Job, fingerprints: Mapping[str, str]) -> str:
+    """Hash of what decides streamed rows. Files too large to hold are known by size and both ends."""
+    parts: list[str] = []
+    for source, _ in find_stream_sources(job.data):
+        parts += [source.name, str(source.revision)]
+        for path in source.files:
+            with path.open("rb") as handle:
+                head = handle.read(1 << 20)
+                handle.seek(max(0, path.stat().st_size - (1 << 20)))
+                tail = handle.read()
+            parts.append(f"{path.name}:{path.stat().st_size}:{hash_bytes(head + tail)}")
+    kept = {name: fingerprints[name] for name in ("template_sha256", "tokenizer_sha256")}
+    return hash_json({"sources": parts, "data": job.data.model_dump(mode="json"), **kept})
 
 
 def _costs(outcome: TrainOutcome, wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:

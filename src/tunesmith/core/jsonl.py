@@ -67,6 +67,8 @@ def parse_json(raw: bytes, *, place: str) -> Any:
         raise DataError(
             place, f"{error.msg} at column {error.colno}", rule="every line is one JSON value", cure=cure
         ) from None
+    except ValueError:  # Python refuses to convert integers of more than 4,300 digits
+        raise DataError(place, "holds a number of thousands of digits", rule="numbers are numbers", cure=cure) from None
     except RecursionError:
         raise DataError(place, "nested too deeply", rule="rows are shallow JSON", cure=cure) from None
     # json only makes lone surrogates from \ud800-style escapes, so plain rows skip the deep scan.

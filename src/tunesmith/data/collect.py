@@ -42,7 +42,8 @@ class Rejects:
     def write(self) -> None:
         """Write the file, if there is anything to write."""
         if self.path is not None and self.rows:
-            write_jsonl(self.path, self.rows)
+            # A stream meets a bad row again in every pass.
+            write_jsonl(self.path, {row["place"]: row for row in self.rows}.values())
 
 
 def read_conversations(

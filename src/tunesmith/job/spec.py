@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 
@@ -70,7 +71,7 @@ class DataSpec(Spec):
     """Read `train` row by row in constant memory: named split files, windowed shuffle, exact-hash deduplication only."""
     shuffle_window: PositiveInt = 4096
     """Rows shuffled together while streaming."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split. The order of training rows follows `train.seed`."""
 
 
@@ -166,7 +167,7 @@ class TrainSpec(Spec):
     """AdamW: added to the root of the second moment."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null turns clipping off."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of adapter weights, row order and dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; `auto` is bf16 where the hardware has it, else fp32 on a CPU and fp16 on a GPU."""
@@ -204,7 +205,7 @@ class SamplingSpec(Spec):
     """Sample from the smallest set of tokens that holds this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample from the k likeliest tokens; 0 keeps all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling; each prompt draws from its own stream."""
 
 
@@ -265,7 +266,7 @@ class CompareSpec(Spec):
         "full",
     ]
     """What is compared: names, or mappings with settings."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
     metric: MetricName | Literal["nll"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
