@@ -175,11 +175,12 @@ class Tokenizer:
         """
         if any(not token.strip() for token in tokens):
             raise ModelError("method.new_tokens", "an empty token", rule="a token has text", cure="Remove it")
-        self._backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        backend: Any = self._backend
+        backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
         self._has_new_tokens = True
         for name in ("vocab_size", "added_tokens", "sha256"):
             self.__dict__.pop(name, None)
-        return [self._backend.token_to_id(token) for token in tokens]
+        return [int(backend.token_to_id(token)) for token in tokens]
 
     @cached_property
     def sha256(self) -> str:
