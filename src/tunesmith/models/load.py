@@ -11,6 +11,7 @@ from tunesmith.core.errors import ModelError
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.config import load_config
 from tunesmith.models.decoder import Decoder, list_expected
+from tunesmith.models.heap import keep_freed_memory
 from tunesmith.models.weights import check_tensors, check_tied, find_tensors, read_tensors
 
 Storage = Literal["full", "int8", "nf4"]
@@ -53,6 +54,8 @@ def load_model(
     Raises ModelError, before anything is built.
     """
     folder = Path(folder)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     if trainable and base != "full":
         raise ValueError("a quantised base cannot be trained whole")
     config = load_config(folder)
