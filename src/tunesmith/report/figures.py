@@ -125,7 +125,9 @@ def draw_gain(comparison: Comparison) -> list[Figure]:
             include=(0.0,),
             band=(0.0, 0.0),
         )
-        caption = "Rise of the loss on general text, which has nothing to do with the task. Zero: nothing was forgotten."
+        caption = (
+            "Rise of the loss on text that has nothing to do with the task. Zero: nothing was forgotten."
+        )
         figures.append(Figure("Forgetting", caption, chart))
     return figures
 
