@@ -195,7 +195,7 @@ def run_timed(command: list[str], bench: Bench) -> tuple[float, float]:
 def write_rows(prepared: Path, bench: Bench) -> None:
     """The rows of our run in training order, as token ids and labels."""
     from tunesmith.data.prepare import load_prepared
-    from tunesmith.train.order import EpochOrder
+    from tunesmith.training.order import EpochOrder
 
     order = EpochOrder(load_prepared(prepared).rows("train"), batch_rows=bench.batch_rows, seed=bench.seed)
     with bench.rows_file.open("w", encoding="utf-8") as file:

@@ -30,13 +30,13 @@ from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec
-from tunesmith.train.schedule import auto_learning_rate
+from tunesmith.training.schedule import auto_learning_rate
 
 if TYPE_CHECKING:
     import torch
 
     from tunesmith.models.causal_lm import CausalLM
-    from tunesmith.train.loop import Progress, TrainOutcome
+    from tunesmith.training.loop import Progress, TrainOutcome
 
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
 MAX_HASHED_BYTES = 4 << 30
@@ -144,7 +144,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     from tunesmith.methods.sft import sft_loss
     from tunesmith.models.layout import make_batch
     from tunesmith.models.sizes import count_parameters
-    from tunesmith.train.loop import train as run_loop
+    from tunesmith.training.loop import train as run_loop
 
     started, started_cpu = time.perf_counter(), time.process_time()
     job = Job.model_validate(task.job)
@@ -196,7 +196,7 @@ def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: To
     """Prepared rows, or a stream over sources too large to hold."""
     if not job.data.streaming:
         return prepared.rows("train")
-    from tunesmith.train.order import StreamOrder
+    from tunesmith.training.order import StreamOrder
 
     stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
     fingerprint = fingerprint_sources(job, prepared.fingerprints)

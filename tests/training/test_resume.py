@@ -14,7 +14,7 @@ from train_tiny import TinyDecoder, hash_run, make_spec, measure_distance, run_t
 
 from tunesmith.core.errors import Interrupted, JobError, RunDirError
 from tunesmith.core.rundir import RunDir
-from tunesmith.train.checkpoint import list_checkpoints, write_checkpoint
+from tunesmith.training.checkpoint import list_checkpoints, write_checkpoint
 
 TINY = Path(__file__).with_name("tiny.py")
 # 22 rows in batches of 4 are 6 steps an epoch. Dropout, and validations whose best is not the last, both included.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tunesmith.core.records import StepRecord
-from tunesmith.train.meter import Meter, peak_bytes, reset_peak_bytes
-from tunesmith.train.steplog import StepLog
+from tunesmith.training.meter import Meter, peak_bytes, reset_peak_bytes
+from tunesmith.training.steplog import StepLog
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from tunesmith.core.fingerprint import hash_code, hash_json
 from tunesmith.core.jsonl import dump_json
 from tunesmith.core.records import StepRecord
 from tunesmith.job.spec import TrainSpec
-from tunesmith.train.checkpoint import Checkpoint
-from tunesmith.train.optim import LossScale, MasterAdamW, copy_tensors
-from tunesmith.train.step import read_random, set_random
+from tunesmith.training.checkpoint import Checkpoint
+from tunesmith.training.optim import LossScale, MasterAdamW, copy_tensors
+from tunesmith.training.step import read_random, set_random
 
 # Keys of `train:` that may differ when a run continues: they decide nothing about the weights. (The last one decides
 # how sums are rounded; changing it is allowed, because another machine may need it, and warned about.)

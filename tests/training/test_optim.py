@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tunesmith.train.optim import LossScale, MasterAdamW, clip_factor, copy_tensors
+from tunesmith.training.optim import LossScale, MasterAdamW, clip_factor, copy_tensors
 
 
 def matrix(value, dtype=torch.float32):

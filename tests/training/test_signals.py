@@ -10,8 +10,8 @@ from train_tiny import TinyDecoder, make_spec, measure_validation, run_tiny
 
 from tunesmith.core.errors import Interrupted
 from tunesmith.core.rundir import RunDir
-from tunesmith.train.checkpoint import list_checkpoints
-from tunesmith.train.signals import StopNow, catch_signals
+from tunesmith.training.checkpoint import list_checkpoints
+from tunesmith.training.signals import StopNow, catch_signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -101,7 +101,7 @@ def test_a_second_signal_ends_the_process_at_once():
     # The block swallows the first signal and would run for a minute.
     code = """
 import time
-from tunesmith.train.signals import catch_signals
+from tunesmith.training.signals import catch_signals
 with catch_signals() as stop:
     print("ready", flush=True)
     while not stop.received:

@@ -11,9 +11,9 @@ from torch import nn
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import TrainSpec
-from tunesmith.train.checkpoint import delete_old_checkpoints, list_checkpoints, open_newest, write_checkpoint
-from tunesmith.train.meter import Meter
-from tunesmith.train.state import (
+from tunesmith.training.checkpoint import delete_old_checkpoints, list_checkpoints, open_newest, write_checkpoint
+from tunesmith.training.meter import Meter
+from tunesmith.training.state import (
     TrainState,
     describe_environment,
     pack_state,
@@ -21,7 +21,7 @@ from tunesmith.train.state import (
     refuse_other_run,
     restore,
 )
-from tunesmith.train.step import Stepper
+from tunesmith.training.step import Stepper
 
 
 class Keeper:

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from train_tiny import LossSum, TinyDecoder, make_batch, make_rows, sum_loss
 
 from tunesmith.core.errors import TrainingFailed
-from tunesmith.train.optim import LossScale, MasterAdamW
-from tunesmith.train.step import Stepper
+from tunesmith.training.optim import LossScale, MasterAdamW
+from tunesmith.training.step import Stepper
 
 CPU = torch.device("cpu")
 

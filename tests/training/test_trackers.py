@@ -5,7 +5,7 @@ from train_tiny import make_spec, run_tiny
 
 from tunesmith.core.errors import SetupError
 from tunesmith.core.records import StepRecord
-from tunesmith.train.trackers import as_scalars, open_trackers
+from tunesmith.training.trackers import as_scalars, open_trackers
 
 
 def missing(name):

@@ -22,8 +22,8 @@ from tunesmith.core.fingerprint import hash_row
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import Origin, TokenRow
 from tunesmith.job.spec import TrainSpec
-from tunesmith.train.checkpoint import list_checkpoints
-from tunesmith.train.loop import TrainOutcome, train
+from tunesmith.training.checkpoint import list_checkpoints
+from tunesmith.training.loop import TrainOutcome, train
 
 VOCAB, WIDTH = 23, 16
 

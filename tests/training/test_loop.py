@@ -24,7 +24,7 @@ from tunesmith.core.errors import RunDirError, TrainingFailed
 from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.batch import plan_epoch
-from tunesmith.train.checkpoint import list_checkpoints
+from tunesmith.training.checkpoint import list_checkpoints
 
 
 def read_steps(root: Path) -> list[StepRecord]:

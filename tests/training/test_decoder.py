@@ -21,7 +21,7 @@ from tunesmith.models.decoder import list_expected
 from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora
-from tunesmith.train.loop import TrainOutcome, train
+from tunesmith.training.loop import TrainOutcome, train
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -172,8 +172,8 @@ def test_fp16_on_a_gpu_learns_with_a_loss_scale(folder, tmp_path):
 
 @pytest.mark.gpu
 def test_the_host_waits_for_the_gpu_once_a_step(folder):
-    from tunesmith.train.optim import LossScale, MasterAdamW
-    from tunesmith.train.step import Stepper
+    from tunesmith.training.optim import LossScale, MasterAdamW
+    from tunesmith.training.step import Stepper
 
     device = torch.device("cuda")
     model = open_model(folder, "lora", device="cuda", dtype=torch.bfloat16).train()

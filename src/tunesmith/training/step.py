@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import TrainingFailed
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_micro_batches
-from tunesmith.train.optim import LossScale, MasterAdamW, clip_factor
+from tunesmith.training.optim import LossScale, MasterAdamW, clip_factor
 
 _MAX_NAMED_ROWS = 5
 

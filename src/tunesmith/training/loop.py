@@ -14,15 +14,15 @@ from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
-from tunesmith.train.keeper import Keeper
-from tunesmith.train.meter import Meter
-from tunesmith.train.optim import LossScale, MasterAdamW
-from tunesmith.train.order import RowSource, StepRows, order_rows
-from tunesmith.train.outcome import Progress, TrainOutcome
-from tunesmith.train.schedule import count_steps, count_warmup_steps, learning_rate_at
-from tunesmith.train.signals import StopNow, StopSignals, catch_signals
-from tunesmith.train.state import Best, Pending, TrainState, copy_weights, describe_run, put_weights
-from tunesmith.train.step import (
+from tunesmith.training.keeper import Keeper
+from tunesmith.training.meter import Meter
+from tunesmith.training.optim import LossScale, MasterAdamW
+from tunesmith.training.order import RowSource, StepRows, order_rows
+from tunesmith.training.outcome import Progress, TrainOutcome
+from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
+from tunesmith.training.signals import StopNow, StopSignals, catch_signals
+from tunesmith.training.state import Best, Pending, TrainState, copy_weights, describe_run, put_weights
+from tunesmith.training.step import (
     LossFunction,
     MakeBatch,
     Stepper,
@@ -31,8 +31,8 @@ from tunesmith.train.step import (
     read_random,
     set_random,
 )
-from tunesmith.train.steplog import StepLog
-from tunesmith.train.trackers import Tracker, open_trackers
+from tunesmith.training.steplog import StepLog
+from tunesmith.training.trackers import Tracker, open_trackers
 
 # Tokens per forward pass when the job says `auto`. A core is as fast with 512 tokens as with 4,096; a GPU's units
 # are busy from about 16,384. Where that doesn't fit, the first step finds out and halves it.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.fingerprint import hash_json
-from tunesmith.train.checkpoint import (
+from tunesmith.training.checkpoint import (
     DamagedCheckpoint,
     delete_old_checkpoints,
     list_checkpoints,
@@ -270,7 +270,7 @@ from pathlib import Path
 import torch
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.fingerprint import hash_json
-from tunesmith.train import checkpoint
+from tunesmith.training import checkpoint
 parent = Path(sys.argv[1])
 big = {"weights": {"a": torch.ones(300_000)}}
 checkpoint.write_checkpoint(parent, 1, tensors=big, state={})

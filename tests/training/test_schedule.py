@@ -3,7 +3,7 @@ import math
 import pytest
 from torch.testing import assert_close
 
-from tunesmith.train.schedule import auto_learning_rate, count_steps, count_warmup_steps, learning_rate_at
+from tunesmith.training.schedule import auto_learning_rate, count_steps, count_warmup_steps, learning_rate_at
 
 
 def rates(total, warmup, schedule, peak=1.0):

@@ -5,8 +5,8 @@ from train_tiny import TinyDecoder, hash_tensors, make_batch, make_rows, make_sp
 
 from tunesmith.core.errors import DataError, Interrupted, JobError
 from tunesmith.core.rundir import RunDir
-from tunesmith.train.loop import train
-from tunesmith.train.order import EpochOrder, StreamOrder
+from tunesmith.training.loop import train
+from tunesmith.training.order import EpochOrder, StreamOrder
 
 
 class Stream:
