@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith
+from tunesmith import api
 from tunesmith.core.errors import JobError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_jsonl
@@ -38,10 +39,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_leaves_its_report_and_every_row(finished: Path) -> None:
-    from tunesmith.api import comparison_json
-
-    comparison = tunesmith.report(finished)
-    public = json.loads(json.dumps(comparison_json(comparison, finished)))
+    comparison = api.report(finished)
+    public = json.loads(json.dumps(api.comparison_json(comparison, finished)))
     assert {"schema", "metric", "verdict", "report", "warnings", "arms"} <= public.keys()
     assert Path(public["report"]).read_text().startswith("<!doctype html>")
     assert [arm["name"] for arm in public["arms"]] == ["zero-shot", "few-shot", "lora", "lora+rag"]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tunesmith.compare.result import compare_run
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job

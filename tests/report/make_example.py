@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.compare.plan import PlannedArm, plan_arms
+from tunesmith.comparing.plan import PlannedArm, plan_arms
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord, RunRecord, StepRecord
 from tunesmith.core.rundir import RunDir
@@ -300,7 +300,7 @@ def _is_object(text: str) -> bool:
 
 
 def main() -> None:
-    from tunesmith.compare.result import compare_run
+    from tunesmith.comparing.result import compare_run
     from tunesmith.report.page import render_report
 
     run_dir, job = write_example(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.result import compare_run
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.jsonl import read_jsonl, write_jsonl
 from tunesmith.core.rundir import RunDir

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.result import compare_run
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.errors import DataError
 from tunesmith.core.jsonl import read_json, read_jsonl, write_json, write_jsonl

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import clear_run, fingerprint_model, prepare, resolve_learning_rate
-from tunesmith.compare.plan import PlannedArm, choose_rate, plan_arms, plan_trials
-from tunesmith.compare.result import compare_run, to_public_json
+from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
+from tunesmith.comparing.result import compare_run, to_public_json
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.errors import ArmFailed, DataError, RunDirError

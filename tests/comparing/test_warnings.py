@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.result import compare_run
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.rundir import RunDir

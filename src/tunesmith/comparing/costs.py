@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from tunesmith.compare.arms import ArmFiles
+from tunesmith.comparing.arms import ArmFiles
 from tunesmith.core.comparison import ArmResult
 from tunesmith.core.records import RunRecord
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tunesmith.compare.plan import PlannedArm
+from tunesmith.comparing.plan import PlannedArm
 from tunesmith.core.comparison import Trial
 from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord, RunRecord, StepRecord

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.compare.stats import (
+from tunesmith.comparing.stats import (
     Estimate,
     RatioSample,
     adjust_holm,
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = mean(np.random.default_rng(1).normal(size=(2, 30)))
     whole = paired_bootstrap([sample], rows(30), replicates=500)
-    monkeypatch.setattr("tunesmith.compare.stats._CHUNK_CELLS", 700)
+    monkeypatch.setattr("tunesmith.comparing.stats._CHUNK_CELLS", 700)
     chunked = paired_bootstrap([sample], rows(30), replicates=500)
     # Matrix products of another height round differently in the last digit.
     np.testing.assert_allclose(whole.replicates, chunked.replicates, atol=1e-12)

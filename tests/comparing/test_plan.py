@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.plan import ChosenRate, choose_rate, plan_arms, plan_trials
+from tunesmith.comparing.plan import ChosenRate, choose_rate, plan_arms, plan_trials
 from tunesmith.core.errors import JobError
 from tunesmith.job.spec import Job, LoraSpec, TuneSpec
 

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from tunesmith.compare.arms import ArmFiles
-from tunesmith.compare.plan import choose_rate
-from tunesmith.compare.stats import FEW_CLUSTERS
+from tunesmith.comparing.arms import ArmFiles
+from tunesmith.comparing.plan import choose_rate
+from tunesmith.comparing.stats import FEW_CLUSTERS
 from tunesmith.core.comparison import Comparison
 
 _SUSPICIOUS_DROP = 0.2

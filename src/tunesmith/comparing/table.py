@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.compare.measures import describe_metric, format_bounds, format_difference, format_value
+from tunesmith.comparing.measures import describe_metric, format_bounds, format_difference, format_value
 from tunesmith.core.comparison import ArmResult, Cell, Column, Comparison, Table
 from tunesmith.core.quantities import format_bytes, format_count, format_seconds
 

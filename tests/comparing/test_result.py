@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.result import compare_run, read_comparison, to_public_json
+from tunesmith.comparing.result import compare_run, read_comparison, to_public_json
 from tunesmith.core.comparison import ArmResult, Comparison
 from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.jsonl import read_json, write_json, write_jsonl

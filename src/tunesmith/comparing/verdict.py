@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tunesmith.compare.measures import describe_metric, format_difference, format_gap, format_value
-from tunesmith.compare.stats import MARGIN
+from tunesmith.comparing.measures import describe_metric, format_difference, format_gap, format_value
+from tunesmith.comparing.stats import MARGIN
 from tunesmith.core.comparison import ArmResult, Comparison, Difference
 from tunesmith.core.quantities import format_bytes, format_seconds
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.compare.arms import ArmFiles, check_comparable, read_arm
-from tunesmith.compare.costs import describe_arm
-from tunesmith.compare.measures import describe_metric
-from tunesmith.compare.pareto import find_dominated
-from tunesmith.compare.plan import plan_arms
-from tunesmith.compare.stats import (
+from tunesmith.comparing.arms import ArmFiles, check_comparable, read_arm
+from tunesmith.comparing.costs import describe_arm
+from tunesmith.comparing.measures import describe_metric
+from tunesmith.comparing.pareto import find_dominated
+from tunesmith.comparing.plan import plan_arms
+from tunesmith.comparing.stats import (
     FEW_CLUSTERS,
     MARGIN,
     REPLICATES,
@@ -30,9 +30,9 @@ from tunesmith.compare.stats import (
     judge_difference,
     paired_bootstrap,
 )
-from tunesmith.compare.table import build_table
-from tunesmith.compare.verdict import write_verdict
-from tunesmith.compare.warnings import list_warnings
+from tunesmith.comparing.table import build_table
+from tunesmith.comparing.verdict import write_verdict
+from tunesmith.comparing.warnings import list_warnings
 from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, MetricInfo, Table
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.jsonl import read_json, write_json

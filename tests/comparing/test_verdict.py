@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.compare.measures import describe_metric, format_bounds, format_difference, format_value
-from tunesmith.compare.pareto import find_dominated
-from tunesmith.compare.verdict import find_difference, write_verdict
+from tunesmith.comparing.measures import describe_metric, format_bounds, format_difference, format_value
+from tunesmith.comparing.pareto import find_dominated
+from tunesmith.comparing.verdict import find_difference, write_verdict
 from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, Table
 from tunesmith.core.quantities import format_bytes, format_count, format_seconds
 
