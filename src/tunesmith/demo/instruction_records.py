@@ -8,121 +8,67 @@ from __future__ import annotations
 
 import json
 import random
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-GIVEN = (
-    "Abigail Agnes Alan Alma Andrew Angus Anton Astrid Basil Bella Bertha Boris Cecil Chloe Clive Conrad Cora Dean Della "
-    "Duncan Edna Elsa Enid Ernest Esther Ethel Eugene Fanny Fergus Flora Floyd Gemma Gilbert Gloria Harold Hazel Hilda "
-    "Homer Horace Ida Irma Isaac Ivy Jasper Joan Joel Judith Julian Kurt Lena Leroy Lionel Lois Luke Mabel Magnus Marion "
-    "Mavis Milo Mona Nell Nigel Norman Olive Oliver Owen Pansy Pearl Percy Polly Ralph Rex Rita Roland Rufus Sadie Selma "
-    "Silas Stella Sybil Thea Theo Tilda Toby Una Vernon Viola Wanda Wendy Wilma Yorick Zelda Ali Amara Chen Diego Farid Goran "
-    "Haruto Imani Jamal Kenji Lakshmi Mateo Nadia Pablo Rania Sanjay Tariq Uma Wei Yara"
-).split()
-STARTS = "Ba Be Bo Bra Ca Co Da De Do El Fa Fe Ga Go Gra Ha He Ja Jo Ka Ke La Le Lo Ma Me Mo Na Ne No Or Pa Pe Ra Re Ro Sa Se So Ta Te Ti Va Ve Vi Wa We Ya Za".split()  # fmt: skip # noqa: E501
-ENDS = "bel bert den der dine do fin go ka la lan lee leth lin lo man mar mine na nard ne nia nor ra ran rick ris ron sa sen sha ta tel ter than tine ton vin wen win".split()  # fmt: skip # noqa: E501
-MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONEY = {
-    "EUR": ("{} euros", "€{}", "EUR {}", "{} EUR"), "USD": ("{} dollars", "${}", "USD {}"), "GBP": ("{} pounds", "£{}", "GBP {}"),
-    "JPY": ("{} yen", "¥{}", "JPY {}"), "CHF": ("{} francs", "CHF {}"), "INR": ("{} rupees", "INR {}"),
-}  # fmt: skip
-UNITS = {
-    "kg": ("{} kg", "{} kilos"), "km": ("{} km", "{} kilometres"), "mi": ("{} miles", "{} mi"), "h": ("{} hours", "{} h"),
-    "l": ("{} litres", "{} l"), "cup": ("{} cups",), "m": ("{} m", "{} metres"), "C": ("{} degrees", "{} °C"), "g": ("{} grams", "{} g"),
-}  # fmt: skip
-
-DOMAINS = (
-    "Loan", "Sighting", "Recipe", "Weather note", "Appointment", "Log entry", "Auction lot", "Letter", "Diary", "Concert",
-    "Lesson", "Plant", "Match report", "Patient visit", "Trip", "Museum piece", "Rental", "Race", "Meeting", "Star", "Note",
-    "Rehearsal", "Harvest", "Walk", "Fossil", "Radio call", "Ship", "Hotel stay", "Film", "Vote",
-)  # fmt: skip
-OPENINGS = (
-    "dear diary,", "hello,", "log entry.", "good evening,", "report from the field.", "hi {0},", "dear {0},", "hello {0},",
-    "to the museum.", "a short note.", "this morning,", "here is what I know.", "good day,", "notes", "hey,", "listen.",
-    "for the record.", "please write this down.", "greetings from the coast.", "it is {0}'s turn to read this.", "dear all,",
-)  # fmt: skip
-CLOSINGS = (
-    "that is all.", "more later.", "good night.", "thank you.", "many greetings,", "bye,", "with best wishes,", "so much for today.",
-    "thanks,", "yours truly,", "end of note.", "cheers,", "see you soon,", "take care,",
-)  # fmt: skip
-JOINERS = ("", "", "also, ", "and ", "then ", "besides, ", "what is more, ", "after that, ", "plus ", "at the same time ", "oh, and ")
-
-KEYS = {
-    "person": "name who person guest reader pilot author by writer member visitor from signed host singer".split(),
-    "code": "id code number ref no tag key index case file card ticket seat lot".split(),
-    "thing": "item thing object title subject what piece topic about tool dish plant".split(),
-    "date": "date day when since on dated start due".split(),
-    "time": "time hour at clock begins".split(),
-    "place": "place where city town location site in station".split(),
-    "count": "count how_many number_of n total people pieces".split(),
-    "quantity": "weight size length measure amount quantity distance duration".split(),
-    "money": "price cost fee fare sum amount paid value fine".split(),
-    "label": "mood kind type state weather class group event theme status category sort wish reason".split(),
-    "labels": "topics events tags kinds moods themes things happenings notes problems findings".split(),
-    "level": "pace haste level degree priority speed noise danger".split(),
-}
-FRAMES = {
-    "person": (
-        "my name is {}", "{} here", "this is {}", "signed, {}", "{}", "- {}", "yours, {}", "written by {}", "I am {}", "name: {}",
-        "best, {}", "told by {}", "with love from {}", "{} speaking", "from {}", "{}, teacher", "{} again", "noted by {}", "regards, {}",
-    ),
-    "code": (
-        "the number is {}", "no. {}", "ref {}", "code {}", "it is filed under {}", "see {}", "{}", "id: {}", "the card says {}",
-        "you find it under {}", "it is marked {}", "the tag reads {}", "registered as {}", "my number was {}", "look up {}", "re {}:",
-        "on the slip stands {}", "number: {}", "I was given {}", "(file {})",
-    ),
-    "thing": (
-        "it is about the {}", "we saw a {}", "I borrowed the {}", "regarding the {}", "item: {}", "the {} again", "someone found a {}",
-        "a note on the {}", "we talked about the {}", "I keep the {} at home", "there was the {}", "I mean the {}", "my {}", "{}",
-        "it concerns a {}", "we chose the {} for the hall", "the {} was meant for my sister", "they showed us the {}", "subject: {}",
-    ),
-    "date": (
-        "on {}", "it happened on {}", "date: {}", "that was {}", "since {}", "dated {}", "it was {} then", "on {} it began", "the day was {}",
-        "I remember {} well", "around {}", "it is due on {}",
-    ),
-    "time": ("at {}", "it began at {}", "time: {}", "the clock showed {}", "we met at {}", "{} sharp", "by {}"),
-    "place": ("in {}", "we were in {}", "place: {}", "it was near {}", "written in {}", "far from here, in {}", "the town was {}", "we came to {}"),
-    "count": ("there were {} of them", "count: {}", "{} in all", "we counted {}", "{} altogether", "I saw {}", "as many as {}"),
-    "quantity": ("it measured {}", "{} in total", "it came to {}", "size: {}", "about {}", "we needed {}", "that makes {}"),
-    "money": (
-        "the fare was {}", "it cost {}", "it was sold for {}", "{} was collected", "the ticket was {}", "price: {}", "I paid {}",
-        "we gave {} for it", "that made {}", "{} paid", "the sum was {}", "it is worth {}",
-    ),
-}  # fmt: skip
-PAIR_FRAMES = (
-    ("thing", "date", "on {1} I saw the {0}"), ("thing", "date", "the {0} that came on {1}"), ("thing", "date", "the {0} of {1}"),
-    ("thing", "date", "we took the {0}, that was {1}"), ("thing", "date", "I got the {0} on {1}"), ("thing", "date", "it was {1} when we found the {0}"),
-    ("person", "place", "{0} from {1}"), ("person", "place", "I am {0} and live in {1}"), ("thing", "place", "the {0} in {1}"),
-    ("thing", "code", "the {0} with the number {1}"), ("date", "time", "on {0} at {1}"), ("thing", "money", "the {0} for {1}"),
-    ("code", "date", "{0} of {1}"), ("count", "thing", "{0} times the {1}"),
-)  # fmt: skip
-DECOYS = ("not {}", "{} is another matter", "the earlier one, {}, is done", "forget {}", "do not mix it up with {}", "{} was fine", "the old number was {}")
-DECOY_PEOPLE = ("I told {} about it", "{} was not there", "my friend {} says hello", "ask {} if you like", "{} laughed")
+TABLES: dict[str, Any] = tomllib.loads(
+    Path(__file__).with_name("task_notes.toml").read_text(encoding="utf-8")
+)
+KEYS: dict[str, list[str]] = TABLES["keys"]
+FRAMES: dict[str, list[str]] = TABLES["frames"]
 
 
 def draw_name(draw: random.Random) -> str:
-    return draw.choice(GIVEN) if draw.random() < 0.5 else draw.choice(STARTS) + draw.choice(ENDS)
+    return (
+        draw.choice(TABLES["given"])
+        if draw.random() < 0.5
+        else draw.choice(TABLES["starts"]) + draw.choice(TABLES["ends"])
+    )
 
 
 def draw_place(draw: random.Random) -> str:
-    return draw.choice(STARTS) + draw.choice(ENDS) + draw.choice(("", "ville", "burg", " Hill", "field", "port", " Bay"))
+    return (
+        draw.choice(TABLES["starts"])
+        + draw.choice(TABLES["ends"])
+        + draw.choice(("", "ville", "burg", " Hill", "field", "port", " Bay"))
+    )
 
 
 def draw_code(draw: random.Random) -> str:
     """An identifier of a random shape, such as 4821, QX-73, 55/210 or #A19."""
-    shape = draw.choice(("####", "#####", "######", "@-####", "@-#####", "@@####", "@@###", "####-###", "##/##", "#@#@", "@@-##", "###", "@##", "##.###"))
-    body = "".join(str(draw.randint(0, 9)) if c == "#" else draw.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") if c == "@" else c for c in shape)
+    shape = draw.choice(
+        (
+            "####",
+            "#####",
+            "######",
+            "@-####",
+            "@-#####",
+            "@@####",
+            "@@###",
+            "####-###",
+            "##/##",
+            "#@#@",
+            "@@-##",
+            "###",
+            "@##",
+            "##.###",
+        )
+    )
+    body = "".join(
+        str(draw.randint(0, 9)) if c == "#" else draw.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") if c == "@" else c
+        for c in shape
+    )
     return draw.choice(("", "", "", "", "#", "no")) + body
 
 
 def draw_date(draw: random.Random) -> str:
     day, month, year = draw.randint(1, 28), draw.randint(0, 11), draw.randint(1890, 2040)
-    name = MONTHS[month]
-    return draw.choice((
-        f"{day} {name}", f"{name} {day}", f"{day:02d}/{month + 1:02d}", f"{day} {name} {year}", f"{year}-{month + 1:02d}-{day:02d}",
-        draw.choice(DAYS), f"{name[:3]} {day}", f"{day}.{month + 1}.",
-    ))  # fmt: skip
+    name = TABLES["months"][month]
+    numbers = (f"{day:02d}/{month + 1:02d}", f"{year}-{month + 1:02d}-{day:02d}", f"{day}.{month + 1}.")
+    written = (f"{day} {name}", f"{name} {day}", f"{day} {name} {year}", f"{name[:3]} {day}")
+    return draw.choice((*numbers, *written, draw.choice(TABLES["days"])))
 
 
 def draw_thing(draw: random.Random, words: list[str]) -> str:
@@ -135,7 +81,11 @@ def draw_thing(draw: random.Random, words: list[str]) -> str:
 
 def draw_number(draw: random.Random) -> int | float:
     whole = draw.choice((draw.randint(1, 30), draw.randint(10, 400)))
-    return whole if draw.random() < 0.5 else float(f"{whole}.{draw.choice(('', str(draw.randint(0, 9))))}{draw.randint(1, 9)}")
+    return (
+        whole
+        if draw.random() < 0.5
+        else float(f"{whole}.{draw.choice(('', str(draw.randint(0, 9))))}{draw.randint(1, 9)}")
+    )
 
 
 def misspell(draw: random.Random, word: str) -> str:
@@ -156,43 +106,131 @@ class Field:
     absent: float
     frames: list[str] = field(default_factory=list)
     labels: dict[str, list[str]] = field(default_factory=dict)
+    wrappers: list[str] = field(default_factory=lambda: ["{}"])
     default: str | None = None
     parts: tuple[str, str] = ("value", "unit")
 
 
-def draw_labels(draw: random.Random, concepts: dict[str, list[str]], count: int, used: set[str]) -> dict[str, list[str]]:
-    """Label -> clauses for `count` concepts not used yet; the label may be a second name or an arbitrary letter."""
-    chosen = draw.sample([name for name in concepts if name not in used], count)
+@dataclass(frozen=True)
+class Stock:
+    """What records are made from: frequent words and sentences of the texts, and concepts with their clauses."""
+
+    words: list[str]
+    sentences: list[str]
+    concepts: dict[str, list[str]]
+
+
+def draw_key(draw: random.Random, kind: str, words: list[str]) -> str:
+    """A field name; mostly arbitrary words, so that only the context can tell it."""
+    style = draw.random()
+    if style < 0.3:
+        return draw.choice(KEYS[kind])
+    if style < 0.8:
+        return draw.choice(words)
+    return draw.choice(
+        (
+            f"{draw.choice(words)}_{draw.choice(KEYS[kind])}",
+            draw.choice(words).capitalize(),
+            draw.choice(words)[:4],
+        )
+    )
+
+
+def draw_fragment(draw: random.Random, sentences: list[str], low: int, high: int) -> str:
+    """A few words in a row out of some sentence, lower case, without marks at the ends."""
+    parts = draw.choice(sentences).lower().split()
+    at = draw.randint(0, max(0, len(parts) - high))
+    return " ".join(parts[at : at + draw.randint(low, high)]).strip(".,;!?'")
+
+
+def draw_frame(draw: random.Random, sentences: list[str]) -> str:
+    """An invented frame: a value amid words of some sentence, as in 'the old {} looked at'."""
+    before, after = draw_fragment(draw, sentences, 1, 4), draw_fragment(draw, sentences, 1, 3)
+    return draw.choice(
+        (f"{before} {{}}", f"{before} {{}} {after}", f"{before}: {{}}", f"{before}, {{}}", f"{{}} {after}")
+    )
+
+
+def draw_wrappers(draw: random.Random, sentences: list[str]) -> list[str]:
+    """Frames for whole clauses, such as 'he said, {}'; one of them is often the bare clause."""
+    wrappers = []
+    for _ in range(draw.randint(1, 3)):
+        piece = draw_fragment(draw, sentences, 1, 4)
+        wrappers.append(
+            draw.choice(("{}", f"{piece}, {{}}", f"{piece}: {{}}", f"{piece} {{}}", f"{{}}, {piece}"))
+        )
+    return wrappers
+
+
+def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -> dict[str, list[str]]:
+    """Label -> clauses for `count` concepts not used yet.
+
+    A label is the concept's name, its second name, or an arbitrary word; now and then the clauses are arbitrary too,
+    a few fragments of the texts, so that earlier answers alone define the label.
+    """
+    chosen = draw.sample([name for name in stock.concepts if name not in used], count)
     used.update(chosen)
-    style, few = draw.random(), draw.random() < 0.4
+    style, few, is_invented = draw.random(), draw.random() < 0.4, draw.random() < 0.2
     labels = {}
     for at, name in enumerate(chosen):
-        clauses = concepts[name][1:]
-        label = name if style < 0.5 else concepts[name][0] if style < 0.85 else chr(65 + at)
-        labels[label] = draw.sample(clauses, 4) if few else clauses
+        clauses = stock.concepts[name][1:]
+        if is_invented:
+            clauses = [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 3))]
+        arbitrary = draw.choice(stock.words) if style < 0.95 else chr(65 + at)
+        label = name if style < 0.3 else stock.concepts[name][0] if style < 0.5 else arbitrary
+        labels[label] = draw.sample(clauses, min(4, len(clauses))) if few else clauses
     return labels
 
 
-def draw_schema(draw: random.Random, concepts: dict[str, list[str]]) -> list[Field]:
+def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
     """Three to eight fields with distinct keys, at least one of them copied."""
     copied = draw.sample(sorted(FRAMES), draw.randint(2, 5))
-    meant = [kind for kind, chance in (("label", 0.6), ("labels", 0.5), ("level", 0.5)) if draw.random() < chance]
+    meant = [
+        kind for kind, chance in (("label", 0.6), ("labels", 0.5), ("level", 0.5)) if draw.random() < chance
+    ]
     kinds = copied + meant
     draw.shuffle(kinds)
     keys: set[str] = set()
     used: set[str] = set()
     schema = []
     for kind in kinds:
-        key = draw.choice([key for key in KEYS[kind] if key not in keys])
+        key = draw_key(draw, kind, stock.words)
+        while key in keys:
+            key = draw_key(draw, kind, stock.words)
         keys.add(key)
         one = Field(kind, key, draw.choice((0.0, 0.0, 0.2, 0.5)))
         if kind in FRAMES:
             one.frames = draw.sample(FRAMES[kind], draw.choice((1, 2, 4, min(7, len(FRAMES[kind])))))
+            if draw.random() < 0.5:
+                one.frames = [draw_frame(draw, stock.sentences) for _ in range(draw.randint(1, 3))]
             if kind in ("money", "quantity"):
-                one.parts = draw.choice((("sum", "currency"), ("value", "unit"), ("amount", "unit"), ("n", "in"), ("number", "of")))
+                one.parts = draw.choice(
+                    (
+                        ("sum", "currency"),
+                        ("value", "unit"),
+                        ("amount", "unit"),
+                        ("n", "in"),
+                        ("number", "of"),
+                    )
+                )
+                if draw.random() < 0.4:
+                    one.parts = (
+                        draw_key(draw, "quantity", stock.words),
+                        draw_key(draw, "code", stock.words) + "s",
+                    )
         else:
-            one.labels = draw_labels(draw, concepts, {"label": draw.randint(2, 6), "labels": draw.randint(3, 8), "level": 2}[kind], used)
-            one.default = draw.choice(("normal", "none", "other", "medium")) if kind == "level" or draw.random() < 0.2 else None
+            one.wrappers = ["{}"] if draw.random() < 0.5 else draw_wrappers(draw, stock.sentences)
+            one.labels = draw_labels(
+                draw,
+                stock,
+                {"label": draw.randint(2, 6), "labels": draw.randint(3, 8), "level": 2}[kind],
+                used,
+            )
+            one.default = (
+                draw.choice(("normal", "none", "other", "medium", draw.choice(stock.words)))
+                if kind == "level" or draw.random() < 0.2
+                else None
+            )
             one.absent = 0.4 if one.default else 0.0 if kind == "labels" else one.absent
         schema.append(one)
     return schema
@@ -201,7 +239,7 @@ def draw_schema(draw: random.Random, concepts: dict[str, list[str]]) -> list[Fie
 def draw_value(draw: random.Random, one: Field, words: list[str]) -> tuple[Any, str]:
     """(value for the record, value as written in the note) of a copied field."""
     if one.kind in ("money", "quantity"):
-        table = MONEY if one.kind == "money" else UNITS
+        table = TABLES["money"] if one.kind == "money" else TABLES["units"]
         unit = draw.choice(tuple(table))
         number = draw_number(draw)
         return {one.parts[0]: number, one.parts[1]: unit}, draw.choice(table[unit]).format(number)
@@ -218,7 +256,9 @@ def draw_value(draw: random.Random, one: Field, words: list[str]) -> tuple[Any, 
     return text, text
 
 
-def fill_record(draw: random.Random, schema: list[Field], words: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def fill_record(
+    draw: random.Random, schema: list[Field], words: list[str]
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """(record without absent keys, key -> the clauses that say it), pairs of fields sometimes in one clause."""
     record: dict[str, Any] = {}
     clauses: dict[str, list[str]] = {}
@@ -231,14 +271,21 @@ def fill_record(draw: random.Random, schema: list[Field], words: list[str]) -> t
         if one.kind in FRAMES:
             record[one.key], text = draw_value(draw, one, words)
             written[one.kind] = (one.key, text)
-            clauses[one.key] = [draw.choice(one.frames).format(text)]
+            frame = draw.choice(one.frames)
+            if frame.startswith("{}") and text[0].islower():
+                frame = "the " + frame  # a value is never capitalised by its place in the note
+            clauses[one.key] = [frame.replace("{}", text)]
             continue
         names = list(one.labels)
-        found = draw.sample(names, min(len(names), draw.choice((1, 1, 2, 2, 3)))) if one.kind == "labels" else [draw.choice(names)]
+        found = (
+            draw.sample(names, min(len(names), draw.choice((1, 1, 2, 2, 3))))
+            if one.kind == "labels"
+            else [draw.choice(names)]
+        )
         record[one.key] = found if one.kind == "labels" else found[0]
-        said = [draw.choice(one.labels[name]) for name in found]
-        clauses[one.key] = said[:1] + [draw.choice(JOINERS) + clause for clause in said[1:]]
-    fitting = [frame for frame in PAIR_FRAMES if frame[0] in written and frame[1] in written]
+        said = [draw.choice(one.wrappers).replace("{}", draw.choice(one.labels[name])) for name in found]
+        clauses[one.key] = said[:1] + [draw.choice(TABLES["joiners"]) + clause for clause in said[1:]]
+    fitting = [frame for frame in TABLES["pair_frames"] if frame[0] in written and frame[1] in written]
     if fitting and draw.random() < 0.5:
         first, second, frame = draw.choice(fitting)
         clauses[written[first][0]] = [frame.format(written[first][1], written[second][1])]
@@ -258,21 +305,32 @@ def join_note(draw: random.Random, clauses: list[str], style: str) -> str:
     return " ".join(clause if clause[-1] in ".,!?:" else clause + "." for clause in sentences)
 
 
-def write_note(draw: random.Random, clauses: dict[str, list[str]], habit: dict[str, Any], sentences: list[str]) -> str:
+def write_note(
+    draw: random.Random, clauses: dict[str, list[str]], habit: dict[str, Any], sentences: list[str]
+) -> str:
     """The note that says `clauses`, in the conversation's habits: order, style, opening, decoys, misspellings."""
     keys = [key for key in habit["order"] if key in clauses]
     if habit["shuffled"]:
         draw.shuffle(keys)
     parts = [clause for key in keys for clause in clauses[key]]
     if draw.random() < habit["decoy"]:
-        decoy = draw.choice((draw.choice(DECOYS).format(draw_code(draw)), draw.choice(DECOY_PEOPLE).format(draw_name(draw)), draw.choice(sentences)[:90]))
+        decoy = draw.choice(
+            (
+                draw.choice(TABLES["decoys"]).format(draw_code(draw)),
+                draw.choice(TABLES["decoy_people"]).format(draw_name(draw)),
+                draw.choice(sentences)[:90],
+            )
+        )
         parts.insert(draw.randint(0, len(parts)), decoy)
     if draw.random() < habit["opening"]:
         parts.insert(0, draw.choice(habit["openings"]).format(draw_name(draw)))
     if draw.random() < habit["closing"]:
-        parts.insert(max(1, len(parts) - 1), draw.choice(CLOSINGS))
+        parts.insert(max(1, len(parts) - 1), draw.choice(TABLES["closings"]))
     if draw.random() < habit["typos"]:
-        parts = [" ".join(misspell(draw, word) if draw.random() < 0.05 else word for word in part.split(" ")) for part in parts]
+        parts = [
+            " ".join(misspell(draw, word) if draw.random() < 0.05 else word for word in part.split(" "))
+            for part in parts
+        ]
     return join_note(draw, [part for part in parts if part], habit["style"])
 
 
@@ -282,20 +340,23 @@ def write_system(draw: random.Random, schema: list[Field]) -> str:
     if draw.random() < 0.3:
         keys = [f"{one.key} ({'|'.join(one.labels)})" if one.labels else one.key for one in schema]
     listed = ", ".join(keys)
-    return draw.choice((
-        "", f"{draw.choice(DOMAINS)} to JSON: {listed}.", f"{draw.choice(DOMAINS)} to JSON: {listed}.", f"Write as JSON: {listed}.",
-        f"Extract {listed} as JSON.", f"JSON with the keys {listed}.", "Note to JSON.",
-    ))  # fmt: skip
+    titled = f"{draw.choice(TABLES['domains'])} to JSON: {listed}."
+    other = f"{draw.choice(TABLES['domains'])} to JSON: {listed}."
+    plain = (
+        f"Write as JSON: {listed}.",
+        f"Extract {listed} as JSON.",
+        f"JSON with the keys {listed}.",
+        "Note to JSON.",
+    )
+    return draw.choice(("", titled, other, *plain))
 
 
-def make_record_pairs(
-    draw: random.Random, words: list[str], sentences: list[str], concepts: dict[str, list[str]]
-) -> tuple[str, list[tuple[str, str]]]:
+def make_record_pairs(draw: random.Random, stock: Stock) -> tuple[str, list[tuple[str, str]]]:
     """(system prompt, note and compact JSON pairs) of one random schema."""
-    schema = draw_schema(draw, concepts)
+    schema = draw_schema(draw, stock)
     habit = {
         "order": [one.key for one in schema], "shuffled": draw.random() < 0.4, "decoy": draw.choice((0.0, 0.3, 0.8)),
-        "opening": draw.choice((0.0, 0.5, 1.0)), "openings": draw.sample(OPENINGS, draw.choice((1, 2, 8))),
+        "opening": draw.choice((0.0, 0.5, 1.0)), "openings": draw.sample(TABLES["openings"], draw.choice((1, 2, 8))),
         "closing": draw.choice((0.0, 0.4)), "typos": draw.choice((0.0, 0.0, 0.5)), "style": "plain",
     }  # fmt: skip
     draw.shuffle(habit["order"])
@@ -303,15 +364,20 @@ def make_record_pairs(
     mixed = draw.random() < 0.4  # every note in its own way of writing, or all alike
     style = draw.choice(("plain", "plain", "lower", "lines", "bullets"))
     pairs = []
-    for _ in range(draw.choice((1, 2, 3, 4, 5, 6, 7, 8, 9))):
+    for _ in range(draw.choice((1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9))):
         habit["style"] = draw.choice(("plain", "lower", "lines", "bullets")) if mixed else style
-        record, clauses = fill_record(draw, schema, words)
+        record, clauses = fill_record(draw, schema, stock.words)
         if not clauses:
             continue
         if with_null:
             record |= {one.key: None for one in schema if one.key not in record}
         ordered = {one.key: record[one.key] for one in schema if one.key in record}
-        pairs.append((write_note(draw, clauses, habit, sentences), json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))))
+        pairs.append(
+            (
+                write_note(draw, clauses, habit, stock.sentences),
+                json.dumps(ordered, ensure_ascii=False, separators=(",", ":")),
+            )
+        )
     if not pairs:
-        return make_record_pairs(draw, words, sentences, concepts)
+        return make_record_pairs(draw, stock)
     return write_system(draw, schema), pairs

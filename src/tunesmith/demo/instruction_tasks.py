@@ -4,7 +4,7 @@ Everything is drawn at random, field names and label sets included, and most con
 examples: the model can only do well by imitating what stands in its context. No task deals with customer support or
 orders, and no schema has the field set of `tunesmith/tickets` (a test checks this).
 
-    make_conversation(random.Random(0), material) -> [{"role": "user", ...}, {"role": "assistant", ...}, ...]
+    make_conversation(random.Random(0), stock) -> [{"role": "user", ...}, {"role": "assistant", ...}, ...]
 """
 
 from __future__ import annotations
@@ -12,22 +12,13 @@ from __future__ import annotations
 import random
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.demo import instruction_records
+from tunesmith.demo.instruction_records import Stock
 
 Message = dict[str, str]
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Material:
-    """What tasks are made from: frequent words and sentences of the training texts, and concepts with clauses."""
-
-    words: list[str]
-    sentences: list[str]
-    concepts: dict[str, list[str]]
 
 
 def load_concepts() -> dict[str, list[str]]:
@@ -47,28 +38,36 @@ def turns(draw: random.Random, system: str, pairs: list[Pair]) -> list[Message]:
     return messages
 
 
-def words_of(draw: random.Random, material: Material, low: int, high: int) -> list[str]:
-    return [draw.choice(material.words) for _ in range(draw.randint(low, high))]
+def words_of(draw: random.Random, stock: Stock, low: int, high: int) -> list[str]:
+    return [draw.choice(stock.words) for _ in range(draw.randint(low, high))]
 
 
-def copy_text(draw: random.Random, material: Material) -> list[Message]:
+def copy_text(draw: random.Random, stock: Stock) -> list[Message]:
     """Repeat a sentence, random words, or a made-up code exactly."""
+
     def one() -> str:
         kind = draw.random()
         if kind < 0.4:
-            return draw.choice(material.sentences)
+            return draw.choice(stock.sentences)
         if kind < 0.7:
-            return " ".join(words_of(draw, material, 2, 12))
+            return " ".join(words_of(draw, stock, 2, 12))
         return " ".join(instruction_records.draw_code(draw) for _ in range(draw.randint(1, 5)))
 
-    ask = draw.choice(("Repeat: {}", "Copy this exactly: {}", "Say the following again.\n{}", "{}\n\nRepeat the text above."))
+    ask = draw.choice(
+        (
+            "Repeat: {}",
+            "Copy this exactly: {}",
+            "Say the following again.\n{}",
+            "{}\n\nRepeat the text above.",
+        )
+    )
     texts = [one() for _ in range(draw.randint(1, 4))]
     return turns(draw, "", [(ask.format(text), text) for text in texts])
 
 
-def transform_words(draw: random.Random, material: Material) -> list[Message]:
+def transform_words(draw: random.Random, stock: Stock) -> list[Message]:
     """A rule shown by examples only, or named: reverse, first, last, upper case, replace, sort, count, number ..."""
-    old, new = draw.choice(material.words), draw.choice(material.words)
+    old, new = draw.choice(stock.words), draw.choice(stock.words)
     rules: list[tuple[str, Callable[[list[str]], str]]] = [
         ("Write the words in reverse order", lambda words: " ".join(reversed(words))),
         ("Give the first word", lambda words: words[0]),
@@ -88,29 +87,36 @@ def transform_words(draw: random.Random, material: Material) -> list[Message]:
     named = draw.random() < 0.5
     pairs = []
     for _ in range(draw.randint(1 if named else 3, 7)):
-        words = words_of(draw, material, 2, 8)
+        words = words_of(draw, stock, 2, 8)
         pairs.append((" ".join(words), rule(words)))
     return turns(draw, name + "." if named else "", pairs)
 
 
-def restore_text(draw: random.Random, material: Material) -> list[Message]:
+def restore_text(draw: random.Random, stock: Stock) -> list[Message]:
     """Rewriting: correct misspelt sentences, fill in a left-out word that stands elsewhere, or change the case."""
     kind = draw.choice(("typos", "case", "join"))
     pairs = []
     for _ in range(draw.randint(1, 3)):
-        text = draw.choice(material.sentences)
+        text = draw.choice(stock.sentences)
         if kind == "typos":
-            spoilt = " ".join(instruction_records.misspell(draw, word) if draw.random() < 0.3 else word for word in text.split())
+            spoilt = " ".join(
+                instruction_records.misspell(draw, word) if draw.random() < 0.3 else word
+                for word in text.split()
+            )
             pairs.append((spoilt, text))
         elif kind == "case":
             pairs.append((text.lower(), text))
         else:
             pairs.append(("\n".join(text.split()), text))
-    system = {"typos": "Correct the spelling.", "case": "Correct the capital letters.", "join": "Join the lines."}[kind]
+    system = {
+        "typos": "Correct the spelling.",
+        "case": "Correct the capital letters.",
+        "join": "Join the lines.",
+    }[kind]
     return turns(draw, system, pairs)
 
 
-def answer_questions(draw: random.Random, material: Material) -> list[Message]:
+def answer_questions(draw: random.Random, stock: Stock) -> list[Message]:
     """A few facts about people, then questions whose answers stand in the facts."""
     people = [instruction_records.draw_name(draw) for _ in range(draw.randint(2, 5))]
     facts, questions = [], []
@@ -118,7 +124,11 @@ def answer_questions(draw: random.Random, material: Material) -> list[Message]:
         ("{p} lives in {x}.", "Where does {p} live?", instruction_records.draw_place),
         ("{p} has the number {x}.", "Which number does {p} have?", instruction_records.draw_code),
         ("{p} was born on {x}.", "When was {p} born?", instruction_records.draw_date),
-        ("{p} brought a {x}.", "What did {p} bring?", lambda d: instruction_records.draw_thing(d, material.words)),
+        (
+            "{p} brought a {x}.",
+            "What did {p} bring?",
+            lambda d: instruction_records.draw_thing(d, stock.words),
+        ),
         ("The friend of {p} is {x}.", "Who is the friend of {p}?", instruction_records.draw_name),
     )
     for person in people:
@@ -127,39 +137,41 @@ def answer_questions(draw: random.Random, material: Material) -> list[Message]:
             facts.append(fact.format(p=person, x=answer))
             questions.append((question.format(p=person), answer))
     if draw.random() < 0.3:
-        facts.insert(draw.randint(0, len(facts)), draw.choice(material.sentences))
+        facts.insert(draw.randint(0, len(facts)), draw.choice(stock.sentences))
     draw.shuffle(facts)
     asked = draw.sample(questions, min(len(questions), draw.randint(1, 4)))
     first = (" ".join(facts) + "\n" + asked[0][0], asked[0][1])
     return turns(draw, draw.choice(("", "Answer the question.", "Answer briefly.")), [first, *asked[1:]])
 
 
-def label_clauses(draw: random.Random, material: Material) -> list[Message]:
+def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
     """Name the concept(s) of short texts; labels are the concept's name, its second name, or an arbitrary word."""
-    chosen = draw.sample(sorted(material.concepts), draw.randint(2, 7))
-    style = draw.random()
-    labels = {}
-    for at, concept in enumerate(chosen):
-        second = material.concepts[concept][0]
-        labels[concept] = concept if style < 0.45 else second if style < 0.7 else draw.choice((chr(65 + at), draw.choice(material.words)))
+    labels = instruction_records.draw_labels(draw, stock, draw.randint(2, 8), set())
+    wrappers = ["{}"] if draw.random() < 0.5 else instruction_records.draw_wrappers(draw, stock.sentences)
     many = draw.random() < 0.3
     pairs = []
     for _ in range(draw.randint(3, 14)):
-        found = draw.sample(chosen, draw.randint(1, min(3, len(chosen)))) if many else [draw.choice(chosen)]
-        clauses = [draw.choice(material.concepts[concept][1:]) for concept in found]
+        found = (
+            draw.sample(sorted(labels), draw.randint(1, min(3, len(labels))))
+            if many
+            else [draw.choice(sorted(labels))]
+        )
+        clauses = [draw.choice(wrappers).replace("{}", draw.choice(labels[label])) for label in found]
         if draw.random() < 0.2:
-            clauses.insert(0, draw.choice(material.sentences)[:120])
+            clauses.insert(0, draw.choice(stock.sentences)[:120])
         text = ". ".join(clause[0].upper() + clause[1:] for clause in clauses) + "."
-        pairs.append((text, ", ".join(labels[concept] for concept in found)))
-    listed = " " + ", ".join(labels.values()) + "." if draw.random() < 0.5 else ""
+        pairs.append((text, ", ".join(found)))
+    listed = " " + ", ".join(labels) + "." if draw.random() < 0.5 else ""
     system = draw.choice(("Name the topic.", "Which label fits?", "Classify.", "What is it about?")) + listed
     return turns(draw, system if draw.random() < 0.8 else "", pairs)
 
 
-def map_words(draw: random.Random, material: Material) -> list[Message]:
+def map_words(draw: random.Random, stock: Stock) -> list[Message]:
     """A table of arbitrary pairs in the prompt, then look-ups: pure recall from the context."""
-    keys = draw.sample(material.words, draw.randint(3, 10))
-    table = {key: draw.choice((instruction_records.draw_code(draw), draw.choice(material.words))) for key in keys}
+    keys = draw.sample(stock.words, draw.randint(3, 10))
+    table = {
+        key: draw.choice((instruction_records.draw_code(draw), draw.choice(stock.words))) for key in keys
+    }
     shown = "\n".join(f"{key} = {value}" for key, value in table.items())
     asked = draw.choices(keys, k=draw.randint(1, 5))
     pairs = [(key, table[key]) for key in asked]
@@ -167,32 +179,32 @@ def map_words(draw: random.Random, material: Material) -> list[Message]:
     return turns(draw, "", pairs)
 
 
-def continue_text(draw: random.Random, material: Material) -> list[Message]:
+def continue_text(draw: random.Random, stock: Stock) -> list[Message]:
     """Complete a sentence of the training texts."""
-    text = draw.choice(material.sentences).split()
+    text = draw.choice(stock.sentences).split()
     cut = max(2, len(text) // 2)
     return turns(draw, "Continue the sentence.", [(" ".join(text[:cut]), " ".join(text[cut:]))])
 
 
-def extract_record(draw: random.Random, material: Material) -> list[Message]:
+def extract_record(draw: random.Random, stock: Stock) -> list[Message]:
     """JSON records of a random schema from notes of some everyday domain; zero to eight solved examples."""
-    system, pairs = instruction_records.make_record_pairs(draw, material.words, material.sentences, material.concepts)
+    system, pairs = instruction_records.make_record_pairs(draw, stock)
     return turns(draw, system, pairs)
 
 
-TASKS: tuple[tuple[Callable[[random.Random, Material], list[Message]], float], ...] = (
-    (extract_record, 0.56),
+TASKS: tuple[tuple[Callable[[random.Random, Stock], list[Message]], float], ...] = (
+    (extract_record, 0.64),
     (label_clauses, 0.12),
-    (copy_text, 0.08),
-    (transform_words, 0.07),
-    (answer_questions, 0.07),
-    (restore_text, 0.04),
+    (copy_text, 0.04),
+    (transform_words, 0.05),
+    (answer_questions, 0.06),
+    (restore_text, 0.03),
     (map_words, 0.04),
     (continue_text, 0.02),
 )
 
 
-def make_conversation(draw: random.Random, material: Material) -> list[Message]:
+def make_conversation(draw: random.Random, stock: Stock) -> list[Message]:
     """One random conversation of any kind; the last message is the assistant's."""
     kinds, weights = zip(*TASKS, strict=True)
-    return draw.choices(kinds, weights)[0](draw, material)
+    return draw.choices(kinds, weights)[0](draw, stock)

@@ -58,7 +58,9 @@ def main() -> None:
         clean = [passage for passage in passages if not list_runs(passage) & leaked]
         author, title = document.name.split(" | ")
         for passage in clean[:: max(1, len(clean) // PASSAGES_PER_BOOK)][:PASSAGES_PER_BOOK]:
-            lines.append(json.dumps({"text": passage, "author": author, "title": title}, ensure_ascii=False) + "\n")
+            lines.append(
+                json.dumps({"text": passage, "author": author, "title": title}, ensure_ascii=False) + "\n"
+            )
     arguments.out.write_text("".join(lines), encoding="utf-8", newline="\n")
     print(f"{len(lines)} passages, {sum(map(len, lines)):,} characters, {len(leaked)} shared runs refused")
 

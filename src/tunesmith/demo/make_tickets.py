@@ -1,7 +1,8 @@
 """Make the bundled data set `tunesmith/tickets`: customer messages and the JSON a support desk needs.
 
-Every sentence comes from `ticket_families.toml`; a family (a kind of writer) belongs to one split, so the sealed
-test is worded unlike anything in train. Slot values (names, products) are partly reserved for the test as well.
+Sentences and frames come from `ticket_families.toml`; a family (a kind of writer) belongs to one split, so the sealed
+test is worded unlike anything in train. What the families share is the plain core of a trouble ("it is cracked").
+Part of the test's names and products occur in no other split.
 The same seed gives the same bytes on every machine and Python version: only `random.Random.random` is used, whose
 sequence Python guarantees.
 
@@ -35,7 +36,9 @@ ISSUES = ("late", "damaged", "wrong", "missing", "faulty", "overcharged", "ignor
 WANTS = ("refund", "replacement", "repair", "cancel", "update")
 URGENCIES = ("low", "normal", "high")
 SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants, urgency."
-ROWS = {"train": 1600, "validation": 160, "test": 300}
+OWN_CLAUSE_SHARE = 0.1  # of labels said in the family's own clauses, which no other family uses
+NEW_VALUE_SHARE = {"name": 0.5, "item": 0.2}  # of sealed-test values that no other split holds
+ROWS = {"train": 1700, "validation": 160, "test": 300}
 
 Family = dict[str, Any]
 T = TypeVar("T")
@@ -70,16 +73,55 @@ class Draw:
 
 
 def load_families() -> list[Family]:
-    """All families of `ticket_families.toml`, in file order."""
-    text = Path(__file__).with_name("ticket_families.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)["family"]
+    """All families of `ticket_families.toml`, in file order, each joined with its frames and the shared cores."""
+    texts = [
+        Path(__file__).with_name(f"ticket_{name}.toml").read_text(encoding="utf-8")
+        for name in ("families", "cores")
+    ]
+    families, cores = tomllib.loads(texts[0])["family"], tomllib.loads(texts[1])
+    shared = {"cores": cores["issue"] | cores["want"] | cores["urgency"]}
+    joined = []
+    for family in families:
+        frames = {part: cores[part][family["name"]] for part in ("say", "ask")}
+        pool = (
+            cores["pool"]
+            if family["split"] == "train" and family.get("style") not in ("lines", "bullets")
+            else {}
+        )
+        joined.append(family | shared | frames | {"pool": pool})
+    return joined
+
+
+def pick_frame(family: Family, part: str, draw: Draw) -> str:
+    """A frame of the family itself, or (training families, half the time) of the training pool."""
+    own = family[part]
+    pool = family["pool"].get(part, ()) if any(own) else ()
+    frame = draw.pick(pool) if pool and draw.chance(0.5) else draw.pick(own)
+    return (
+        frame.lower() if family.get("style") == "lower" and frame not in own and "{" not in frame else frame
+    )
+
+
+def draw_clause(family: Family, label: str, draw: Draw, frame: str = "") -> str:
+    """One way to say a label: the family's own clause, or a shared core in one of the family's frames."""
+    if draw.chance(OWN_CLAUSE_SHARE):
+        return draw.pick(family[label])
+    core = draw.pick(family["cores"][label])
+    if family.get("style") == "lower":
+        core = core[0].lower() + core[1:]
+    return pick_frame(family, frame, draw).replace("{}", core) if frame else core
 
 
 def draw_order_id(draw: Draw) -> str:
     """An order number in one of four shapes, such as 48213, A-48213, 5512-084 or QX7731."""
     digits = "".join(str(draw.below(10)) for _ in range(7))
     letters = "".join(draw.pick("ABCDEFGHKLMNPQRSTUVWXYZ") for _ in range(2))
-    shapes = ("1" + digits[:4], f"{letters[0]}-{digits[:5]}", f"{digits[:4]}-{digits[4:7]}", letters + digits[:4])
+    shapes = (
+        "1" + digits[:4],
+        f"{letters[0]}-{digits[:5]}",
+        f"{digits[:4]}-{digits[4:7]}",
+        letters + digits[:4],
+    )
     return draw.pick(shapes)
 
 
@@ -114,9 +156,10 @@ def misspell(text: str, draw: Draw, *, rate: float) -> str:
 
 def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """(the answer object without absent keys, the slot values for the sentences)."""
-    names = NAMES_TEST if is_test else NAMES
-    styles = PRODUCT_STYLES_TEST if is_test else PRODUCT_STYLES
-    kinds = PRODUCT_KINDS_TEST if is_test else PRODUCT_KINDS
+    names = NAMES_TEST if is_test and draw.chance(NEW_VALUE_SHARE["name"]) else NAMES
+    is_new_item = is_test and draw.chance(NEW_VALUE_SHARE["item"])
+    styles = PRODUCT_STYLES_TEST if is_new_item else PRODUCT_STYLES
+    kinds = PRODUCT_KINDS_TEST if is_new_item else PRODUCT_KINDS
     written, amount = draw_amount(draw)
     order, other = draw_order_id(draw), draw_order_id(draw)
     style = draw.pick(styles)
@@ -133,7 +176,7 @@ def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str,
     answer["item"] = product
     if draw.chance(0.5):
         answer["date"] = slots["date"]
-    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), (0.55, 0.35, 0.10)))
+    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), (0.6, 0.32, 0.08)))
     if draw.chance(0.45):
         answer["amount"] = amount
     answer["wants"] = draw.pick(WANTS)
@@ -144,23 +187,24 @@ def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str,
 def list_part(part: str, family: Family, answer: dict[str, Any], draw: Draw) -> list[str]:
     """The clauses that one element of a family's layout contributes to a message with this answer."""
     if part == "issues":
-        clauses = [draw.pick(family[issue]) for issue in answer["issues"]]
+        clauses = [draw_clause(family, issue, draw, "say") for issue in answer["issues"]]
         return clauses[:1] + [draw.pick(family["joiner"]) + clause for clause in clauses[1:]]
     if part == "opening":
-        named = "{name}" in "".join(family["opening"])
-        return [draw.pick(family["opening_anonymous" if named and "name" not in answer else "opening"])]
+        if "opening_anonymous" not in family:
+            return [pick_frame(family, "opening", draw)]
+        return [draw.pick(family["opening" if "name" in answer else "opening_anonymous"])]
     if part == "context":
-        return [draw.pick(family["dated" if "date" in answer else "context"])]
+        return [pick_frame(family, "dated" if "date" in answer else "context", draw)]
     if part == "want":
-        return [draw.pick(family[answer["wants"]])]
+        return [draw_clause(family, answer["wants"], draw, "ask")]
     if part == "urgency":
-        return [] if answer["urgency"] == "normal" else [draw.pick(family[answer["urgency"]])]
+        return [] if answer["urgency"] == "normal" else [draw_clause(family, answer["urgency"], draw)]
     if part == "closing":
-        return [draw.pick(family["closing"])] if draw.chance(0.6) else []
+        return [pick_frame(family, "closing", draw)] if draw.chance(0.6) else []
     absent = {"order": "order", "amount": "amount", "sign": "name"}.get(part)
     if absent is not None and absent not in answer:
         return []
-    return [draw.pick(family[part])]
+    return [pick_frame(family, part, draw)]
 
 
 def join_clauses(clauses: list[str], style: str) -> str:
@@ -169,7 +213,9 @@ def join_clauses(clauses: list[str], style: str) -> str:
     if style == "lower":
         return ", ".join(kept).replace(":,", ":").replace("?,", "?").replace("!,", "!")
     if style == "lines":
-        return "\n".join(clause if ":" in clause.split(" ")[0] else clause[0].upper() + clause[1:] for clause in kept)
+        return "\n".join(
+            clause if ":" in clause.split(" ")[0] else clause[0].upper() + clause[1:] for clause in kept
+        )
     if style == "bullets":
         return "\n".join([kept[0]] + [f"- {clause}" for clause in kept[1:]])
     sentences = [clause[0].upper() + clause[1:] for clause in kept]
@@ -184,7 +230,7 @@ def write_message(family: Family, answer: dict[str, Any], slots: dict[str, str],
             continue
         clauses += list_part(part, family, answer, draw)
     if draw.chance(0.35):  # a distractor: small talk, or another order number
-        clauses.insert(1 + draw.below(len(clauses) - 1), draw.pick(family["noise"]))
+        clauses.insert(1 + draw.below(len(clauses) - 1), pick_frame(family, "noise", draw))
     if draw.chance(0.4):
         clauses = [misspell(clause, draw, rate=0.06) for clause in clauses]
     return join_clauses(clauses, family.get("style", "plain")).format(**slots)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-
 from tunesmith.demo.pretrain_model import Decoder, Shape
 from tunesmith.demo.pretrain_text import BOS, END, PAD, ROLES
 
@@ -37,7 +36,8 @@ def describe_model(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
         "rope_theta": shape.rope_theta, "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "tie_word_embeddings": True,
-        "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True, "dtype": "bfloat16", "torch_dtype": "bfloat16",
+        "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
+        "dtype": "bfloat16", "torch_dtype": "bfloat16",
         "bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": tokenizer.token_to_id(END),
         "pad_token_id": tokenizer.token_to_id(PAD),
     }  # fmt: skip
@@ -48,13 +48,15 @@ def describe_tokenizer(tokenizer: Tokenizer, shape: Shape) -> dict[str, Any]:
     names = [PAD, BOS, END, *ROLES.values()]
     added = {
         str(tokenizer.token_to_id(name)): {
-            "content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+            "content": name, "special": True, "lstrip": False, "normalized": False, "rstrip": False,
+            "single_word": False,
         }
         for name in names
     }  # fmt: skip
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.context, "bos_token": BOS, "eos_token": END,
-        "pad_token": PAD, "added_tokens_decoder": added, "additional_special_tokens": list(ROLES.values()),
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.context,
+        "bos_token": BOS, "eos_token": END, "pad_token": PAD, "added_tokens_decoder": added,
+        "additional_special_tokens": list(ROLES.values()),
         "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE, "padding_side": "right",
     }  # fmt: skip
@@ -63,11 +65,21 @@ def describe_tokenizer(tokenizer: Tokenizer, shape: Shape) -> dict[str, Any]:
 def write_model_folder(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     """Write config, bf16 weights, tokenizer, template and generation settings into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = describe_model(model.shape, tokenizer)
-    special = {"bos_token": BOS, "eos_token": END, "pad_token": PAD, "additional_special_tokens": list(ROLES.values())}
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} | {"do_sample": False}
+    special = {
+        "bos_token": BOS,
+        "eos_token": END,
+        "pad_token": PAD,
+        "additional_special_tokens": list(ROLES.values()),
+    }
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} | {
+        "do_sample": False
+    }
     for name, content in (
         ("config.json", config), ("generation_config.json", generation), ("special_tokens_map.json", special),
         ("tokenizer_config.json", describe_tokenizer(tokenizer, model.shape)),

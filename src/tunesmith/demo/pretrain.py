@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-
 from tunesmith.demo import model_folder
-from tunesmith.demo.instruction_tasks import Material
+from tunesmith.demo.instruction_tasks import Stock
 from tunesmith.demo.pretrain_model import Decoder, Layout, Shape, make_optimizers, make_rope
 from tunesmith.demo.pretrain_text import (
-    BOS, PAD, encode_texts, gather_material, pack_task_rows, read_documents, train_tokenizer,
+    BOS,
+    PAD,
+    encode_texts,
+    gather_stock,
+    pack_task_rows,
+    read_documents,
+    train_tokenizer,
 )  # fmt: skip
 
 PROMPT_WEIGHT = 0.1  # a task's prompt is mostly noise to predict, its answer is the lesson
@@ -34,28 +39,37 @@ ANSWER_WEIGHT = 2.0
 POOL_ROWS = 300_000
 
 
-def make_rows_forever(tokenizer_text: str, material: Material, seed: int, row_tokens: int, out: Any) -> None:
+def make_rows_forever(tokenizer_text: str, stock: Stock, seed: int, row_tokens: int, out: Any) -> None:
     """Worker process: put packs of task rows on the queue until killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker per core already
     tokenizer = Tokenizer.from_str(tokenizer_text)
     pack = 0
     while True:
-        out.put(pack_task_rows(tokenizer, material, seed=seed * 1_000_003 + pack, num_rows=64, row_tokens=row_tokens))
+        out.put(
+            pack_task_rows(tokenizer, stock, seed=seed * 1_000_003 + pack, num_rows=64, row_tokens=row_tokens)
+        )
         pack += 1
 
 
 class TaskPool:
     """Task rows made by worker processes; each is used when fresh, and again only if the workers fall behind."""
 
-    def __init__(self, tokenizer: Tokenizer, material: Material, *, workers: int, row_tokens: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stock: Stock, *, workers: int, row_tokens: int, seed: int
+    ) -> None:
         context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
         self._queue: Any = context.Queue(maxsize=4 * workers)
         self._packs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rest: list[tuple[np.ndarray, np.ndarray]] = []
         self._used, self.num_repeats = 0, 0
         self._draw = np.random.default_rng(seed)
-        arguments = (tokenizer.to_str(), material)
+        arguments = (tokenizer.to_str(), stock)
         self._workers = [
-            context.Process(target=make_rows_forever, args=(*arguments, seed * 1000 + at, row_tokens, self._queue), daemon=True)
+            context.Process(
+                target=make_rows_forever,
+                args=(*arguments, seed * 1000 + at, row_tokens, self._queue),
+                daemon=True,
+            )
             for at in range(workers)
         ]
         for worker in self._workers:
@@ -67,30 +81,30 @@ class TaskPool:
             self._packs.append(self._queue.get())
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, is_answer) of `count` rows; count divides 64 or is a multiple of it."""
+        """(ids, is_answer) of `count` rows."""
         began = time.perf_counter()
         while not self._packs:
             time.sleep(0.05)
             if time.perf_counter() - began > 120:
                 raise RuntimeError("no task rows after 120 s; are the worker processes running?")
-        chosen = []
-        for _ in range(math.ceil(count / 64)):
-            if self._used < len(self._packs):
-                chosen.append(self._packs[self._used])
-                self._used += 1
-            else:
-                chosen.append(self._packs[self._draw.integers(len(self._packs))])
-                self.num_repeats += 64
-        ids, answers = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
-        at = self._draw.permutation(len(ids))[:count]
-        return ids[at], answers[at]
+        while sum(len(ids) for ids, _ in self._rest) < count:
+            is_fresh = self._used < len(self._packs)
+            at = self._used if is_fresh else int(self._draw.integers(len(self._packs)))
+            self._rest.append(self._packs[at])
+            self._used += is_fresh
+            self.num_repeats += 0 if is_fresh else len(self._packs[at][0])
+        ids, answers = (np.concatenate(parts) for parts in zip(*self._rest, strict=True))
+        self._rest = [(ids[count:], answers[count:])]
+        return ids[:count], answers[:count]
 
     def close(self) -> None:
         for worker in self._workers:
             worker.terminate()
 
 
-def draw_text_rows(text: np.ndarray, bos: int, *, count: int, row_tokens: int, draw: np.random.Generator) -> np.ndarray:
+def draw_text_rows(
+    text: np.ndarray, bos: int, *, count: int, row_tokens: int, draw: np.random.Generator
+) -> np.ndarray:
     """Random windows of the text, each a document of its own; half the rows hold four short ones."""
     rows = np.empty((count, row_tokens), dtype=np.uint16)
     for row in rows:
@@ -138,7 +152,9 @@ def feed_steps(steps: queue.Queue[Any], share: dict[str, float], seed: int, *par
         steps.put(make_step(text, pool, tokenizer, arguments, share["tasks"], draw))
 
 
-def lay_out(step: dict[str, torch.Tensor], shape: Shape, device: torch.device, row_tokens: int) -> tuple[Any, ...]:
+def lay_out(
+    step: dict[str, torch.Tensor], shape: Shape, device: torch.device, row_tokens: int
+) -> tuple[Any, ...]:
     """Move a step to the device: (ids, targets, weights, layout)."""
     moved = {name: part.to(device, non_blocking=True) for name, part in step.items()}
     on_gpu = device.type == "cuda"
@@ -147,9 +163,16 @@ def lay_out(step: dict[str, torch.Tensor], shape: Shape, device: torch.device, r
     if not on_gpu:
         # Document number of each token: how many starts lie at or before it.
         number = torch.cumsum(moved["positions"] == 0, 0)
-        mask = (number[:, None] == number[None]) & torch.ones(len(number), len(number), dtype=torch.bool).tril()
+        mask = (number[:, None] == number[None]) & torch.ones(
+            len(number), len(number), dtype=torch.bool
+        ).tril()
     layout = Layout(cos, sin, moved["starts"] if on_gpu else None, mask, row_tokens)
     return moved["ids"], moved["targets"], moved["weights"], layout
+
+
+def task_share_at(progress: float, final_share: float) -> float:
+    """Language first, tasks later: the share of task rows grows to its final value at 60% of the run."""
+    return final_share * min(1.0, 0.6 + progress * 2 / 3)
 
 
 def rate_at(progress: float) -> float:
@@ -163,23 +186,29 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     began = time.perf_counter()
     texts = [document.text for document in read_documents(arguments.text) if not document.is_held_out]
-    material = gather_material(texts)
+    stock = gather_stock(texts)
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
-    tokenizer = train_tokenizer(texts, material, vocab_size=shape.vocab_size)
+    tokenizer = train_tokenizer(texts, stock, vocab_size=shape.vocab_size)
     text = encode_texts(tokenizer, texts)
-    pool = TaskPool(tokenizer, material, workers=arguments.workers, row_tokens=arguments.row_tokens, seed=arguments.seed)
+    pool = TaskPool(
+        tokenizer, stock, workers=arguments.workers, row_tokens=arguments.row_tokens, seed=arguments.seed
+    )
     print(f"{len(text):,} text tokens after {time.perf_counter() - began:.0f} s", flush=True)
     model = Decoder(shape).to(device)
     optimizers = make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
     steps: queue.Queue[Any] = queue.Queue(maxsize=6)
-    share = {"tasks": arguments.task_share}
+    share = {"tasks": task_share_at(0.0, arguments.task_share)}
     parts = (text, pool, tokenizer, arguments)
     threading.Thread(target=feed_steps, args=(steps, share, arguments.seed, *parts), daemon=True).start()
-    curve = run_loop(model, optimizers, steps, share, arguments, device)
+
+    def save() -> None:
+        model_folder.write_model_folder(arguments.out / "tiny", model, tokenizer)
+
+    curve = run_loop(model, optimizers, steps, share, save, arguments, device)
     pool.close()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model_folder.write_model_folder(arguments.out / "tiny", model, tokenizer)
-    (arguments.out / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve), encoding="utf-8")
+    (arguments.out / "curve.jsonl").write_text(
+        "".join(json.dumps(point) + "\n" for point in curve), encoding="utf-8"
+    )
     record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()} | {
         "steps": curve[-1]["step"], "tokens": curve[-1]["tokens"], "seconds": round(time.perf_counter() - began),
         "text_tokens": len(text), "repeated_task_rows": pool.num_repeats, "torch": torch.__version__,
@@ -193,9 +222,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 def run_loop(
     model: Decoder, optimizers: list[torch.optim.Optimizer], steps: queue.Queue[Any], share: dict[str, float],
-    arguments: argparse.Namespace, device: torch.device,
+    save: Callable[[], None], arguments: argparse.Namespace, device: torch.device,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Train until the time or step budget is spent; returns the loss curve (nats per token)."""
+    """Train until the time or step budget is spent, saving at every fifth; returns the loss curve (nats per token)."""
     forward = torch.compile(model) if device.type == "cuda" else model
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     curve: list[dict[str, float]] = []
@@ -216,8 +245,12 @@ def run_loop(
             print(f"step {at} after {time.perf_counter() - started:.0f} s", flush=True)
         if at == 3:  # compilation is not training time
             began = mark = time.perf_counter()
+        before = progress
         spent = (time.perf_counter() - began) / 60 / arguments.minutes
         progress = at / arguments.steps if arguments.steps else spent
+        share["tasks"] = task_share_at(progress, arguments.task_share)
+        if int(progress * 5) > int(before * 5):
+            save()
         if at in (1, 20) or at % arguments.log_every == 0 or progress >= 1.0:
             numbers = sums.tolist()
             sums.zero_()
@@ -236,13 +269,17 @@ def run_loop(
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="folder with .jsonl, .jsonl.xz and .txt texts")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="folder with .jsonl, .jsonl.xz and .txt texts"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compilation")
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
-    parser.add_argument("--rows", type=int, default=64, help="rows of --row-tokens in a step")
+    parser.add_argument("--rows", type=int, default=32, help="rows of --row-tokens in a step")
     parser.add_argument("--row-tokens", type=int, default=2048)
-    parser.add_argument("--task-share", type=float, default=0.55, help="share of rows that hold instruction tasks")
+    parser.add_argument(
+        "--task-share", type=float, default=0.75, help="final share of rows with instruction tasks"
+    )
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--feed-forward", type=int, default=640)

@@ -156,7 +156,9 @@ class Decoder(nn.Module):
         inner.norm = Norm(shape.hidden, shape.norm_epsilon)
         self.model = inner
 
-    def forward(self, ids: Tensor, targets: Tensor, weights: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, targets: Tensor, weights: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss to minimise, sum of nats over text tokens, sum over answer tokens); ids, targets, weights are (N,).
 
         weights: 1 for a text token, 2 for an answer token, a fraction for a prompt token, 0 for padding.
@@ -176,7 +178,9 @@ class Decoder(nn.Module):
 
 def make_rope(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin) tables, each (N, head), for the given positions (N,)."""
-    steps = torch.arange(0, shape.head_size, 2, device=positions.device, dtype=torch.float32) / shape.head_size
+    steps = (
+        torch.arange(0, shape.head_size, 2, device=positions.device, dtype=torch.float32) / shape.head_size
+    )
     angles = positions.float()[:, None] * shape.rope_theta**-steps
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -201,7 +205,9 @@ def orthogonalize(momentum: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised per matrix; matrices of one shape are handled as a stack."""
 
-    def __init__(self, matrices: list[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.02) -> None:
+    def __init__(
+        self, matrices: list[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.02
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._orthogonalize = torch.compile(orthogonalize) if matrices[0].is_cuda else orthogonalize
 
@@ -226,5 +232,7 @@ def make_optimizers(model: Decoder, *, matrix_rate: float, other_rate: float) ->
     """Muon for the layers' matrices, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    adam = torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=matrices[0].is_cuda)
+    adam = torch.optim.AdamW(
+        others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=matrices[0].is_cuda
+    )
     return [Muon(matrices, lr=matrix_rate), adam]

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from tunesmith.demo.instruction_tasks import Material, Message, load_concepts, make_conversation
+from tunesmith.demo.instruction_tasks import Message, Stock, load_concepts, make_conversation
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -49,7 +48,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
                     yield Document(name, row["text"])
 
 
-def gather_material(texts: list[str], *, seed: int = 0) -> Material:
+def gather_stock(texts: list[str], *, seed: int = 0) -> Stock:
     """Frequent lower-case words and mid-length sentences of the texts, for the instruction tasks."""
     draw = random.Random(seed)
     counts: collections.Counter[str] = collections.Counter()
@@ -60,18 +59,20 @@ def gather_material(texts: list[str], *, seed: int = 0) -> Material:
         found = re.findall(r"(?<=[.!?] )[A-Z][a-z ,']{20,110}[.!?](?= )", piece.replace("\n", " "))
         sentences += draw.sample(found, min(150, len(found)))
     words = [word for word, _ in counts.most_common(9000)][60:]
-    return Material(words=words, sentences=sentences, concepts=load_concepts())
+    return Stock(words=words, sentences=sentences, concepts=load_concepts())
 
 
-def train_tokenizer(texts: list[str], material: Material, *, vocab_size: int, seed: int = 0) -> Tokenizer:
+def train_tokenizer(texts: list[str], stock: Stock, *, vocab_size: int, seed: int = 0) -> Tokenizer:
     """Byte-level BPE with single digits, trained on slices of the texts and on instruction tasks."""
     draw = random.Random(seed)
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     slices = [text[at : at + 15000] for text in texts for at in (len(text) // 4, len(text) // 2)]
-    notes = ["\n".join(m["content"] for m in make_conversation(draw, material)) for _ in range(4000)]
+    notes = ["\n".join(m["content"] for m in make_conversation(draw, stock)) for _ in range(4000)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIALS],
@@ -90,7 +91,10 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
         # Encoding is superlinear in memory for whole books: cut at line ends, and let the threads share the pieces.
         pieces = re.findall(r"(?s).{1,20000}(?:\n|\Z)|.{1,20000}", text)
         parts.append(np.array([bos], dtype=np.uint16))
-        parts += [np.array(one.ids, dtype=np.uint16) for one in tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+        parts += [
+            np.array(one.ids, dtype=np.uint16)
+            for one in tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        ]
     return np.concatenate(parts)
 
 
@@ -98,7 +102,9 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[
     """(token ids in the chat template, whether each token is part of an answer or its end)."""
     end = tokenizer.token_to_id(END)
     ids, is_answer = [tokenizer.token_to_id(BOS)], [False]
-    contents = tokenizer.encode_batch_fast([message["content"] for message in messages], add_special_tokens=False)
+    contents = tokenizer.encode_batch_fast(
+        [message["content"] for message in messages], add_special_tokens=False
+    )
     for message, content in zip(messages, contents, strict=True):
         ids += [tokenizer.token_to_id(ROLES[message["role"]]), *content.ids, end]
         is_answer += [False] + [message["role"] == "assistant"] * (len(content.ids) + 1)
@@ -106,7 +112,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[
 
 
 def pack_task_rows(
-    tokenizer: Tokenizer, material: Material, *, seed: int, num_rows: int, row_tokens: int
+    tokenizer: Tokenizer, stock: Stock, *, seed: int, num_rows: int, row_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, is_answer), each (num_rows, row_tokens): whole conversations packed first-fit, padded at the end."""
     draw = random.Random(seed)
@@ -115,7 +121,7 @@ def pack_task_rows(
     filled = [0] * num_rows
     misses = 0
     while misses < 12:
-        doc, flags = encode_conversation(tokenizer, make_conversation(draw, material))
+        doc, flags = encode_conversation(tokenizer, make_conversation(draw, stock))
         row = next((at for at in range(num_rows) if filled[at] + len(doc) <= row_tokens), None)
         if row is None:
             misses += 1
