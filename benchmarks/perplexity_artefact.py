@@ -36,7 +36,7 @@ from tunesmith.job.resolve import resolve_model
 from tunesmith.job.spec import Job
 from tunesmith.methods.sft import sft_loss
 from tunesmith.models.layout import make_batch
-from tunesmith.train.loop import train
+from tunesmith.training.loop import train
 
 RESULT = Path(__file__).parent / "results" / "perplexity_artefact.json"
 RATES = {"lora": 2e-3, "full": 1e-3}
@@ -87,7 +87,11 @@ def run(job: Job, *, length: int, test_rows: int) -> dict[str, Any]:
         spoiled_test = [spoil_row(row, tokenizer, length=length) for row in test]
         device = pick_device()
         untouched = load_trainable(
-            job.model_copy(update={"method": "lora"}), base.folder, tokenizer, device, pick_dtype("auto", device)
+            job.model_copy(update={"method": "lora"}),
+            base.folder,
+            tokenizer,
+            device,
+            pick_dtype("auto", device),
         )
         arms = [{"arm": "base", "trained_on": "-", "parameters": 0, **_both(untouched, test, spoiled_test)}]
         for method in ("lora", "full"):
@@ -95,7 +99,14 @@ def run(job: Job, *, length: int, test_rows: int) -> dict[str, Any]:
                 started = time.perf_counter()
                 model = train_on(job, method, rows, base.folder, tokenizer)
                 trained = sum(p.numel() for p in model.trainable_parameters())
-                arms.append({"arm": method, "trained_on": name, "parameters": trained, **_both(model, test, spoiled_test)})
+                arms.append(
+                    {
+                        "arm": method,
+                        "trained_on": name,
+                        "parameters": trained,
+                        **_both(model, test, spoiled_test),
+                    }
+                )
                 print(f"{method} on {name}: {time.perf_counter() - started:.0f} s", flush=True)
     num_pads = sum(length - 1 - len(row.ids) for row in test)
     return {
@@ -115,7 +126,7 @@ def _both(model: Any, test: Sequence[TokenRow], spoiled: Sequence[TokenRow]) -> 
 def format_table(result: dict[str, Any]) -> str:
     """The table of docs/perplexity-artefact.md."""
     lines = [
-        "| arm | trained on | trained parameters | perplexity, as the notebook measures it | perplexity, honest | NLL, honest |",
+        "| arm | trained on | trained parameters | perplexity, the notebook's | perplexity, honest | NLL, honest |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for arm in result["arms"]:
@@ -132,7 +143,9 @@ def _perplexity(nll: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tunesmith/tiny")
     parser.add_argument("--data", default="tunesmith/tickets")
     parser.add_argument("--length", type=int, default=512, help="padded length, tokens")
@@ -142,11 +155,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     job = job_from(
-        {"model": args.model, "data": {"train": args.data}, "train": {"steps": args.steps, "evaluate_every": "never"}}
+        {
+            "model": args.model,
+            "data": {"train": args.data},
+            "train": {"steps": args.steps, "evaluate_every": "never"},
+        }
     )
     result = run(job, length=args.length, test_rows=args.test_rows)
     result |= {
-        "command": f"benchmarks/perplexity_artefact.py --length {args.length} --test-rows {args.test_rows} --steps {args.steps}",
+        "command": f"{Path(__file__).name} --length {args.length} --test-rows {args.test_rows} --steps {args.steps}",
         "model": args.model,
         "data": args.data,
         "seed": 0,

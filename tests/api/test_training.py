@@ -83,7 +83,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         "from tunesmith.core.errors import TunesmithError\n"
         "def tell(event):\n"
         "    if event.kind == 'step': print(event.done, flush=True)\n"
-        f"try: tunesmith.train(json.loads({json.dumps(json.dumps(values))}), out={str(tmp_path / 'cut')!r}, on_event=tell)\n"
+        f"job = json.loads({json.dumps(json.dumps(values))})\n"
+        f"try: tunesmith.train(job, out={str(tmp_path / 'cut')!r}, on_event=tell)\n"
         "except TunesmithError as error: print(error); sys.exit(error.exit_code)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -98,9 +99,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert "saved" in rest
     record = tunesmith.train(values, out=tmp_path / "cut")
     assert record.steps == 6
-    same = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    same = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+    ]
     assert same[0] == same[1]
-    losses = [[row["loss"] for _, row in read_jsonl(tmp_path / name / "steps.jsonl")] for name in ("whole", "cut")]
+    losses = [
+        [row["loss"] for _, row in read_jsonl(tmp_path / name / "steps.jsonl")] for name in ("whole", "cut")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -133,7 +138,9 @@ def test_the_record_holds_what_a_rerun_needs(tmp_path: Path) -> None:
     tunesmith.train(job(), out=tmp_path)
     record = read_json(tmp_path / "run.json")
     assert record["config"]["train"]["schedule"] == "cosine"
-    assert {"train_sha256", "template_sha256", "tokenizer_sha256", "model", "code"} <= record["fingerprints"].keys()
+    assert {"train_sha256", "template_sha256", "tokenizer_sha256", "model", "code"} <= record[
+        "fingerprints"
+    ].keys()
     assert record["versions"]["torch"]
     assert record["hardware"]["cores"] >= 1
     assert record["wall_seconds"] > 0 < record["cpu_seconds"]

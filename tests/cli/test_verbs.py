@@ -19,10 +19,17 @@ train: {steps: 2, evaluate_every: never, learning_rate: 1e-3}
 """
 
 
-def tunesmith(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def tunesmith(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tunesmith.cli.main", *arguments]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1", **(env or {})}
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1", **(env or {})},
     )
 
 
@@ -87,7 +94,9 @@ def test_train_then_eval_print_one_json_object_each(folder: Path) -> None:
     trained = tunesmith("train", "job.yaml", "--out", "run", "--json", cwd=folder)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["steps"] == 2
-    rows = [{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}] * 3
+    rows = [
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}
+    ] * 3
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for target in ("run", "run/adapter", "tunesmith/tiny"):
         scored = tunesmith("eval", target, "--data", "rows.jsonl", "--no-generate", "--json", cwd=folder)

@@ -1,4 +1,4 @@
-"""Workers are real processes: their events arrive, their cost is measured from outside, and none outlives its parent."""
+"""Workers are real processes: their events arrive, their cost is measured outside, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -47,8 +47,11 @@ def test_events_arrive_in_order_and_noise_is_dropped(tmp_path: Path) -> None:
 
 
 def test_cpu_seconds_and_peak_memory_are_the_workers_own(tmp_path: Path) -> None:
-    use, _ = run("x = bytearray(200 << 20)\nimport time\nend = time.process_time() + .5\nwhile time.process_time() < end: pass",
-                 tmp_path / "log.txt")  # fmt: skip
+    code = (
+        "import time; x = bytearray(200 << 20); end = time.process_time() + .5\n"
+        "while time.process_time() < end: pass"
+    )
+    use, _ = run(code, tmp_path / "log.txt")
     assert 0.4 < use.cpu_seconds < 2
     assert 200 << 20 < use.peak_bytes < 400 << 20
 
@@ -95,7 +98,8 @@ def test_a_worker_that_ignores_the_request_is_killed_with_its_children(
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'])\n"
+        "deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'\n"
+        "child = subprocess.Popen([sys.executable, '-c', deaf])\n"
         f"open({str(pid_file)!r}, 'w').write(str(child.pid)); time.sleep(60)"
     )
     threading.Timer(1.5, stop.set).start()

@@ -35,7 +35,7 @@ def write(folder: Path, text: str | bytes) -> Path:
         ("model: !!python/object x\n", 1, "uses the YAML tag"),
         ("model: x\n", None, "key 'data' is missing"),
         ("model: 5\ndata: {train: y}\n", 1, "model is 5; it should be text or a mapping"),
-        (HEAD + "train:\n  lerning_rate: 1\n", 4, "unknown key 'train.lerning_rate'; did you mean 'train.learning_rate'?"),
+        (HEAD + "train:\n  lerning_rate: 1\n", 4, "unknown key 'train.lerning_rate'; did you mean 'train.learning"),
         (HEAD + "train: {zzz: 1}\n", 3, "unknown key 'train.zzz'"),
         (HEAD + "method: {name: lora, rnk: 4}\n", 3, "did you mean 'method.rank'?"),
         (HEAD + "method: lorra\n", 3, "method is 'lorra'; it should be 'full', 'lora' or 'qlora' or a mapping"),
@@ -46,7 +46,7 @@ def write(folder: Path, text: str | bytes) -> Path:
         (HEAD + "train: {seed: 1.5}\n", 3, "train.seed is 1.5; it should be a whole number"),
         (HEAD + "train: {learning_rate: '1e-4'}\n", 3, "it should be a number or 'auto'"),
         (HEAD + "data2: 1\n", 3, "unknown key 'data2'; did you mean 'data'?"),
-        (HEAD + "compare:\n  arms:\n  - lora\n  - {method: {name: lora, rnk: 3}}\n", 6, "did you mean 'compare.arms.1.method.rank'?"),
+        (HEAD + "compare:\n  arms:\n  - {method: {name: lora, rnk: 3}}\n", 5, "mean 'compare.arms.0.method.rank'?"),
         (HEAD + "compare: {arms: []}\n", 3, "compare.arms"),
         ("model: x\ndata: {train: y, split: {test: 1.5}}\n", 2, "data.split.test is 1.5; it should be below 1"),
         (b"\xef\xbb\xbfmodel: x\n", 1, "byte order mark"),
@@ -129,7 +129,8 @@ def test_paths_beside_the_job_file_are_found_from_anywhere(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "base").mkdir()
-    text = "model: base\ndata:\n  train: [rows.jsonl, {path: 'r*.jsonl', weight: 2}, org/name]\n  split: {test: rows.jsonl}\n"
+    text = "model: base\ndata:\n  train: [rows.jsonl, {path: 'r*.jsonl', weight: 2}, org/name]\n"
+    text += "  split: {test: rows.jsonl}\n"
     path = write(tmp_path, text)
     monkeypatch.chdir("/")
     job = load_job(path)

@@ -53,10 +53,20 @@ def compare(
         if fresh:
             clear_run(run)
         elif not run.is_own():
-            raise RunDirError(str(run.root), "holds no comparison", rule="out is a folder of its own", cure="Give another --out")
+            raise RunDirError(
+                str(run.root),
+                "holds no comparison",
+                rule="out is a folder of its own",
+                cure="Give another --out",
+            )
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if "test" not in prepared.splits:
-            raise DataError("data.split.test", "has no rows", rule="arms are judged on a test split", cure="Give it a share or a file")
+            raise DataError(
+                "data.split.test",
+                "has no rows",
+                rule="arms are judged on a test split",
+                cure="Give it a share or a file",
+            )
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, on_event)
         failures = comparing.run_all(arms)
@@ -106,7 +116,9 @@ class _Comparing:
         parallel, threads = plan_parallel(self.job.compare.parallel, model_bytes=model_bytes)
         failures: dict[str, str] = {}
         if self.job.compare.tune.trials:
-            self.on_event(Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm"))
+            self.on_event(
+                Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm")
+            )
             trials = {arm.name: self._plan_trials(arm) for arm in arms if arm.trains}
             run_works(
                 [work for works in trials.values() for work in works],
@@ -126,13 +138,19 @@ class _Comparing:
         return [
             Work(
                 f"{arm.name} trial {number}",
-                (self._train_task(replace(arm, learning_rate=rate), self.job.compare.seeds[0], trial=number),),
+                (
+                    self._train_task(
+                        replace(arm, learning_rate=rate), self.job.compare.seeds[0], trial=number
+                    ),
+                ),
                 self.run.trial(arm.name, number).root,
             )
             for number, rate in enumerate(plan_trials(prior, self.job.compare.tune))
         ]
 
-    def _tuned(self, arm: PlannedArm, trials: Mapping[str, list[Work]], failures: dict[str, str]) -> PlannedArm:
+    def _tuned(
+        self, arm: PlannedArm, trials: Mapping[str, list[Work]], failures: dict[str, str]
+    ) -> PlannedArm:
         """The arm with the learning rate of the lowest validation loss."""
         if arm.trained_by is None:
             return arm
@@ -164,9 +182,15 @@ class _Comparing:
             for seed in arm.seeds
         ]
         for arm in sorted(arms, key=lambda arm: arm.trained_by is None):
-            after = frozenset(f"{arm.trained_by} seed {seed}" for seed in arm.seeds) if arm.trained_by else frozenset[str]()
+            after = (
+                frozenset(f"{arm.trained_by} seed {seed}" for seed in arm.seeds)
+                if arm.trained_by
+                else frozenset[str]()
+            )
             tasks: tuple[Task, ...] = tuple(self._judge_task(arm, seed) for seed in arm.seeds)
-            works.append(Work(f"{arm.name} judged", tasks, self.run.arm(arm.name, arm.seeds[0]).root.parent, after))
+            works.append(
+                Work(f"{arm.name} judged", tasks, self.run.arm(arm.name, arm.seeds[0]).root.parent, after)
+            )
         return works
 
     def _arm_job(self, arm: PlannedArm, seed: int) -> Job:
@@ -198,7 +222,11 @@ class _Comparing:
         trained = self.run.arm(arm.trained_by, seed) if arm.trained_by else None
         folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
         job = self._arm_job(arm, seed).model_dump(mode="json", exclude={"compare"})
-        general = str(self.job.evaluate.general or GENERAL_TEXT) if self.job.evaluate.forgetting and trained else None
+        general = (
+            str(self.job.evaluate.general or GENERAL_TEXT)
+            if self.job.evaluate.forgetting and trained
+            else None
+        )
         return JudgeTask(
             label=f"{arm.name} judged",
             job=job,

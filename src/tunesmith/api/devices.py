@@ -23,13 +23,22 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Compute dtype of `train.precision`. Raises SetupError for what the hardware cannot do."""
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return (
+                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            )
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     if precision == "fp16" and device.type == "cpu":
         raise SetupError(
-            "train.precision", "is fp16, and there is no GPU", rule="fp16 needs a GPU", cure="Use bf16, fp32 or auto"
+            "train.precision",
+            "is fp16, and there is no GPU",
+            rule="fp16 needs a GPU",
+            cure="Use bf16, fp32 or auto",
         )
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise SetupError("train.precision", "is bf16, which this GPU lacks", cure="Use fp16, fp32 or auto")
     return _DTYPES[precision]
 

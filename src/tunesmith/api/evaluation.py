@@ -63,7 +63,9 @@ def _target_of_run(run: RunDir) -> Target:
     resolved = resolve_model(job.model_spec)
     method = job.method_spec
     if isinstance(method, LoraSpec):
-        return Target(resolved.name, resolved.folder, "adapter", run.adapter, method.storage, job.data.template)
+        return Target(
+            resolved.name, resolved.folder, "adapter", run.adapter, method.storage, job.data.template
+        )
     return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
 
 
@@ -100,7 +102,11 @@ def evaluate(
                     "max_tokens": 1 << 20,
                     "deduplicate": "none",
                 },
-                "evaluate": {"metrics": "auto" if generate else [], "max_rows": max_rows, "forgetting": False},
+                "evaluate": {
+                    "metrics": "auto" if generate else [],
+                    "max_rows": max_rows,
+                    "forgetting": False,
+                },
             }
         )
         on_event(Event("stage", text="Preparing data"))
@@ -135,7 +141,10 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
     prepared = load_prepared(Path(task.prepared))
     on_event(Event("progress", task.label, "loading"))
     model = load_weights(
-        Path(task.model_folder), task.weights, Path(task.weights_folder) if task.weights_folder else None, task.storage
+        Path(task.model_folder),
+        task.weights,
+        Path(task.weights_folder) if task.weights_folder else None,
+        task.storage,
     )
     general = read_general_text(Path(task.general), tokenizer) if task.general else ()
     base = None
@@ -172,12 +181,14 @@ def load_weights(base: Path, weights: Weights, folder: Path | None, storage: Sto
     import torch
 
     from tunesmith.api.devices import pick_device, pick_dtype
-    from tunesmith.models.load import load_model
     from tunesmith.models.adapter_files import load_adapter
+    from tunesmith.models.load import load_model
 
     device = pick_device()
     dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)
-    model = load_model(folder if weights == "model" and folder else base, device=device, dtype=dtype, base=storage)
+    model = load_model(
+        folder if weights == "model" and folder else base, device=device, dtype=dtype, base=storage
+    )
     if weights == "adapter":
         assert folder is not None
         load_adapter(model, folder)
@@ -220,7 +231,9 @@ def generate(
     from tunesmith.infer.generate import generate as sample
 
     found = find_target(str(target), base=base)
-    folder = found.weights_folder if found.weights == "adapter" and found.weights_folder else found.model_folder
+    folder = (
+        found.weights_folder if found.weights == "adapter" and found.weights_folder else found.model_folder
+    )
     tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else found.model_folder)
     renderer = Renderer(tokenizer, DataSpec(train="", template=template or found.template))
     model = load_weights(found.model_folder, found.weights, found.weights_folder, found.storage)

@@ -145,7 +145,9 @@ def plan_parallel(parallel: int | str, *, model_bytes: int) -> tuple[int, int]:
 def _has_gpu() -> bool:
     """Asked without torch, which the parent never imports."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return hidden not in ("", "-1") and Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+    return (hidden not in ("", "-1") and Path("/proc/driver/nvidia/version").exists()) or Path(
+        "/dev/nvidia0"
+    ).exists()
 
 
 def _free_bytes() -> int:

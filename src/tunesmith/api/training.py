@@ -1,4 +1,4 @@
-"""Train one model: data prepared once, the base loaded, adapters added, the one loop, the result saved and described."""
+"""Train one model: prepare data, load the base, add adapters, run the one loop, save and describe the result."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def train(
 def clear_run(run: RunDir) -> None:
     """Delete what a run or comparison of ours left; a folder that holds anything else is left alone."""
     if not run.is_own():
-        raise RunDirError(str(run.root), "holds no run of ours", rule="--fresh deletes only runs", cure="Give another --out")
+        raise RunDirError(
+            str(run.root), "holds no run of ours", rule="--fresh deletes only runs", cure="Give another --out"
+        )
     run.clear()
 
 
@@ -106,7 +108,11 @@ def refuse_other_job(job: Job, run: RunDir) -> None:
         return
     before, now = _flatten(read_json(run.job)), _flatten(job.model_dump(mode="json"))
     # What is judged afterwards, and how arms are compared, does not change a training.
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(("evaluate.", "compare."))]
+    changed = [
+        key
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not key.startswith(("evaluate.", "compare."))
+    ]
     if changed:
         key = changed[0]
         raise RunDirError(
@@ -120,7 +126,11 @@ def refuse_other_job(job: Job, run: RunDir) -> None:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
-    return {key: item for name, child in value.items() for key, item in _flatten(child, f"{prefix}{name}.").items()}
+    return {
+        key: item
+        for name, child in value.items()
+        for key, item in _flatten(child, f"{prefix}{name}.").items()
+    }
 
 
 def prepare(
@@ -153,7 +163,9 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     device = pick_device()
     on_event(Event("progress", task.label, "loading"))
     tokenizer = load_tokenizer(Path(task.model_folder))
-    model = load_trainable(job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device))
+    model = load_trainable(
+        job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device)
+    )
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, prepared)
     rejects = Rejects(run.rejects if task.skip_bad_rows else None)
@@ -168,7 +180,10 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         on_step=_report_steps(task.label, on_event),
         resume=task.resume,
         # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
-        identity={"method": job.model_dump(mode="json")["method"], **{k: v for k, v in fingerprints.items() if k != "code"}},
+        identity={
+            "method": job.model_dump(mode="json")["method"],
+            **{k: v for k, v in fingerprints.items() if k != "code"},
+        },
     )
     if job.data.streaming:
         rejects.write()
@@ -238,7 +253,9 @@ def load_trainable(
     method = job.method_spec
     if not isinstance(method, LoraSpec):
         return load_model(folder, device=device, dtype=dtype, trainable=True)
-    model = load_model(folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant)
+    model = load_model(
+        folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant
+    )
     num_tokens = tokenizer.vocab_size if method.new_tokens else None
     add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     return model
@@ -312,5 +329,8 @@ def fingerprint_model(folder: Path, revision: str | None) -> str:
     if sum(path.stat().st_size for path in files) <= MAX_HASHED_BYTES:
         parts = [hash_file(path) for path in [*files, folder / "config.json"]]
     else:
-        parts = [f"{path.name}:{path.stat().st_size}" for path in files] + [str(revision), hash_file(folder / "config.json")]
+        parts = [f"{path.name}:{path.stat().st_size}" for path in files] + [
+            str(revision),
+            hash_file(folder / "config.json"),
+        ]
     return hash_text("\n".join(parts))

@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so `--help` and bad job files answ
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,9 +26,12 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML). `tunesmith init` writes one.")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. train.epochs=1.")
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. train.epochs=1."),
 ]
-OutDir = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything the command writes.")]
+OutDir = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder for everything the command writes.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 OnBadRow = Annotated[
     Literal["refuse", "skip"],
@@ -40,7 +44,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resu
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.yaml"),
     model: Annotated[str | None, typer.Option(help="Base model: bundled name, folder or hub id.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training rows: bundled name, file, folder or hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training rows: bundled name, file, folder or hub id.")
+    ] = None,
 ) -> None:
     """Write a commented job file, and the schema that gives editors completion."""
     from tunesmith.job.init import write_example_job
@@ -60,7 +66,12 @@ def schema(
 
 
 @app.command()
-def check(job_file: JobFile, overrides: Overrides = [], on_bad_row: OnBadRow = "refuse", as_json: AsJson = False) -> None:  # noqa: B006
+def check(
+    job_file: JobFile,
+    overrides: Overrides = [],  # noqa: B006
+    on_bad_row: OnBadRow = "refuse",
+    as_json: AsJson = False,
+) -> None:
     """Look at the data before training: counts, lengths, what is lost, duplicates, leaks, masks."""
     from tunesmith import api
     from tunesmith.cli import show
@@ -87,7 +98,7 @@ def preview(
 
     previews = api.preview(api.load_job(job_file, overrides), rows=rows, split=split)
     if as_json:
-        _print_json([item.to_json() for item in previews])
+        _print_json([dataclasses.asdict(item) for item in previews])
     else:
         show.print_previews(previews)
 
@@ -118,13 +129,21 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder, model folder or name.")],
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder, model folder or name.")
+    ],
     data: Annotated[str, typer.Option("--data", help="Rows to score: file, folder, bundled name or hub id.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep answers.jsonl and eval.json here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Keep answers.jsonl and eval.json here.")
+    ] = None,
     generate: Annotated[bool, typer.Option(help="Also generate answers and score them.")] = True,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
-    template: Annotated[str | None, typer.Option(help="Chat template, name or file, if the model has none.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one it names.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template, name or file, if the model has none.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model of an adapter, if not the one it names.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score any model, adapter or run on rows with answers."""

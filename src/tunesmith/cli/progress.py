@@ -10,7 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from tunesmith.core.events import Event, OnEvent
@@ -64,7 +72,9 @@ class _Bars:
             self._console.print(f"{style}{escape(_told(event))}", highlight=False)
             return
         if event.task not in self._ids:
-            self._ids[event.task] = self._progress.add_task(escape(event.task or "working"), total=event.total or 1)
+            self._ids[event.task] = self._progress.add_task(
+                escape(event.task or "working"), total=event.total or 1
+            )
         bar = self._ids[event.task]
         if event.kind in ("done", "failed"):
             # A finished task leaves one plain line, so the live part stays short.

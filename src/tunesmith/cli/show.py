@@ -51,7 +51,9 @@ def _comparison_table(comparison: Comparison, width: int) -> Table:
     shown: list[int] = []
     for index, column in enumerate(source.columns):
         cells = [row[index] for row in source.rows]
-        needed = 2 + max([*(len(word) for word in column.title.split()), *(_cell_width(cell) for cell in cells)])
+        needed = 2 + max(
+            [*(len(word) for word in column.title.split()), *(_cell_width(cell) for cell in cells)]
+        )
         if used + needed > width and index > 2:
             continue
         used += needed
@@ -84,7 +86,9 @@ def print_run(record: RunRecord, out: Path) -> None:
         "steps": f"{record.steps:,}",
         "learning rate": f"{record.learning_rate:g}",
         "tokens": f"{record.train_tokens:,} ({record.target_tokens:,} trained)",
-        "validation loss": "–" if record.validation_loss is None else f"{record.validation_loss:.4f} nats/token",
+        "validation loss": "–"
+        if record.validation_loss is None
+        else f"{record.validation_loss:.4f} nats/token",
         "time": f"{format_seconds(record.wall_seconds)} ({format_seconds(record.cpu_seconds)} of CPU)",
         "speed": f"{record.train_tokens / record.wall_seconds:,.0f} tokens/s" if record.wall_seconds else "–",
         "peak memory": format_bytes(record.peak_bytes),
@@ -121,7 +125,8 @@ def print_check(report: CheckReport) -> None:
     for source in report.sources:
         rejected = f", {source.num_rejected:,} rejected" if source.num_rejected else ""
         console.print(
-            f"{escape(source.name)}: {source.num_rows:,} rows as {source.format}{rejected} -> {source.split}", highlight=False
+            f"{escape(source.name)}: {source.num_rows:,} rows as {source.format}{rejected} -> {source.split}",
+            highlight=False,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -134,7 +139,9 @@ def print_check(report: CheckReport) -> None:
             table.add_row(title, *(_overlap(report, name, key) for name in report.splits))
     console.print(table)
     for finding in report.findings:
-        style = {"error": "[red]error:[/] ", "warning": "[yellow]warning:[/] ", "note": "[dim]note:[/] "}[finding.level]
+        style = {"error": "[red]error:[/] ", "warning": "[yellow]warning:[/] ", "note": "[dim]note:[/] "}[
+            finding.level
+        ]
         console.print(f"{style}{escape(harmless(finding.message))}", highlight=False)
 
 
@@ -188,7 +195,8 @@ def print_previews(previews: Sequence[RowPreview]) -> None:
     console.print(" ".join(f"[{style}] {kind} [/]" for kind, style in _PIECES.items()))
     for item in previews:
         console.print(
-            f"\n[bold]{escape(item.place)}[/] {item.num_tokens} tokens, {item.num_targets} trained", highlight=False
+            f"\n[bold]{escape(item.place)}[/] {item.num_tokens} tokens, {item.num_targets} trained",
+            highlight=False,
         )
         line = Text()
         for text, kind in item.segments:

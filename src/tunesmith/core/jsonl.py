@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from tunesmith.core.errors import DataError
 
@@ -68,7 +68,9 @@ def parse_json(raw: bytes, *, place: str) -> Any:
             place, f"{error.msg} at column {error.colno}", rule="every line is one JSON value", cure=cure
         ) from None
     except ValueError:  # Python refuses to convert integers of more than 4,300 digits
-        raise DataError(place, "holds a number of thousands of digits", rule="numbers are numbers", cure=cure) from None
+        raise DataError(
+            place, "holds a number of thousands of digits", rule="numbers are numbers", cure=cure
+        ) from None
     except RecursionError:
         raise DataError(place, "nested too deeply", rule="rows are shallow JSON", cure=cure) from None
     # json only makes lone surrogates from \ud800-style escapes, so plain rows skip the deep scan.
@@ -81,9 +83,9 @@ def _has_surrogate(value: Any) -> bool:
     if isinstance(value, str):
         return _SURROGATE.search(value) is not None
     if isinstance(value, dict):
-        return any(_has_surrogate(k) or _has_surrogate(v) for k, v in value.items())
+        return any(_has_surrogate(k) or _has_surrogate(v) for k, v in cast("dict[str, Any]", value).items())
     if isinstance(value, list):
-        return any(_has_surrogate(v) for v in value)
+        return any(_has_surrogate(v) for v in cast("list[Any]", value))
     return False
 
 

@@ -80,7 +80,7 @@ class AnswerRecord(_Record):
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     finished: bool = True
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class EvalRecord(_Record):
     cpu_seconds: float
     peak_bytes: int
     forgetting: dict[str, float] | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +135,4 @@ class RunRecord(_Record):
     size_bytes: int = 0
     best_step: int | None = None
     validation_loss: float | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list[str])

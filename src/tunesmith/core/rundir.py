@@ -17,7 +17,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,14 @@ class RunDir:
     def clear(self) -> None:
         """Delete what runs and comparisons write here, and nothing else."""
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
-        names += ("eval.json", "answers.jsonl", "tasks.json", "rejected_rows.jsonl", "comparison.json", "report.html")
+        names += (
+            "eval.json",
+            "answers.jsonl",
+            "tasks.json",
+            "rejected_rows.jsonl",
+            "comparison.json",
+            "report.html",
+        )
         for path in (self.root / name for name in names):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -97,7 +104,11 @@ class RunDir:
 
     def is_own(self) -> bool:
         """True for a folder that is empty, missing, or was begun by us."""
-        return self.job.is_file() or not self.root.is_dir() or {path.name for path in self.root.iterdir()} <= {".lock"}
+        return (
+            self.job.is_file()
+            or not self.root.is_dir()
+            or {path.name for path in self.root.iterdir()} <= {".lock"}
+        )
 
     def arm(self, name: str, seed: int) -> RunDir:
         """Folder of one arm and seed inside a comparison."""
@@ -119,7 +130,7 @@ class RunDir:
         return self
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Generator[None]:
         """Own the folder; a second owner is refused, naming the first. The lock dies with the process."""
         path = self.root / ".lock"
         try:

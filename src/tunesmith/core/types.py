@@ -27,7 +27,7 @@ class Message:
     role: Role
     content: str
     weight: float = 1.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Conversation:
     origin: Origin
     kind: ConversationKind = "chat"
     tools: tuple[Mapping[str, Any], ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def answer(self) -> str:

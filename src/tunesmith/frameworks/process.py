@@ -1,7 +1,7 @@
-"""The only place that starts processes: own process group, bounded log, timeouts, resource use read by the parent.
+"""The only place that starts workers: own process group, bounded log, timeouts, resource use read by the parent.
 
-A worker gets the path of a task file, prints events as JSON lines on stdout and logs on stderr, and leaves its result in
-files. Nothing that it prints is trusted further than being shown.
+A worker gets the path of a task file, prints events as JSON lines on stdout and logs on stderr, and leaves its result
+in files. Nothing that it prints is trusted further than being shown.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _pump(
     idle_seconds: float,
 ) -> tuple[str, bool]:
     """Read both pipes until they close. Returns the worker's last error line and whether it was ended for silence."""
-    assert child.stdout is not None and child.stderr is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
     selector = selectors.DefaultSelector()
     buffers = {child.stdout: bytearray(), child.stderr: bytearray()}
     for pipe in buffers:
@@ -141,7 +142,7 @@ def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
     buffer += chunk
     *lines, rest = bytes(buffer).split(b"\n")
     buffer[:] = rest[-MAX_LINE_BYTES:]
-    events = []
+    events: list[Event] = []
     for line in lines:
         try:
             value = json.loads(line)

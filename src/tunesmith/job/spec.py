@@ -5,7 +5,7 @@ The JSON Schema for editors and `docs/job-file.md` are generated from this file;
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -61,14 +61,14 @@ class DataSpec(Spec):
     max_tokens: PositiveInt = 1024
     """Longest row in tokens."""
     too_long: Literal["drop", "truncate", "refuse"] = "drop"
-    """What happens to rows above `max_tokens`. Counted and shown in each case; `truncate` cuts the end, answer included."""
+    """What happens to rows above `max_tokens`, counted and shown; `truncate` cuts the end, answer and all."""
     template: str | None = None
-    """Chat template for a model that has none (or in place of its own): a name (`chatml`, `llama-3`, `alpaca`, ...) or a
-    Jinja file."""
+    """Chat template for a model that has none, or in place of its own: a name (`chatml`, `llama-3`, `alpaca`, ...) or
+    a Jinja file."""
     deduplicate: Literal["none", "exact"] = "exact"
     """`exact` trains equal rows once. Near-duplicates are reported and kept in one split, never dropped."""
     streaming: bool = False
-    """Read `train` row by row in constant memory: named split files, windowed shuffle, exact-hash deduplication only."""
+    """Read `train` row by row in constant memory: named split files, windowed shuffle, deduplication by hash only."""
     shuffle_window: PositiveInt = 4096
     """Rows shuffled together while streaming."""
     seed: Seed = 0
@@ -129,15 +129,16 @@ class LoraSpec(Spec):
         return self
 
 
+def _choose_method(value: Any) -> str:
+    """Which spec a method's mapping is checked against: everything but `full` is a kind of LoRA."""
+    if isinstance(value, dict):
+        return "full" if cast("dict[str, Any]", value).get("name") == "full" else "lora"
+    return "full" if isinstance(value, FullSpec) else "lora"
+
+
 MethodSpec: TypeAlias = Annotated[
     Annotated[FullSpec, Tag("full")] | Annotated[LoraSpec, Tag("lora")],
-    Discriminator(
-        lambda v: (
-            "full"
-            if (v.get("name") if isinstance(v, dict) else getattr(v, "name", None)) == "full"
-            else "lora"
-        )
-    ),
+    Discriminator(_choose_method),
 ]
 METHODS = ("full", "lora", "qlora")
 
@@ -233,8 +234,8 @@ class EvaluateSpec(Spec):
 
 
 class ArmSpec(Spec):
-    """One thing to compare. A bare string names it: `zero-shot`, `few-shot`, `rag`, `full`, `lora`, `qlora`, or a trained
-    arm with retrieval, `lora+rag`."""
+    """One thing to compare. A bare string names it: `zero-shot`, `few-shot`, `rag`, `full`, `lora`, `qlora`, or a
+    trained arm with retrieval, `lora+rag`."""
 
     name: str | None = None
     """Name in tables; default: made from the rest."""

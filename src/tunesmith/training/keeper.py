@@ -11,7 +11,12 @@ from torch import nn
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import TrainSpec
-from tunesmith.training.checkpoint import delete_old_checkpoints, list_checkpoints, open_newest, write_checkpoint
+from tunesmith.training.checkpoint import (
+    delete_old_checkpoints,
+    list_checkpoints,
+    open_newest,
+    write_checkpoint,
+)
 from tunesmith.training.meter import Meter
 from tunesmith.training.state import (
     TrainState,
