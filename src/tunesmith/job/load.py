@@ -224,9 +224,9 @@ def _user_location(location: Location, values: Any) -> Location:
     kept: list[str | int] = []
     node: Any = values
     for part in location:
-        if isinstance(node, dict) and part in node:
+        if isinstance(node, dict) and part in node:  # noqa: SIM114
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):  # noqa: SIM114
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
         elif isinstance(node, dict) and _is_field_name(part):
             node = None
