@@ -71,12 +71,34 @@ def draw_date(draw: random.Random) -> str:
     return draw.choice((*numbers, *written, draw.choice(TABLES["days"])))
 
 
-def draw_thing(draw: random.Random, words: list[str]) -> str:
-    """One to three frequent words, sometimes capitalised: something whose extent only the sentence shows."""
-    parts = [draw.choice(words) for _ in range(draw.choice((1, 2, 2, 2, 3)))]
-    if draw.random() < 0.2:
-        parts[0] = draw.choice((parts[0].capitalize(), draw_place(draw)))
-    return " ".join(parts)
+@dataclass(frozen=True)
+class Stock:
+    """What tasks are made from: frequent words and sentences of the texts, and concepts with their clauses.
+
+    nouns, adjectives: words that follow an article; empty lists fall back to `words`.
+    """
+
+    words: list[str]
+    sentences: list[str]
+    concepts: dict[str, list[str]]
+    nouns: list[str] = field(default_factory=list)
+    adjectives: list[str] = field(default_factory=list)
+
+
+def draw_thing(draw: random.Random, stock: Stock) -> str:
+    """A thing by name, mostly adjective and noun or two nouns, sometimes arbitrary words or a made-up first part."""
+    nouns, adjectives = stock.nouns or stock.words, stock.adjectives or stock.words
+    style = draw.random()
+    if style < 0.15:
+        return " ".join(draw.choice(stock.words) for _ in range(draw.choice((1, 2, 2, 3))))
+    if style < 0.35:
+        return draw.choice(nouns)
+    first = draw.choice((adjectives, adjectives, nouns))
+    made_up = draw.random()
+    start = draw_place(draw) if made_up < 0.08 else draw.choice(first)
+    start = start.capitalize() if made_up > 0.9 else start
+    middle = f"{draw.choice(nouns)} " if draw.random() < 0.2 else ""
+    return f"{start} {middle}{draw.choice(nouns)}"
 
 
 def draw_number(draw: random.Random) -> int | float:
@@ -111,15 +133,6 @@ class Field:
     parts: tuple[str, str] = ("value", "unit")
 
 
-@dataclass(frozen=True)
-class Stock:
-    """What records are made from: frequent words and sentences of the texts, and concepts with their clauses."""
-
-    words: list[str]
-    sentences: list[str]
-    concepts: dict[str, list[str]]
-
-
 def draw_key(draw: random.Random, kind: str, words: list[str]) -> str:
     """A field name; mostly arbitrary words, so that only the context can tell it."""
     style = draw.random()
@@ -143,9 +156,14 @@ def draw_fragment(draw: random.Random, sentences: list[str], low: int, high: int
     return " ".join(parts[at : at + draw.randint(low, high)]).strip(".,;!?'")
 
 
-def draw_frame(draw: random.Random, sentences: list[str]) -> str:
-    """An invented frame: a value amid words of some sentence, as in 'the old {} looked at'."""
+def draw_frame(draw: random.Random, kind: str, sentences: list[str]) -> str:
+    """An invented frame: a value amid words of some sentence, as in 'the old {} looked at'; a thing has an article."""
     before, after = draw_fragment(draw, sentences, 1, 4), draw_fragment(draw, sentences, 1, 3)
+    if kind == "thing" and draw.random() < 0.8:
+        article = draw.choice(("the", "the", "a", "my", "our"))
+        return draw.choice(
+            (f"{before} {article} {{}}", f"{before} {article} {{}} {after}", f"{article} {{}} {after}")
+        )
     return draw.choice(
         (f"{before} {{}}", f"{before} {{}} {after}", f"{before}: {{}}", f"{before}, {{}}", f"{{}} {after}")
     )
@@ -177,7 +195,7 @@ def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -
         if is_invented:
             clauses = [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 3))]
         arbitrary = draw.choice(stock.words) if style < 0.95 else chr(65 + at)
-        label = name if style < 0.3 else stock.concepts[name][0] if style < 0.5 else arbitrary
+        label = name if style < 0.3 else stock.concepts[name][0] if style < 0.65 else arbitrary
         labels[label] = draw.sample(clauses, min(4, len(clauses))) if few else clauses
     return labels
 
@@ -202,7 +220,7 @@ def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
         if kind in FRAMES:
             one.frames = draw.sample(FRAMES[kind], draw.choice((1, 2, 4, min(7, len(FRAMES[kind])))))
             if draw.random() < 0.5:
-                one.frames = [draw_frame(draw, stock.sentences) for _ in range(draw.randint(1, 3))]
+                one.frames = [draw_frame(draw, kind, stock.sentences) for _ in range(draw.randint(1, 3))]
             if kind in ("money", "quantity"):
                 one.parts = draw.choice(
                     (
@@ -213,7 +231,7 @@ def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
                         ("number", "of"),
                     )
                 )
-                if draw.random() < 0.4:
+                if draw.random() < 0.75:
                     one.parts = (
                         draw_key(draw, "quantity", stock.words),
                         draw_key(draw, "code", stock.words) + "s",
@@ -236,7 +254,7 @@ def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
     return schema
 
 
-def draw_value(draw: random.Random, one: Field, words: list[str]) -> tuple[Any, str]:
+def draw_value(draw: random.Random, one: Field, stock: Stock) -> tuple[Any, str]:
     """(value for the record, value as written in the note) of a copied field."""
     if one.kind in ("money", "quantity"):
         table = TABLES["money"] if one.kind == "money" else TABLES["units"]
@@ -250,14 +268,14 @@ def draw_value(draw: random.Random, one: Field, words: list[str]) -> tuple[Any, 
         clock = f"{draw.randint(0, 23)}:{draw.randint(0, 59):02d}"
         return clock, clock
     if one.kind == "thing":
-        thing = draw_thing(draw, words)
+        thing = draw_thing(draw, stock)
         return thing, thing
     text = {"person": draw_name, "code": draw_code, "date": draw_date, "place": draw_place}[one.kind](draw)
     return text, text
 
 
 def fill_record(
-    draw: random.Random, schema: list[Field], words: list[str]
+    draw: random.Random, schema: list[Field], stock: Stock
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """(record without absent keys, key -> the clauses that say it), pairs of fields sometimes in one clause."""
     record: dict[str, Any] = {}
@@ -269,7 +287,7 @@ def fill_record(
                 record[one.key] = one.default
             continue
         if one.kind in FRAMES:
-            record[one.key], text = draw_value(draw, one, words)
+            record[one.key], text = draw_value(draw, one, stock)
             written[one.kind] = (one.key, text)
             frame = draw.choice(one.frames)
             if frame.startswith("{}") and text[0].islower():
@@ -366,7 +384,7 @@ def make_record_pairs(draw: random.Random, stock: Stock) -> tuple[str, list[tupl
     pairs = []
     for _ in range(draw.choice((1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9))):
         habit["style"] = draw.choice(("plain", "lower", "lines", "bullets")) if mixed else style
-        record, clauses = fill_record(draw, schema, stock.words)
+        record, clauses = fill_record(draw, schema, stock)
         if not clauses:
             continue
         if with_null:

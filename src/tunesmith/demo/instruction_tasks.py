@@ -127,7 +127,7 @@ def answer_questions(draw: random.Random, stock: Stock) -> list[Message]:
         (
             "{p} brought a {x}.",
             "What did {p} bring?",
-            lambda d: instruction_records.draw_thing(d, stock.words),
+            lambda d: instruction_records.draw_thing(d, stock),
         ),
         ("The friend of {p} is {x}.", "Who is the friend of {p}?", instruction_records.draw_name),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+
 from tunesmith.demo.pretrain_model import Decoder, Shape
 from tunesmith.demo.pretrain_text import BOS, END, PAD, ROLES
 

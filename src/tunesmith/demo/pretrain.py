@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
+
 from tunesmith.demo import model_folder
 from tunesmith.demo.instruction_tasks import Stock
 from tunesmith.demo.pretrain_model import Decoder, Layout, Shape, make_optimizers, make_rope
@@ -188,13 +190,18 @@ def train(arguments: argparse.Namespace) -> None:
     texts = [document.text for document in read_documents(arguments.text) if not document.is_held_out]
     stock = gather_stock(texts)
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
-    tokenizer = train_tokenizer(texts, stock, vocab_size=shape.vocab_size)
+    if arguments.start:
+        tokenizer = Tokenizer.from_file(str(arguments.start / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(texts, stock, vocab_size=shape.vocab_size)
     text = encode_texts(tokenizer, texts)
     pool = TaskPool(
         tokenizer, stock, workers=arguments.workers, row_tokens=arguments.row_tokens, seed=arguments.seed
     )
     print(f"{len(text):,} text tokens after {time.perf_counter() - began:.0f} s", flush=True)
     model = Decoder(shape).to(device)
+    if arguments.start:
+        model.load_state_dict(load_file(arguments.start / "model.safetensors"))
     optimizers = make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
     steps: queue.Queue[Any] = queue.Queue(maxsize=6)
     share = {"tasks": task_share_at(0.0, arguments.task_share)}
@@ -215,7 +222,7 @@ def train(arguments: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
-    record.pop("text"), record.pop("out")
+    del record["text"], record["out"], record["start"]
     (arguments.out / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
 
@@ -273,6 +280,7 @@ def parse_arguments() -> argparse.Namespace:
         "--text", type=Path, required=True, help="folder with .jsonl, .jsonl.xz and .txt texts"
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="continue from this model folder, with its tokenizer")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compilation")
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
     parser.add_argument("--rows", type=int, default=32, help="rows of --row-tokens in a step")

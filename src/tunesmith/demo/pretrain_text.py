@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from tunesmith.demo.instruction_tasks import Message, Stock, load_concepts, make_conversation
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
@@ -52,14 +53,28 @@ def gather_stock(texts: list[str], *, seed: int = 0) -> Stock:
     """Frequent lower-case words and mid-length sentences of the texts, for the instruction tasks."""
     draw = random.Random(seed)
     counts: collections.Counter[str] = collections.Counter()
+    nouns: collections.Counter[str] = collections.Counter()
+    adjectives: collections.Counter[str] = collections.Counter()
     sentences: list[str] = []
     for text in draw.sample(texts, min(150, len(texts))):
         piece = text[:60000]
         counts.update(re.findall(r"(?<= )[a-z]{3,12}(?= )", piece))
+        nouns.update(
+            re.findall(
+                r"\b(?:a|an|my|his|her) ([a-z]{3,12})(?=[,.;]| (?:and|of|was|is|in|on|to|with) )", piece
+            )
+        )
+        adjectives.update(re.findall(r"\b(?:a|an|my|his|her|the) ([a-z]{3,12}) [a-z]{3,12}[,.;]", piece))
         found = re.findall(r"(?<=[.!?] )[A-Z][a-z ,']{20,110}[.!?](?= )", piece.replace("\n", " "))
         sentences += draw.sample(found, min(150, len(found)))
     words = [word for word, _ in counts.most_common(9000)][60:]
-    return Stock(words=words, sentences=sentences, concepts=load_concepts())
+    things = [noun for noun, count in nouns.most_common(3000) if count > 1]
+    kinds = [
+        adjective
+        for adjective, count in adjectives.most_common(2500)
+        if count > 1 and adjective not in things[:300]
+    ]
+    return Stock(words=words, sentences=sentences, concepts=load_concepts(), nouns=things, adjectives=kinds)
 
 
 def train_tokenizer(texts: list[str], stock: Stock, *, vocab_size: int, seed: int = 0) -> Tokenizer:
