@@ -9,9 +9,9 @@ twice: as its documentation starts it (`SFTConfig` defaults), and with the best 
 candidate is tried first; the fastest by CPU time is taken and named). A, B, C, A, B, C ...: what else the machine does
 falls on all of them.
 
-Measured are wall and CPU seconds of the training loop, without imports, loading and saving, and beside them those of
-the whole command. Neither side evaluates or writes checkpoints while it trains. Both have one thread; `--threads 0`
-leaves the number to torch.
+Measured are wall and CPU seconds of training, and beside them those of the whole command. TRL's are those of its loop
+alone; ours are from the run record and also hold loading the model and saving the adapter. Neither side evaluates or
+writes checkpoints while it trains. Both have one thread; `--threads 0` leaves the number to torch.
 
 Writes benchmarks/results/cpu_vs_trl.json with all single measurements, hardware, versions, commit and command.
 """
@@ -22,13 +22,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One training run. The loop's seconds, the whole command's seconds, tokens the loop trained on (all / targets)."""
+    """One training run: seconds of training and of the whole command, tokens it trained on (all, targets)."""
 
     who: str
     wall_seconds: float
@@ -69,21 +70,24 @@ class Measured:
     num_tokens: int
     num_target_tokens: int
     trained_parameters: int
-    first_loss: float | None
+    losses: list[float]
+    grad_norms: list[float]
     versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every run has in common. `model` is a folder."""
+    """What every run has in common. `model` and `data` are folders; `lora` None trains every weight."""
 
     folder: Path
     model: Path
+    data: Path
     steps: int
     batch_rows: int
     seed: int
     threads: int
     precision: str
+    lora: dict[str, int] | None = field(default_factory=lambda: dict(LORA))
 
     @property
     def rows_file(self) -> Path:
@@ -106,7 +110,7 @@ def train_ours(bench: Bench, *, out: Path) -> Measured:
     command = [str(Path(sys.executable).with_name("tunesmith")), "train", str(job), "--out", str(out)]
     wall, cpu = run_timed(command, bench)
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    first = json.loads((out / "steps.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
     return Measured(
         who=OURS,
         wall_seconds=record["wall_seconds"],
@@ -117,17 +121,18 @@ def train_ours(bench: Bench, *, out: Path) -> Measured:
         num_tokens=record["train_tokens"],
         num_target_tokens=record["target_tokens"],
         trained_parameters=record["trained_parameters"],
-        first_loss=first["loss"],
+        losses=[step["loss"] for step in steps],
+        grad_norms=[step["grad_norm"] for step in steps],
         versions=record["versions"],
     )
 
 
 def describe_job(bench: Bench) -> dict[str, Any]:
-    """The job: the defaults of LoRA, and nothing beside training. Linear decay, as TRL has it."""
+    """The job: nothing beside training, and a linear decay without warm-up, as TRL has it."""
     return {
         "model": str(bench.model),
-        "data": {"train": "tunesmith/tickets"},
-        "method": {"name": "lora", **LORA},
+        "data": {"train": str(bench.data)},
+        "method": {"name": "lora", **bench.lora} if bench.lora else "full",
         "train": {
             "steps": bench.steps,
             "batch_rows": bench.batch_rows,
@@ -152,7 +157,7 @@ def train_trl(
         "rows": str(bench.rows_file),
         "steps": steps or bench.steps,
         "batch_rows": bench.batch_rows,
-        "lora": LORA,
+        "lora": bench.lora,
         "learning_rate": LEARNING_RATE,
         "seed": bench.seed,
         "sft": sft,
@@ -174,7 +179,8 @@ def train_trl(
         num_tokens=sum(len(row["input_ids"]) for row in rows),
         num_target_tokens=sum(label != -100 for row in rows for label in row["labels"]),
         trained_parameters=result["trained_parameters"],
-        first_loss=result["losses"][0] if result["losses"] else None,
+        losses=result["losses"],
+        grad_norms=result["grad_norms"],
         versions=result["versions"],
     )
 
@@ -204,6 +210,16 @@ def write_rows(prepared: Path, bench: Bench) -> None:
                 ids = [int(token) for token in row.ids]
                 labels = [token if kept else -100 for token, kept in zip(ids, row.mask, strict=True)]
                 file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+
+
+def copy_bundled(name: str, folder: Path) -> Path:
+    """A copy of a bundled folder: every run of a long benchmark reads the same bytes."""
+    from tunesmith.core.bundled import bundled_path
+
+    source = bundled_path(name)
+    if source is None:
+        raise ValueError(f"{name} is not bundled")
+    return Path(shutil.copytree(source, folder / source.name))
 
 
 def read_rows(path: Path) -> list[dict[str, list[int]]]:
@@ -248,10 +264,10 @@ def compare(bench: Bench, *, rounds: int) -> dict[str, Any]:
             )
     check_same_work(runs)
     return {
-        "what": "LoRA training on a CPU, the loop only, tunesmith/tiny on tunesmith/tickets",
+        "what": "LoRA training on a CPU, tunesmith/tiny on tunesmith/tickets",
         "steps": bench.steps,
         "batch_rows": bench.batch_rows,
-        "lora": LORA,
+        "lora": bench.lora,
         "threads": bench.threads,
         "our_precision": bench.precision,
         "seed": bench.seed,
@@ -297,7 +313,7 @@ def print_table(record: dict[str, Any]) -> None:
     )
     print(f"{record['threads'] or 'default'} thread(s), {record['hardware']['cpu']}\n")
     print(
-        "| | loop wall s | loop CPU s | tokens/s | tokens/CPU-s | x wall | x CPU (range) | command wall s | peak MiB |"
+        "| | wall s | CPU s | tokens/s | tokens/CPU-s | x wall | x CPU (range) | command wall s | peak MiB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for who in (OURS, DEFAULTS, BEST):
@@ -353,14 +369,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not TRL_PYTHON.exists():
         raise SystemExit("TRL's environment is missing; run: make benchmark-trl")
-    from tunesmith.core.bundled import bundled_path
-
-    model = bundled_path("tunesmith/tiny")
-    assert model is not None
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             folder=Path(folder),
-            model=model,
+            model=copy_bundled("tunesmith/tiny", Path(folder)),
+            data=copy_bundled("tunesmith/tickets", Path(folder)),
             steps=arguments.steps,
             batch_rows=arguments.batch_rows,
             seed=arguments.seed,

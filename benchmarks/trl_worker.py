@@ -3,8 +3,8 @@
     .venv-trl/bin/python benchmarks/trl_worker.py task.json result.json
 
 task.json holds: `model` (folder), `rows` (a JSONL file of {"input_ids", "labels"} in training order), `steps`,
-`batch_rows`, `lora` {"rank", "alpha"}, `learning_rate`, `seed`, `sft` (arguments for SFTConfig, beyond its defaults)
-and `weights` ("auto", "float32" or "bfloat16": how the base is loaded).
+`batch_rows`, `lora` ({"rank", "alpha"}, or null: every weight is trained), `learning_rate`, `seed`, `sft` (arguments
+for SFTConfig, beyond its defaults) and `weights` ("auto", "float32" or "bfloat16": how the base is loaded).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Stopwatch(transformers.TrainerCallback):
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
         self.losses: list[float] = []
+        self.grad_norms: list[float] = []
         self.wall_seconds = self.cpu_seconds = 0.0
 
     def on_train_begin(self, *_args, **_kwargs) -> None:
@@ -46,6 +47,7 @@ class Stopwatch(transformers.TrainerCallback):
     def on_log(self, _args, _state, _control, logs=None, **_kwargs) -> None:
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
+            self.grad_norms.append(logs["grad_norm"])
 
     def on_train_end(self, *_args, **_kwargs) -> None:
         self.wall_seconds = time.perf_counter() - self.started[0]
@@ -59,6 +61,9 @@ def run_task(task: dict) -> dict:
     if task["weights"] != "auto":
         dtype = getattr(torch, task["weights"])
         model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    lora = task["lora"] and peft.LoraConfig(
+        r=task["lora"]["rank"], lora_alpha=task["lora"]["alpha"], target_modules="all-linear"
+    )
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         config = trl.SFTConfig(
@@ -79,9 +84,7 @@ def run_task(task: dict) -> dict:
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=transformers.AutoTokenizer.from_pretrained(task["model"]),
-            peft_config=peft.LoraConfig(
-                r=task["lora"]["rank"], lora_alpha=task["lora"]["alpha"], target_modules="all-linear"
-            ),
+            peft_config=lora,
             callbacks=[stopwatch],
         )
         trainer.train()
@@ -90,6 +93,7 @@ def run_task(task: dict) -> dict:
         "cpu_seconds": stopwatch.cpu_seconds,
         "step_seconds": stopwatch.step_seconds,
         "losses": stopwatch.losses,
+        "grad_norms": stopwatch.grad_norms,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
