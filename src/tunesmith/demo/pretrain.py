@@ -30,6 +30,7 @@ from tunesmith.demo.pretrain_text import (
     BOS,
     PAD,
     encode_texts,
+    find_token,
     gather_stock,
     pack_task_rows,
     read_documents,
@@ -124,7 +125,7 @@ def make_step(
     draw: np.random.Generator,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The tensors of one step, on the CPU: flat ids, targets, weights, positions and document starts."""
-    bos, pad = tokenizer.token_to_id(BOS), tokenizer.token_to_id(PAD)
+    bos, pad = find_token(tokenizer, BOS), find_token(tokenizer, PAD)
     num_tasks = round(arguments.rows * task_share)
     size = arguments.row_tokens
     texts = draw_text_rows(text, bos, count=arguments.rows - num_tasks, row_tokens=size, draw=draw)

@@ -46,8 +46,8 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
         nn.init.normal_(self.weight, std=inputs**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name torch gave it
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class Norm(nn.Module):
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
         weights: 1 for a text token, 2 for an answer token, a fraction for a prompt token, 0 for padding.
         """
-        table: Any = self.model.embed_tokens.weight
+        table: Any = self.model.embed_tokens.weight  # pyright: ignore
         dtype = torch.bfloat16 if ids.is_cuda else torch.float32
         x = F.embedding(ids, table).to(dtype)
         for block in self.model.layers:  # pyright: ignore
@@ -224,8 +224,8 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(grads, 1 - group["momentum"])
                 update = self._orthogonalize(grads.lerp(buffer, group["momentum"]))
                 rate = group["lr"] * math.sqrt(max(1.0, size[0] / size[1]))
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(update.unbind()), alpha=-rate)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
+                torch._foreach_add_(matrices, list(update.unbind()), alpha=-rate)  # pyright: ignore
 
 
 def make_optimizers(model: Decoder, *, matrix_rate: float, other_rate: float) -> list[torch.optim.Optimizer]:

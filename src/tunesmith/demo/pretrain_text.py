@@ -100,7 +100,7 @@ def train_tokenizer(texts: list[str], stock: Stock, *, vocab_size: int, seed: in
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one uint16 array, each starting with BOS."""
-    bos = tokenizer.token_to_id(BOS)
+    bos = find_token(tokenizer, BOS)
     parts: list[np.ndarray] = []
     for text in texts:
         # Encoding is superlinear in memory for whole books: cut at line ends, and let the threads share the pieces.
@@ -113,15 +113,22 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def find_token(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token, which is there."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
 def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """(token ids in the chat template, whether each token is part of an answer or its end)."""
-    end = tokenizer.token_to_id(END)
-    ids, is_answer = [tokenizer.token_to_id(BOS)], [False]
+    end = find_token(tokenizer, END)
+    ids, is_answer = [find_token(tokenizer, BOS)], [False]
     contents = tokenizer.encode_batch_fast(
         [message["content"] for message in messages], add_special_tokens=False
     )
     for message, content in zip(messages, contents, strict=True):
-        ids += [tokenizer.token_to_id(ROLES[message["role"]]), *content.ids, end]
+        ids += [find_token(tokenizer, ROLES[message["role"]]), *content.ids, end]
         is_answer += [False] + [message["role"] == "assistant"] * (len(content.ids) + 1)
     return ids, is_answer
 
@@ -131,7 +138,7 @@ def pack_task_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, is_answer), each (num_rows, row_tokens): whole conversations packed first-fit, padded at the end."""
     draw = random.Random(seed)
-    ids = np.full((num_rows, row_tokens), tokenizer.token_to_id(PAD), dtype=np.uint16)
+    ids = np.full((num_rows, row_tokens), find_token(tokenizer, PAD), dtype=np.uint16)
     answers = np.zeros((num_rows, row_tokens), dtype=bool)
     filled = [0] * num_rows
     misses = 0
