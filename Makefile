@@ -54,7 +54,7 @@ run-lint:
 	@failed=''; \
 	$(BIN)/ruff check . || failed="$$failed ruff-check"; \
 	$(BIN)/ruff format --check . || failed="$$failed ruff-format"; \
-	$(BIN)/pyright || failed="$$failed pyright"; \
+	$(BIN)/pyright --project . || failed="$$failed pyright"; \
 	$(BIN)/lint-imports --no-cache || failed="$$failed lint-imports"; \
 	if [ -n "$$failed" ]; then echo "lint: failed:$$failed" >&2; exit 1; fi
 
