@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,52 @@ def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
 
 def test_every_family_belongs_to_one_split(rows: dict[str, list[dict]]) -> None:
     families = {split: {row["family"] for row in rows[split]} for split in SPLITS}
-    assert [len(families[split]) for split in SPLITS] == [22, 3, 5]
+    assert [len(families[split]) for split in SPLITS] == [58, 8, 30]
+    assert [len(rows[split]) for split in SPLITS] == [1914, 160, 300]
     assert not families["train"] & families["test"]
     assert not families["train"] & families["validation"]
     assert not families["validation"] & families["test"]
+    # Test families are the clusters of the report's intervals: at least 30, all of the same size.
+    assert set(Counter(row["family"] for row in rows["test"]).values()) == {10}
 
 
 def test_no_sentence_frame_is_shared_between_splits() -> None:
-    """Frames of three words or more; the plain cores of a trouble are shared on purpose and not looked at."""
+    """Frames and clauses of three words or more, and the whole pool; the shared plain cores are not looked at."""
     frames: dict[str, set[str]] = {split: set() for split in SPLITS}
+    not_frames = ("cores", "pool", "clauses", "name", "split", "layout", "style")
     for family in make_tickets.load_families():
-        parts = [
-            family[key] for key in family if key not in ("cores", "pool", "name", "split", "layout", "style")
-        ]
-        frames[family["split"]] |= {frame for part in parts for frame in part if len(frame.split()) > 2}
-        frames[family["split"]] |= {frame for part in family["pool"].values() for frame in part}
+        parts = [family[key] for key in family if key not in not_frames]
+        parts += list(family["clauses"].values())
+        said = {frame.lower() for part in parts for frame in part if len(frame.split()) > 2}
+        said |= {frame.lower() for part in family["pool"].values() for frame in part}
+        frames[family["split"]] |= said
     assert not frames["train"] & frames["test"]
     assert not frames["train"] & frames["validation"]
     assert not frames["validation"] & frames["test"]
+
+
+def test_a_writer_says_the_item_once_and_has_at_least_two_frames_for_most_parts() -> None:
+    for family in make_tickets.load_families():
+        for part in ("context", "dated"):
+            assert all(frame.count("{product}") == 1 for frame in family[part]), family["name"]
+            assert all(("{date}" in frame) == (part == "dated") for frame in family[part]), family["name"]
+        for part in ("order", "amount", "say", "ask"):
+            assert len(family[part]) >= 2, (family["name"], part)
+        assert {"order", "context", "issues", "amount", "want", "urgency"} <= set(family["layout"]), family[
+            "name"
+        ]
+        if "opening_anonymous" in family:
+            assert all("{name}" in frame for frame in family["opening"]), family["name"]
+        else:
+            assert "sign" in family["layout"], family["name"]
+            assert all("{name}" in frame for frame in family["sign"]), family["name"]
+
+
+def test_no_core_says_two_labels() -> None:
+    cores = make_tickets.load_families()[0]["cores"]
+    said = [core for label in cores for core in cores[label]]
+    assert len(said) == len(set(said))
+    assert all(len(cores[label]) >= 10 for label in cores)
 
 
 def test_every_answer_fits_the_schema_and_is_compact_json(rows: dict[str, list[dict]]) -> None:

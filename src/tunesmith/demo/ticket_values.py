@@ -25,7 +25,16 @@ NAMES_TEST = (
     "Leila", "Miguel", "Naomi", "Otto", "Petra", "Quentin", "Rachel", "Sven", "Tara", "Ursula", "Vera",
     "William", "Yvonne", "Albert", "Charlotte", "Dora", "Edward", "Henry", "Louise",
 )  # fmt: skip
-STAFF = ("Chris", "Sandra", "Mr Bell", "Ms Gray", "Alex", "Mrs Stone", "Dennis", "Mr Young")
+STAFF = (
+    "Mr Bell",
+    "Ms Gray",
+    "Mrs Stone",
+    "Mr Young",
+    "Mr Chris Hall",
+    "Ms Sandra Lane",
+    "Mrs Weber",
+    "Mr Singh",
+)
 
 PRODUCT_STYLES = (
     "Alto", "walnut", "Nordic", "steel", "folding", "garden", "Breeze", "wireless", "copper", "Luna",
