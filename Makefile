@@ -10,7 +10,7 @@ SET_UP := $(PYTHON) tools/setup_environment.py
 
 # One thread for each process: two on a busy machine are several times slower than one (docs/decisions/004).
 export OMP_NUM_THREADS ?= 1
-# Tests and demo need no network; a hub id typed by mistake must not wait for one.
+# The version is pinned; pyright need not look for a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
