@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tunesmith.models.causal_lm import CausalLM
     from tunesmith.training.loop import Progress, TrainOutcome
 
+# Micro-batches are filled up to a multiple of this many tokens: at most a few percent more work, far fewer shapes.
+ROUND_TOKENS = 128
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
 MAX_HASHED_BYTES = 4 << 30
 
@@ -174,7 +176,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         _training_rows(job, rejects, prepared, tokenizer),
         job.train.model_copy(update={"learning_rate": rate}),
         run,
-        make_batch=lambda rows, where: make_batch(rows, device=where),
+        make_batch=lambda rows, where: make_batch(rows, device=where, round_tokens=ROUND_TOKENS),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
         on_step=_report_steps(task.label, on_event),

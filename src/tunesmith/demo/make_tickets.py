@@ -39,6 +39,11 @@ URGENCIES = ("low", "normal", "high")
 SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants, urgency."
 OWN_CLAUSE_SHARE = 0.03  # of labels said by a clause of the split's own instead of a shared core
 NEW_VALUE_SHARE = {"name": 0.5, "item": 0.2}  # of sealed-test values that no other split holds
+# Everyday words that any writer may use before a further trouble.
+CONNECTIVES = ("also ", "also, ", "and ", "plus ", "besides, ", "then ", "and then ", "on top of that ", "moreover, ")
+# How often a message tells of one, two or three troubles; training sees the harder ones more often.
+ISSUE_COUNTS = {"train": (0.4, 0.38, 0.22)}
+USUAL_ISSUE_COUNTS = (0.6, 0.32, 0.08)
 ROWS = {"train": 1914, "validation": 160, "test": 300}
 
 Family = dict[str, Any]
@@ -110,6 +115,11 @@ def pick_frame(family: Family, part: str, draw: Draw) -> str:
     return frame.lower() if family.get("style") == "lower" else frame
 
 
+def pick_joiner(family: Family, draw: Draw) -> str:
+    """What leads to a further trouble: the family's own phrase, an everyday connective, or nothing at all."""
+    return draw.pick(draw.weighted((family["joiner"], CONNECTIVES, ("",)), (0.4, 0.35, 0.25)))
+
+
 def draw_clause(family: Family, label: str, draw: Draw, frame: str = "") -> str:
     """One way to say a label: mostly a shared core in a frame of the family, seldom a clause of the split."""
     own = draw.chance(OWN_CLAUSE_SHARE)
@@ -161,8 +171,9 @@ def misspell(text: str, draw: Draw, *, rate: float) -> str:
     return re.sub(r"(?<![{\w])[a-z]{5,}(?![}\w])", spoil, text)
 
 
-def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def draw_answer(draw: Draw, *, split: str) -> tuple[dict[str, Any], dict[str, str]]:
     """(the answer object without absent keys, the slot values for the sentences)."""
+    is_test = split == "test"
     names = NAMES_TEST if is_test and draw.chance(NEW_VALUE_SHARE["name"]) else NAMES
     is_new_item = is_test and draw.chance(NEW_VALUE_SHARE["item"])
     styles = PRODUCT_STYLES_TEST if is_new_item else PRODUCT_STYLES
@@ -183,7 +194,8 @@ def draw_answer(draw: Draw, *, is_test: bool) -> tuple[dict[str, Any], dict[str,
     answer["item"] = product
     if draw.chance(0.5):
         answer["date"] = slots["date"]
-    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), (0.6, 0.32, 0.08)))
+    counts = ISSUE_COUNTS.get(split, USUAL_ISSUE_COUNTS)
+    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), counts))
     if draw.chance(0.45):
         answer["amount"] = amount
     answer["wants"] = draw.pick(WANTS)
@@ -195,7 +207,7 @@ def list_part(part: str, family: Family, answer: dict[str, Any], draw: Draw) -> 
     """The clauses that one element of a family's layout contributes to a message with this answer."""
     if part == "issues":
         first, *others = answer["issues"]
-        rest = [draw.pick(family["joiner"]) + draw_clause(family, issue, draw) for issue in others]
+        rest = [pick_joiner(family, draw) + draw_clause(family, issue, draw) for issue in others]
         return [draw_clause(family, first, draw, "say"), *rest]
     if part == "opening":
         if "opening_anonymous" not in family:
@@ -258,7 +270,7 @@ def make_split(split: str, families: list[Family], count: int, seed: int) -> lis
     seen: set[str] = set()
     while len(rows) < count:
         family = own[len(rows) % len(own)]
-        answer, slots = draw_answer(draw, is_test=split == "test")
+        answer, slots = draw_answer(draw, split=split)
         message = write_message(family, answer, slots, draw)
         if message in seen:
             continue

@@ -21,6 +21,8 @@ from tunesmith.models.layout import Batch
 
 # Logits of a chunk in fp32 take at most this much memory.
 CHUNK_BYTES = 32 * 2**20
+# Target rows are computed in multiples of this many.
+ROUND_TARGETS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +40,25 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     """
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no loss")
-    hidden_KD = model.hidden(batch.ids_T, batch.layout, batch.sources_K)
+    hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
     rows = chunk or max(64, CHUNK_BYTES // (4 * model.config.vocab_size))
     if model.has_plain_head:
         total = _HeadLoss.apply(hidden_KD, model.head_weight, batch.targets_K, rows)
     else:
         total = hidden_KD.new_zeros((), dtype=torch.float32)
-        for hidden_CD, targets_C in zip(hidden_KD.split(rows), batch.targets_K.split(rows), strict=True):
+        kept_KD = hidden_KD[: batch.num_targets]
+        for hidden_CD, targets_C in zip(kept_KD.split(rows), batch.targets_K.split(rows), strict=True):
             total = total + checkpoint(_chunk_loss, model, hidden_CD, targets_C, use_reentrant=False)
     return LossSum(total, batch.num_targets)
+
+
+def _round_up(sources_K: Tensor) -> Tensor:
+    """The positions, the first repeated at the end up to a round number; the loss leaves the repeats out.
+
+    Kernels are compiled and kept per shape: of round shapes there are few, and each comes back.
+    """
+    missing = -len(sources_K) % ROUND_TARGETS
+    return torch.cat((sources_K, sources_K[:1].expand(missing))) if missing else sources_K
 
 
 def _chunk_loss(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
@@ -56,7 +68,10 @@ def _chunk_loss(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor) -> Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of hidden @ weight^T, softmax in fp32 (fp64 stays)."""
+    """Sum of cross-entropies of hidden @ weight^T, softmax in fp32 (fp64 stays).
+
+    Rows of `hidden_KD` beyond the targets are fillers: no loss, no gradient.
+    """
 
     @staticmethod
     def forward(ctx, hidden_KD, weight_VD, targets_K, rows):
@@ -69,12 +84,13 @@ class _HeadLoss(torch.autograd.Function):
             span = slice(start, start + rows)
             hidden_CD, picked = hidden_KD[span], targets_K[span, None]
             log_probs = torch.log_softmax(hidden_CD @ weight_VD.t(), -1, dtype=wide)
-            total -= log_probs.gather(1, picked).sum()
+            total -= log_probs[: len(picked)].gather(1, picked).sum()
             if not (needs_hidden or needs_weight):
                 continue
             # d loss / d logits = probabilities - one_hot(target)
             probs = log_probs.exp_()
-            probs.scatter_add_(1, picked, probs.new_full((1, 1), -1.0).expand_as(picked))
+            probs[: len(picked)].scatter_add_(1, picked, probs.new_full((1, 1), -1.0).expand_as(picked))
+            probs[len(picked) :] = 0
             grad_logits = probs.to(hidden_KD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[span])

@@ -154,8 +154,13 @@ class Batch:
         return int(self.targets_K.shape[0])
 
 
-def make_batch(rows: Sequence[TokenRow], *, device: torch.device | str = "cpu") -> Batch:
+def make_batch(
+    rows: Sequence[TokenRow], *, device: torch.device | str = "cpu", round_tokens: int = 1
+) -> Batch:
     """Batch of rendered rows.
+
+    round_tokens: fill the stream up to a multiple of this many tokens with documents that nothing reads or scores.
+        Kernels are compiled and kept per shape; of round lengths there are few, and each comes back.
 
     A row of n tokens gives n flat positions; its target at place t is predicted from place t - 1:
         ids 5 6 7, mask 0 1 1  ->  sources 0 1, targets 6 7
@@ -170,12 +175,20 @@ def make_batch(rows: Sequence[TokenRow], *, device: torch.device | str = "cpu") 
         ids.extend(token_row.ids)
         mask.extend(token_row.mask)
         row.extend([number] * len(token_row.ids))
+    fillers = _split_filler(-len(ids) % round_tokens)
+    ids.extend([0] * sum(fillers))
     ids_T = torch.tensor(ids, dtype=torch.int64)
     places_K = torch.tensor(mask, dtype=torch.uint8).nonzero().flatten()
     return Batch(
         ids_T=ids_T.to(device),
-        layout=make_layout([len(token_row.ids) for token_row in rows], device=device),
+        layout=make_layout([*(len(token_row.ids) for token_row in rows), *fillers], device=device),
         sources_K=(places_K - 1).to(device),
         targets_K=ids_T[places_K].to(device),
         row_K=torch.tensor(row, dtype=torch.int64)[places_K].to(device),
     )
+
+
+def _split_filler(num_tokens: int) -> list[int]:
+    """Filler tokens as short documents, which cost attention next to nothing."""
+    whole, rest = divmod(num_tokens, _RUNGS[0])
+    return [_RUNGS[0]] * whole + ([rest] if rest else [])
