@@ -41,7 +41,9 @@ def test_a_run_leaves_an_adapter_that_peft_loads_with_our_logits(tmp_path: Path)
     assert record.steps == 3
     assert record.train_tokens > record.target_tokens > 0
     found = find_target(str(tmp_path))
-    ours = load_weights(found.model_folder, found.weights, found.weights_folder, found.storage)
+    ours = load_weights(
+        found.model_folder, found.weights, found.weights_folder, found.storage, precision="fp32"
+    )
     base = transformers.AutoModelForCausalLM.from_pretrained(found.model_folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     ids = torch.arange(5, 45)

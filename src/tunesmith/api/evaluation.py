@@ -140,16 +140,18 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
     tokenizer = load_tokenizer(_tokenizer_folder(task))
     prepared = load_prepared(Path(task.prepared))
     on_event(Event("progress", task.label, "loading"))
+    precision = job.evaluate.precision
     model = load_weights(
         Path(task.model_folder),
         task.weights,
         Path(task.weights_folder) if task.weights_folder else None,
         task.storage,
+        precision=precision,
     )
     general = read_general_text(Path(task.general), tokenizer) if task.general else ()
     base = None
     if general and task.weights == "model":
-        base = load_weights(Path(task.model_folder), "base", None, "full")
+        base = load_weights(Path(task.model_folder), "base", None, "full", precision=precision)
     return judge(
         model,
         Renderer(tokenizer, job.data),
@@ -176,18 +178,20 @@ def _tokenizer_folder(task: JudgeTask) -> Path:
     return Path(task.model_folder)
 
 
-def load_weights(base: Path, weights: Weights, folder: Path | None, storage: Storage) -> CausalLM:
-    """A model ready to be judged: fp32 on a CPU, where scores must not depend on the batch; bf16 on a GPU."""
-    import torch
-
+def load_weights(
+    base: Path, weights: Weights, folder: Path | None, storage: Storage, *, precision: str = "auto"
+) -> CausalLM:
+    """A model ready to be judged: the base, an adapter on it, or another whole model in its place."""
     from tunesmith.api.devices import pick_device, pick_dtype
     from tunesmith.models.adapter_files import load_adapter
     from tunesmith.models.load import load_model
 
     device = pick_device()
-    dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)
     model = load_model(
-        folder if weights == "model" and folder else base, device=device, dtype=dtype, base=storage
+        folder if weights == "model" and folder else base,
+        device=device,
+        dtype=pick_dtype(precision, device),
+        base=storage,
     )
     if weights == "adapter":
         assert folder is not None

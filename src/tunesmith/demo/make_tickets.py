@@ -40,7 +40,17 @@ SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants,
 OWN_CLAUSE_SHARE = 0.03  # of labels said by a clause of the split's own instead of a shared core
 NEW_VALUE_SHARE = {"name": 0.5, "item": 0.2}  # of sealed-test values that no other split holds
 # Everyday words that any writer may use before a further trouble.
-CONNECTIVES = ("also ", "also, ", "and ", "plus ", "besides, ", "then ", "and then ", "on top of that ", "moreover, ")
+CONNECTIVES = (
+    "also ",
+    "also, ",
+    "and ",
+    "plus ",
+    "besides, ",
+    "then ",
+    "and then ",
+    "on top of that ",
+    "moreover, ",
+)
 # How often a message tells of one, two or three troubles; training sees the harder ones more often.
 ISSUE_COUNTS = {"train": (0.4, 0.38, 0.22)}
 USUAL_ISSUE_COUNTS = (0.6, 0.32, 0.08)
