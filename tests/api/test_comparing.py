@@ -26,7 +26,7 @@ def job(arms: list[Any], **more: Any) -> dict[str, Any]:
         "data": {"train": "tunesmith/tickets"},
         "method": {"name": "lora", "rank": 4},
         "train": {"steps": 2, "evaluate_every": "never", "learning_rate": 1e-3},
-        "evaluate": {"max_rows": 6, "max_new_tokens": 8, "shots": 1},
+        "evaluate": {"max_rows": 6, "max_new_tokens": 8, "shots": 1, "precision": "fp32"},
         "compare": {"arms": arms, "seeds": [0, 1], **more},
     }
 
@@ -54,6 +54,48 @@ def test_a_comparison_leaves_its_report_and_every_row(finished: Path) -> None:
     assert trained["train_tokens"] > trained["target_tokens"] > 0
     answers = finished / "arms" / "lora" / "seed-1" / "answers.jsonl"
     assert len(list(read_jsonl(answers))) == 6
+
+
+def test_the_reports_numbers_are_those_of_transformers_and_a_loop_by_hand(finished: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from tunesmith.core.bundled import BUNDLED
+
+    tiny = BUNDLED["tunesmith/tiny"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    test_rows = [row for _, row in read_jsonl(BUNDLED["tunesmith/tickets"] / "test.jsonl")][:6]
+    per_seed = []
+    for seed in (0, 1):
+        folder = finished / "arms" / "lora" / f"seed-{seed}"
+        base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+        answers = [row for _, row in read_jsonl(folder / "answers.jsonl")]
+        total, tokens = 0.0, 0
+        for answer, row in zip(answers, test_rows, strict=True):
+            prompt = tokenizer.apply_chat_template(
+                row["messages"][:-1], add_generation_prompt=True, return_dict=False
+            )
+            truth = tokenizer(
+                row["messages"][-1]["content"] + tokenizer.eos_token, add_special_tokens=False
+            ).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + truth])).logits[0].double().log_softmax(-1)
+            nll = -sum(logits[len(prompt) + n - 1, token].item() for n, token in enumerate(truth))
+            assert answer["nll"] == pytest.approx(nll, rel=1e-4)
+            assert answer["num_target_tokens"] == len(truth)
+            total, tokens = total + nll, tokens + len(truth)
+            ids = torch.tensor([prompt])
+            made = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+            )
+            assert answer["answer"] == tokenizer.decode(made[0, len(prompt) :], skip_special_tokens=True)
+        per_seed.append(total / tokens)
+    arm = api.report(finished).find_arm("lora")
+    assert arm.per_seed["nll"] == pytest.approx(per_seed, rel=1e-4)
+    assert arm.metrics["nll"].value == pytest.approx(sum(per_seed) / 2, rel=1e-4)
+    assert f"{arm.metrics['nll'].value:.3f}" in (finished / "report.html").read_text()
 
 
 def test_retrieval_shares_the_training_of_its_arm(finished: Path) -> None:

@@ -147,3 +147,42 @@ def test_the_record_holds_what_a_rerun_needs(tmp_path: Path) -> None:
     assert record["hardware"]["cores"] >= 1
     assert record["wall_seconds"] > 0 < record["cpu_seconds"]
     assert record["size_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_new_tokens_are_trained_saved_and_loaded_by_peft(tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    values = job(steps=2) | {"method": {"name": "lora", "rank": 4, "new_tokens": ["<ticket>", "<done>"]}}
+    tunesmith.train(values, out=tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert len(tokenizer("<ticket>", add_special_tokens=False).input_ids) == 1
+    from tunesmith.api.evaluation import find_target
+
+    folder = find_target(str(tmp_path)).model_folder
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.resize_token_embeddings(len(tokenizer))
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ids = torch.tensor([tokenizer("<ticket> order 48213 <done>").input_ids])
+    assert model(ids).logits.shape[-1] == len(tokenizer)
+    assert tunesmith.generate(tmp_path, ["Hello"], max_new_tokens=3)
+
+
+def test_a_streamed_run_sets_bad_rows_aside(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(2, 40)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(5, '{"prompt": "no completion", "completion": null}')
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    data = {
+        "train": str(tmp_path / "rows.jsonl"),
+        "streaming": True,
+        "split": {"validation": 0.0, "test": 0.0},
+    }
+    record = tunesmith.train(job(steps=4) | {"data": data}, out=tmp_path / "run", on_bad_row="skip")
+    assert record.steps == 4
+    assert [row["place"] for _, row in read_jsonl(tmp_path / "run" / "rejected_rows.jsonl")] == [
+        "rows.jsonl:6"
+    ]

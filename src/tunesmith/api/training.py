@@ -140,7 +140,7 @@ def prepare(
 ) -> tuple[Prepared, Tokenizer]:
     """Read, check, split and tokenise the data of a job into `run.prepared`; what was lost is said."""
     on_event(Event("stage", text="Preparing data"))
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_job_tokenizer(job, base.folder)
     prepared = prepare_data(job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row)
     for finding in prepared.report.findings:
         if finding.level == "error":
@@ -164,7 +164,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     prepared = load_prepared(Path(task.prepared))
     device = pick_device()
     on_event(Event("progress", task.label, "loading"))
-    tokenizer = load_tokenizer(Path(task.model_folder))
+    tokenizer = load_job_tokenizer(job, Path(task.model_folder))
     model = load_trainable(
         job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device)
     )
@@ -261,6 +261,14 @@ def load_trainable(
     num_tokens = tokenizer.vocab_size if method.new_tokens else None
     add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     return model
+
+
+def load_job_tokenizer(job: Job, folder: Path) -> Tokenizer:
+    """The base model's tokenizer, with the tokens that the job adds."""
+    tokenizer = load_tokenizer(folder)
+    if isinstance(job.method_spec, LoraSpec) and job.method_spec.new_tokens:
+        tokenizer.add_tokens(job.method_spec.new_tokens)
+    return tokenizer
 
 
 def resolve_learning_rate(job: Job, model_folder: Path) -> float:
