@@ -118,3 +118,30 @@ def test_an_unwritable_folder_is_one_line(folder: Path) -> None:
 def test_schema_is_json(folder: Path) -> None:
     run = tunesmith("schema", cwd=folder)
     assert json.loads(run.stdout)["title"] == "Tunesmith job"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding"),
+    [
+        (["nonsense"], "nonsense"),
+        (["check", "job.yaml", "--bogus"], "--bogus"),
+        (["check", "job.yaml", "--on-bad-row", "maybe"], "maybe"),
+        (["train", "job.yaml"], "--out"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(folder: Path, arguments: list[str], finding: str) -> None:
+    run = tunesmith(*arguments, cwd=folder)
+    assert run.returncode == 2
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert finding in run.stderr
+
+
+def test_a_row_of_another_shape_is_skipped_like_any_bad_row(folder: Path) -> None:
+    rows = [json.dumps({"prompt": f"Question {n}?", "completion": f"{n * 7}"}) for n in range(30)]
+    (folder / "rows.jsonl").write_text("\n".join([*rows[:9], '{"foo": 1}', *rows[9:]]))
+    check = ["check", "job.yaml", "--set", "data.train=rows.jsonl"]
+    refused = tunesmith(*check, cwd=folder)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: rows.jsonl:10: rows with keys foo")
+    skipped = tunesmith(*check, "--on-bad-row", "skip", cwd=folder)
+    assert "1 rejected" in skipped.stdout

@@ -150,6 +150,9 @@ def test_an_empty_file_is_named(tmp_path, name):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
+        source("x" * 5000)
+    assert "no such file or folder" in str(caught.value)
+    with pytest.raises(DataError) as caught:
         source(tmp_path / "gone.jsonl")
     assert "gone.jsonl: no such file or folder" in str(caught.value)
 
@@ -158,6 +161,7 @@ def test_a_missing_file_is_named(tmp_path):
     ("name", "text", "finding"),
     [
         ("t.csv", "a,a\n1,2\n", "column name appears twice"),
+        ("t.csv", "a,b\n1,\0\n", "contains a NUL byte"),
         ("t.csv", "a,b\n1\n", "not 2 fields like the header"),
         ("t.json", '{"a": 1}', "not a list of rows"),
         ("t.parquet", "hello", "rule"),

@@ -45,6 +45,7 @@ def write(folder: Path, text: str | bytes) -> Path:
         (HEAD + "train: {epochs: -1}\n", 3, "train.epochs is -1; it should be above 0"),
         (HEAD + "train: {seed: 1.5}\n", 3, "train.seed is 1.5; it should be a whole number"),
         (HEAD + "train: {learning_rate: '1e-4'}\n", 3, "it should be a number or 'auto'"),
+        (HEAD + "train: {epochs: .inf}\n", 3, "train.epochs is inf; it should be a finite number"),
         (HEAD + "data2: 1\n", 3, "unknown key 'data2'; did you mean 'data'?"),
         (HEAD + "compare:\n  arms:\n  - {method: {name: lora, rnk: 3}}\n", 5, "mean 'compare.arms.0.method.rank'?"),
         (HEAD + "compare: {arms: []}\n", 3, "compare.arms"),
@@ -66,6 +67,20 @@ def test_a_bad_job_is_one_line_with_its_place(
     assert finding in message
     assert "\n" not in message
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: x\ndata: {train: ''}\n", "data.train: is empty. Name a file or folder"),
+        ("model: x\ndata: {train: []}\n", "data.train: is empty. Name a file or folder"),
+        (HEAD + "evaluate: {schema_file: gone.json}\n", "evaluate.schema_file: gone.json: no such file"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_told_with_their_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(JobError) as caught:
+        load_job(write(tmp_path, text))
+    assert str(caught.value).startswith(message)
 
 
 def test_numbers_and_words_follow_yaml_1_2(tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ def test_damaged_folders_are_refused_in_one_line_before_loading(folder: Path) ->
         with pytest.raises(ModelError, match=r"safetensors|cut off") as caught:
             check_model(folder)
         assert "\n" not in str(caught.value)
+    weights.write_bytes((3).to_bytes(8, "little") + b"[1]")
+    with pytest.raises(ModelError, match="no readable safetensors header"):
+        check_model(folder)
     weights.write_bytes(good)
     change_config(folder, intermediate_size=100)
     with pytest.raises(
@@ -154,6 +157,8 @@ def test_old_and_new_rope_fields_mean_the_same() -> None:
         ({"vocab_size": None}, "has no 'vocab_size'"),
         ({"num_key_value_heads": 3}, "4 attention heads on 3"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window is 'x'"),
         ({"torch_dtype": "int8"}, "dtype is 'int8'"),
     ],
 )

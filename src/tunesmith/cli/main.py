@@ -24,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Without naming click: recent versions of typer carry their own.
+_UsageError: Any = typer.BadParameter.__base__
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML). `tunesmith init` writes one.")]
 Overrides = Annotated[
     list[str],
@@ -237,7 +240,13 @@ def _say(text: str) -> None:
 def main() -> None:
     """Entry point: faults of the user's making end in one line and their exit code, never in a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:  # typer itself would draw a frame of five lines
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            _say(f"error: {' '.join(error.format_message().split())} See: tunesmith --help")
+        sys.exit(error.exit_code)
     except TunesmithError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.jsonl import write_jsonl
 from tunesmith.core.types import Conversation, Origin
 from tunesmith.data.checks import CheckReport, SourceFacts, SplitFacts
-from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row
+from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row, shape_of
 from tunesmith.data.sources import Source, find_sources, mix_rows, read_rows
 from tunesmith.data.split import Likeness, assign_splits
 from tunesmith.job.spec import DataSpec, SourceSpec, as_source_specs
@@ -60,7 +61,7 @@ def read_conversations(
         # Told after the rows before it have been looked at, so that the first bad row is the one named.
         failure = error
     if head:
-        found = detect_format((raw.value for raw in head), place=source.name) if fmt == "auto" else fmt
+        found = _detect(head, skip=rejects.collect) if fmt == "auto" else fmt
         facts.format = found
         for raw in itertools.chain(head, rows):
             try:
@@ -75,6 +76,16 @@ def read_conversations(
     facts.num_rejected = len(rejects.rows) - before
     if failure is not None:
         raise failure
+
+
+def _detect(head: Sequence[RawRow], *, skip: bool) -> FormatName:
+    """The one shape of the rows; where bad rows are set aside, the commonest, and rows of another are bad."""
+    shapes = [shape_of(raw.value) for raw in head]
+    known = Counter(shape for shape in shapes if shape is not None)
+    if skip and known:
+        return known.most_common(1)[0][0]
+    odd = next((n for n, shape in enumerate(shapes) if shape is None or shape != shapes[0]), 0)
+    return detect_format((raw.value for raw in head), place=head[odd].origin.place)
 
 
 @dataclass(frozen=True, slots=True)

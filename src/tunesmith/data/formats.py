@@ -54,7 +54,7 @@ def detect_format(values: Iterable[Mapping[str, Any]], *, place: str = "data") -
     found: FormatName | None = None
     rows = list(values)
     for row in rows:
-        shape = _shape_of(row)
+        shape = shape_of(row)
         if shape is None or (found is not None and shape != found):
             other = f" beside rows of shape {found}" if found and shape != found else ""
             raise DataError(
@@ -69,7 +69,8 @@ def detect_format(values: Iterable[Mapping[str, Any]], *, place: str = "data") -
     return found
 
 
-def _shape_of(row: Mapping[str, Any]) -> FormatName | None:
+def shape_of(row: Mapping[str, Any]) -> FormatName | None:
+    """The shape that a row's keys tell, None for none of ours."""
     if "messages" in row:
         return "messages"
     if "conversations" in row:

@@ -9,6 +9,7 @@ import csv
 import glob
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ def find_sources(source: SourceLike) -> dict[str, Source]:
             raise DataError(text, "the bundled data is missing", cure="Reinstall tunesmith")
         return _find_in_folder(folder, text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, never raises (names too long, NUL)
         return _find_in_folder(path, text)
-    if path.is_file():
+    if os.path.isfile(path):
         return {"train": Source(path.name, "train", (_check_suffix(path),))}
     if glob.has_magic(text):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
@@ -244,7 +245,14 @@ def _read_csv(path: Path, label: str) -> _Numbered:
             line = reader.line_num + 1
             for row in reader:
                 error = None
-                if None in row or None in row.values():
+                if any("\0" in text for text in row.values() if isinstance(text, str)):
+                    error = DataError(
+                        f"{label}:{line}",
+                        "contains a NUL byte",
+                        rule="CSV is text",
+                        cure="Repair the row, or pass --on-bad-row skip",
+                    )
+                elif None in row or None in row.values():
                     error = DataError(
                         f"{label}:{line}",
                         f"not {len(reader.fieldnames or ())} fields like the header",

@@ -10,6 +10,7 @@ are refused: a job file is data.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,7 @@ def _wanted(item: Any) -> str:
         "greater_than_equal": f"at least {context.get('ge')}",
         "less_than": f"below {context.get('lt')}",
         "less_than_equal": f"at most {context.get('le')}",
+        "finite_number": "a finite number",
         "too_short": f"at least {context.get('min_length')} long",
     }.get(item["type"], str(item["msg"]))
 
@@ -347,6 +349,8 @@ _PATH_KEYS: tuple[Location, ...] = (
     ("evaluate", "general"),
 )
 
+_JUDGE_KEYS = (("evaluate", "documents"), ("evaluate", "schema_file"))
+
 
 def resolve_paths(job: Job, folder: Path) -> Job:
     """Make paths that exist beside the job file absolute; names (bundled, hub) stay as written."""
@@ -358,8 +362,17 @@ def resolve_paths(job: Job, folder: Path) -> Job:
             if node is None:
                 break
         if isinstance(node, dict) and key[-1] in node:
+            if node[key[-1]] in ("", []):
+                raise JobError(".".join(map(str, key)), "is empty", cure="Name a file or folder")
             node[key[-1]] = _resolve(node[key[-1]], folder)
+            _refuse_missing_file(key, node[key[-1]])
     return Job.model_validate(values)
+
+
+def _refuse_missing_file(key: Location, value: Any) -> None:
+    """What the judge reads is a file here, unlike rows and models; told now and not after hours of training."""
+    if key in _JUDGE_KEYS and value is not None and not os.path.exists(value):
+        raise JobError(".".join(map(str, key)), f"{value}: no such file or folder", cure="Check the path")
 
 
 def _resolve(value: Any, folder: Path) -> Any:

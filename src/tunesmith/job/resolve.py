@@ -42,9 +42,9 @@ def resolve_model(spec: ModelSpec) -> ResolvedModel:
     if bundled := bundled_path(spec.name):
         return ResolvedModel(spec.name, bundled)
     folder = Path(spec.name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's, never raises on a name too long
         return ResolvedModel(spec.name, _check_model_folder(folder))
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelError(
             spec.name, "is a file", rule="a model is a folder with config.json", cure="Name its folder"
         )

@@ -18,7 +18,9 @@ Auto = Literal["auto"]
 class Spec(BaseModel):
     """Frozen, strict about types, and closed: an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelSpec(Spec):

@@ -158,10 +158,10 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
         o_bias=model_type != "qwen2" and fields.read("attention_bias", bool, False),
         mlp_bias=model_type == "llama" and fields.read("mlp_bias", bool, False),
         qk_norm=model_type == "qwen3",
-        windows=_parse_windows(raw, model_type, layers),
+        windows=_parse_windows(raw, fields, model_type, layers),
         dtype=_parse_dtype(raw, place),
-        bos_id=_first(raw.get("bos_token_id")),
-        eos_ids=_as_tuple(raw.get("eos_token_id")),
+        bos_id=next(iter(_read_ids(raw, "bos_token_id", place)), None),
+        eos_ids=_read_ids(raw, "eos_token_id", place),
         own=not why_not,
         why_not=why_not,
     )
@@ -212,8 +212,8 @@ def _parse_rope(raw: Mapping[str, Any], fields: _Fields) -> RopeConfig:
     )
 
 
-def _parse_windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int, ...]:
-    window = raw.get("sliding_window") or 0
+def _parse_windows(raw: Mapping[str, Any], fields: _Fields, model_type: str, layers: int) -> tuple[int, ...]:
+    window = fields.read("sliding_window", int, 0)
     if model_type == "mistral":
         return (window,) * layers
     if model_type not in ("qwen2", "qwen3") or not raw.get("use_sliding_window", False):
@@ -221,7 +221,7 @@ def _parse_windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tupl
     kinds = raw.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    first = raw.get("max_window_layers", 28)
+    first = fields.read("max_window_layers", int, 28)
     return tuple(window if layer >= first else 0 for layer in range(layers))
 
 
@@ -237,12 +237,11 @@ def _parse_dtype(raw: Mapping[str, Any], place: str) -> str:
     return name
 
 
-def _as_tuple(value: Any) -> tuple[int, ...]:
+def _read_ids(raw: Mapping[str, Any], key: str, place: str) -> tuple[int, ...]:
+    value = raw.get(key)
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
-
-
-def _first(value: Any) -> int | None:
-    found = _as_tuple(value)
-    return found[0] if found else None
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) for item in ids):
+        raise ModelError(place, f"{key} is {value!r}", rule="it is a token id, or a list of them")
+    return tuple(ids)

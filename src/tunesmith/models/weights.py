@@ -68,6 +68,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
                 raise ModelError(str(path), f"is not a whole safetensors file ({size} bytes)", cure=cure)
             header = json.loads(handle.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("not a JSON object")
     except OSError as error:
         raise ModelError(str(path), error.strerror or str(error), cure="Check the path") from None
     except ValueError:
