@@ -145,3 +145,11 @@ def test_a_row_of_another_shape_is_skipped_like_any_bad_row(folder: Path) -> Non
     assert refused.stderr.startswith("error: rows.jsonl:10: rows with keys foo")
     skipped = tunesmith(*check, "--on-bad-row", "skip", cwd=folder)
     assert "1 rejected" in skipped.stdout
+
+
+def test_a_base_for_what_is_no_adapter_is_refused(folder: Path) -> None:
+    run = tunesmith("eval", "tunesmith/tiny", "--base", "x", "--data", "tunesmith/tickets", cwd=folder)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: tunesmith/tiny: is no adapter folder; --base names the model under an adapter. Leave --base out\n"
+    )

@@ -44,9 +44,17 @@ def find_target(name: str, *, base: str | None = None) -> Target:
     """Run folder, adapter folder, model folder, bundled name or hub id -> what to load. Raises ModelError."""
     folder = Path(name).expanduser()
     run = RunDir(folder)
-    if run.record.is_file():
+    is_run, is_adapter = run.record.is_file(), (folder / "adapter_config.json").is_file()
+    if base and (is_run or not is_adapter):
+        raise ModelError(
+            name,
+            "is a run, which knows its base" if is_run else "is no adapter folder",
+            rule="--base names the model under an adapter",
+            cure="Leave --base out",
+        )
+    if is_run:
         return _target_of_run(run)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter:
         config = read_json(folder / "adapter_config.json")
         named = base or config.get("base_model_name_or_path")
         if not named:

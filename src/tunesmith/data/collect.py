@@ -81,9 +81,9 @@ def read_conversations(
 def _detect(head: Sequence[RawRow], *, skip: bool) -> FormatName:
     """The one shape of the rows; where bad rows are set aside, the commonest, and rows of another are bad."""
     shapes = [shape_of(raw.value) for raw in head]
-    known = Counter(shape for shape in shapes if shape is not None)
+    known = Counter([shape for shape in shapes if shape is not None])
     if skip and known:
-        return known.most_common(1)[0][0]
+        return cast("FormatName", known.most_common(1)[0][0])
     odd = next((n for n, shape in enumerate(shapes) if shape is None or shape != shapes[0]), 0)
     return detect_format((raw.value for raw in head), place=head[odd].origin.place)
 
