@@ -134,6 +134,14 @@ def test_learning_rates_are_searched_equally_and_chosen_on_validation(tmp_path: 
     assert any("one seed" in warning.lower() for warning in comparison.warnings)
 
 
+def test_files_for_the_judge_are_looked_for_before_any_work(tmp_path: Path) -> None:
+    for key in ("schema_file", "general", "documents"):
+        values = job(["zero-shot"])
+        values["evaluate"] = {key: "nowhere"}
+        with pytest.raises(JobError, match=rf"evaluate\.{key}: nowhere: no such file or folder"):
+            tunesmith.compare(values, out=tmp_path)
+
+
 def test_an_unknown_arm_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="Did you mean 'few-shot'"):
         tunesmith.compare(job(["few-shoot"]), out=tmp_path)

@@ -33,7 +33,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads_with_our_logits(tmp_path: Path)
     import torch
     import transformers
 
-    from tunesmith.api.evaluation import find_target, load_weights
+    from tunesmith.api.evaluation import find_target, load_target
     from tunesmith.models.layout import make_layout
 
     record = tunesmith.train(job(), out=tmp_path)
@@ -41,9 +41,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads_with_our_logits(tmp_path: Path)
     assert record.steps == 3
     assert record.train_tokens > record.target_tokens > 0
     found = find_target(str(tmp_path))
-    ours = load_weights(
-        found.model_folder, found.weights, found.weights_folder, found.storage, precision="fp32"
-    )
+    ours = load_target(found, precision="fp32")
     base = transformers.AutoModelForCausalLM.from_pretrained(found.model_folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     ids = torch.arange(5, 45)
@@ -68,6 +66,19 @@ def test_another_job_in_the_folder_is_refused_naming_the_key(tmp_path: Path) -> 
         tunesmith.train(job(learning_rate=2e-3), out=tmp_path)
     record = tunesmith.train(job(learning_rate=2e-3), out=tmp_path, fresh=True)
     assert record.learning_rate == 2e-3
+
+
+def test_edited_rows_are_not_answered_with_the_old_run(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(2, 40)
+    ]
+    source = tmp_path / "rows.jsonl"
+    data = {"train": str(source), "split": {"validation": 0.0, "test": 0.0}}
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tunesmith.train(job() | {"data": data}, out=tmp_path / "run")
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    with pytest.raises(RunDirError, match="was trained when train was different"):
+        tunesmith.train(job() | {"data": data}, out=tmp_path / "run")
 
 
 def test_fresh_never_deletes_what_is_not_ours(tmp_path: Path) -> None:

@@ -9,12 +9,18 @@ from typing import Any, Literal
 
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
-from tunesmith.api.training import clear_run, fingerprint_model, prepare, resolve_learning_rate
+from tunesmith.api.training import (
+    clear_run,
+    fingerprint_model,
+    prepare,
+    resolve_learning_rate,
+    writing_to,
+)
 from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run, to_public_json
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.core.comparison import Comparison
-from tunesmith.core.errors import ArmFailed, DataError, RunDirError
+from tunesmith.core.errors import ArmFailed, DataError, JobError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import hash_file, hash_json
 from tunesmith.core.jsonl import read_json, write_json
@@ -49,7 +55,7 @@ def compare(
     arms = plan_arms(job)
     base = resolve_model(job.model_spec)
     run = RunDir(Path(out)).create()
-    with run.lock():
+    with run.lock(), writing_to(run):
         if fresh:
             clear_run(run)
         elif not run.is_own():
@@ -85,8 +91,9 @@ def report(run: str | Path) -> Comparison:
     folder = RunDir(Path(run))
     if not folder.job.is_file():
         raise RunDirError(str(run), "holds no comparison", cure="Give the --out folder of: tunesmith compare")
-    comparison = compare_run(folder, Job.model_validate(read_json(folder.job)))
-    render_report(folder)
+    with writing_to(folder):
+        comparison = compare_run(folder, Job.model_validate(read_json(folder.job)))
+        render_report(folder)
     return comparison
 
 
@@ -116,15 +123,7 @@ class _Comparing:
         parallel, threads = plan_parallel(self.job.compare.parallel, model_bytes=model_bytes)
         failures: dict[str, str] = {}
         if self.job.compare.tune.trials:
-            self.on_event(
-                Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm")
-            )
-            trials = {arm.name: self._plan_trials(arm) for arm in arms if arm.trains}
-            run_works(
-                [work for works in trials.values() for work in works],
-                parallel=parallel, threads=threads, on_event=self.on_event,
-            )  # fmt: skip
-            arms = [self._tuned(arm, trials, failures) for arm in arms]
+            arms = self._tune(arms, failures, parallel=parallel, threads=threads)
         count = sum(len(arm.seeds) for arm in arms)
         self.on_event(Event("stage", text=f"Comparing {len(arms)} arms, {count} runs, {parallel} at a time"))
         works = self._plan_works([arm for arm in arms if arm.trained_by not in failures])
@@ -132,6 +131,28 @@ class _Comparing:
         return failures | _by_arm(failed, arms)
 
     # --- learning-rate search ---------------------------------------------------------------------------------------
+
+    def _tune(
+        self, arms: Sequence[PlannedArm], failures: dict[str, str], *, parallel: int, threads: int
+    ) -> list[PlannedArm]:
+        """The arms with their chosen learning rates; arms whose trials all failed are added to `failures`."""
+        if "validation" not in self.prepared.splits:
+            raise JobError(
+                "compare.tune",
+                "there is no validation split",
+                rule="rates are chosen on it",
+                cure="Give it a share",
+            )
+        self.on_event(
+            Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm")
+        )
+        trials = {arm.name: self._plan_trials(arm) for arm in arms if arm.trains}
+        works = [work for planned in trials.values() for work in planned]
+        failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
+        for name, planned in trials.items():
+            if reasons := [failed[work.name] for work in planned if work.name in failed]:
+                self.on_event(Event("warning", text=f"{name}: {len(reasons)} trials failed: {reasons[0]}"))
+        return [self._tuned(arm, trials, failures) for arm in arms]
 
     def _plan_trials(self, arm: PlannedArm) -> list[Work]:
         prior = resolve_learning_rate(self._arm_job(arm, self.job.compare.seeds[0]), self.base.folder)
@@ -202,6 +223,9 @@ class _Comparing:
 
     def _train_task(self, arm: PlannedArm, seed: int, *, trial: int | None = None) -> TrainTask:
         job = self._arm_job(arm, seed)
+        if trial is not None and job.train.evaluate_every == "never":
+            # A trial without a validation loss could not be chosen.
+            job = job.model_copy(update={"train": job.train.model_copy(update={"evaluate_every": "epoch"})})
         values = job.model_dump(mode="json", exclude={"compare", "evaluate"})
         folder = self.run.arm(arm.name, seed) if trial is None else self.run.trial(arm.name, trial)
         return TrainTask(
@@ -238,17 +262,28 @@ class _Comparing:
                 {
                     "job": job,
                     "prompting": arm.prompting,
-                    "general": hash_file(Path(general)) if general else None,
+                    "files": self._hash_named_files(general),
                     **self._shared_hashes(("train", "validation", "test")),
                 }
             ),
             weights=weights,
             weights_folder=str(folder) if folder else None,
             storage=method.storage if isinstance(method, LoraSpec) else "full",
+            double_quant=method.double_quant if isinstance(method, LoraSpec) else True,
             prompting=arm.prompting,
             seed=seed,
             general=general,
         )
+
+    def _hash_named_files(self, general: str | None) -> dict[str, str]:
+        """Hashes of files that scoring reads besides the rows."""
+        spec = self.job.evaluate
+        named = {"general": general, "schema": spec.schema_file}
+        hashes = {name: hash_file(Path(path)) for name, path in named.items() if path}
+        documents = (
+            sorted(p for p in Path(spec.documents).rglob("*") if p.is_file()) if spec.documents else []
+        )
+        return hashes | {f"documents/{path.name}": hash_file(path) for path in documents}
 
     def _shared_hashes(self, splits: Sequence[str]) -> dict[str, str]:
         names = {f"{split}_sha256" for split in splits} | {"template_sha256", "tokenizer_sha256"}

@@ -38,6 +38,17 @@ class Target:
     weights_folder: Path | None = None
     storage: Storage = "full"
     template: str | None = None
+    double_quant: bool = True
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's own tokenizer where it has one: it may hold added tokens."""
+        own = self.weights_folder if self.weights == "adapter" else None
+        if own and any(
+            (own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        ):
+            return own
+        return self.model_folder
 
 
 def find_target(name: str, *, base: str | None = None) -> Target:
@@ -71,9 +82,8 @@ def _target_of_run(run: RunDir) -> Target:
     resolved = resolve_model(job.model_spec)
     method = job.method_spec
     if isinstance(method, LoraSpec):
-        return Target(
-            resolved.name, resolved.folder, "adapter", run.adapter, method.storage, job.data.template
-        )
+        kept = (method.storage, job.data.template, method.double_quant)
+        return Target(resolved.name, resolved.folder, "adapter", run.adapter, *kept)
     return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
 
 
@@ -118,7 +128,9 @@ def evaluate(
             }
         )
         on_event(Event("stage", text="Preparing data"))
-        prepare_data(job, tokenizer=load_tokenizer(found.model_folder), folder=run.prepared, splits=("test",))
+        prepare_data(
+            job, tokenizer=load_tokenizer(found.tokenizer_folder), folder=run.prepared, splits=("test",)
+        )
         task = JudgeTask(
             label="",
             job=job.model_dump(mode="json"),
@@ -133,6 +145,7 @@ def evaluate(
             prompting="zero-shot",
             seed=0,
             general=None,
+            double_quant=found.double_quant,
         )
         return run_judge_task(task, on_event)
 
@@ -145,21 +158,22 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
 
     job = Job.model_validate(task.job)
     run = RunDir(Path(task.out)).create()
-    tokenizer = load_tokenizer(_tokenizer_folder(task))
-    prepared = load_prepared(Path(task.prepared))
-    on_event(Event("progress", task.label, "loading"))
-    precision = job.evaluate.precision
-    model = load_weights(
+    target = Target(
+        task.model_name,
         Path(task.model_folder),
         task.weights,
         Path(task.weights_folder) if task.weights_folder else None,
         task.storage,
-        precision=precision,
+        double_quant=task.double_quant,
     )
+    tokenizer = load_tokenizer(target.tokenizer_folder)
+    prepared = load_prepared(Path(task.prepared))
+    on_event(Event("progress", task.label, "loading"))
+    model = load_target(target, precision=job.evaluate.precision)
     general = read_general_text(Path(task.general), tokenizer) if task.general else ()
     base = None
     if general and task.weights == "model":
-        base = load_weights(Path(task.model_folder), "base", None, "full", precision=precision)
+        base = load_target(Target(task.model_name, target.model_folder), precision=job.evaluate.precision)
     return judge(
         model,
         Renderer(tokenizer, job.data),
@@ -177,33 +191,24 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
     )
 
 
-def _tokenizer_folder(task: JudgeTask) -> Path:
-    """The adapter's own tokenizer where it has one: it may hold added tokens."""
-    if task.weights == "adapter" and task.weights_folder:
-        folder = Path(task.weights_folder)
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return folder
-    return Path(task.model_folder)
-
-
-def load_weights(
-    base: Path, weights: Weights, folder: Path | None, storage: Storage, *, precision: str = "auto"
-) -> CausalLM:
+def load_target(target: Target, *, precision: str = "auto") -> CausalLM:
     """A model ready to be judged: the base, an adapter on it, or another whole model in its place."""
     from tunesmith.api.devices import pick_device, pick_dtype
     from tunesmith.models.adapter_files import load_adapter
     from tunesmith.models.load import load_model
 
     device = pick_device()
+    whole = target.weights_folder if target.weights == "model" else None
     model = load_model(
-        folder if weights == "model" and folder else base,
+        whole or target.model_folder,
         device=device,
         dtype=pick_dtype(precision, device),
-        base=storage,
+        base=target.storage,
+        double_quant=target.double_quant,
     )
-    if weights == "adapter":
-        assert folder is not None
-        load_adapter(model, folder)
+    if target.weights == "adapter":
+        assert target.weights_folder is not None
+        load_adapter(model, target.weights_folder)
     return model.eval()
 
 
@@ -243,12 +248,9 @@ def generate(
     from tunesmith.infer.generate import generate as sample
 
     found = find_target(str(target), base=base)
-    folder = (
-        found.weights_folder if found.weights == "adapter" and found.weights_folder else found.model_folder
-    )
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else found.model_folder)
+    tokenizer = load_tokenizer(found.tokenizer_folder)
     renderer = Renderer(tokenizer, DataSpec(train="", template=template or found.template))
-    model = load_weights(found.model_folder, found.weights, found.weights_folder, found.storage)
+    model = load_target(found)
     generations = sample(
         model,
         [renderer.render_prompt(_as_messages(prompt)) for prompt in prompts],

@@ -76,15 +76,11 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
 def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
     task_file = work.folder / f"{work.name.replace(' ', '-')}.tasks.json"
     write_tasks(task_file, work.tasks)
-
-    def forward(event: Event) -> None:
-        on_event(event)
-
     run_process(
         worker_command(task_file),
         log=work.folder / f"{work.name.replace(' ', '-')}.log",
         task=work.name,
-        on_event=forward,
+        on_event=on_event,
         stop=stop,
         threads=threads,
     )

@@ -45,7 +45,7 @@ class JudgeTask:
     """Score one arm and seed on the sealed test rows.
 
     weights: what to put on the base: nothing, an adapter folder, or a whole model instead of it.
-    storage: how the base is held, as it was in training: an adapter trained on NF4 is judged on NF4.
+    storage, double_quant: how the base is held, as it was in training: an adapter trained on NF4 is judged on NF4.
     general: text for the forgetting measure, None to leave it out.
     """
 
@@ -62,6 +62,7 @@ class JudgeTask:
     prompting: Literal["zero-shot", "few-shot", "rag"]
     seed: int
     general: str | None
+    double_quant: bool = True
 
 
 Task = TrainTask | JudgeTask
@@ -87,12 +88,16 @@ def is_finished(task: Task) -> bool:
 
 
 def mark_started(task: Task) -> None:
-    """Note which task the folder is at. What an earlier, different training left there is deleted first."""
+    """Note which task the folder is at. What an earlier, different one left there is deleted first."""
     folder = RunDir(Path(task.out))
     state = _read_state(folder)
-    if isinstance(task, TrainTask) and state.get("train", {"key": task.key})["key"] != task.key:
-        folder.clear()
-        state = {}
+    if state.get(_kind(task), {"key": task.key})["key"] != task.key:
+        if isinstance(task, TrainTask):
+            folder.clear()
+            state = {}
+        else:
+            folder.evaluation.unlink(missing_ok=True)
+            folder.answers.unlink(missing_ok=True)
     write_json(folder.create().tasks, {**state, _kind(task): {"key": task.key, "done": False}})
 
 

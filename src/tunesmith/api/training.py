@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,16 +62,38 @@ def train(
     job = job if isinstance(job, Job) else job_from(job)
     base = resolve_model(job.model_spec)
     run = RunDir(Path(out)).create()
-    with run.lock():
+    with run.lock(), writing_to(run):
         if fresh:
             clear_run(run)
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
             record = RunRecord.from_json(read_json(run.record), place=str(run.record))
+            _refuse_other_data(record, load_prepared(run.prepared), run)
             if record.status == "done":
                 on_event(Event("note", text=f"{run.root} is complete; --fresh trains again"))
                 return record
         return run_train_task(task, on_event)
+
+
+@contextmanager
+def writing_to(run: RunDir) -> Generator[None]:
+    """Turn a failed write inside the block (disk full, read-only) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise as_rundir_error(error, run.root) from None
+
+
+def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> None:
+    """Raise RunDirError if the finished run in `run` saw other rows than the sources hold now."""
+    for name, value in prepared.fingerprints.items():
+        if record.fingerprints.get(name, value) != value:
+            raise RunDirError(
+                str(run.root),
+                f"was trained when {name.removesuffix('_sha256')} was different",
+                rule="a finished run stands for its data",
+                cure="Give another --out, or --fresh to train again",
+            )
 
 
 def clear_run(run: RunDir) -> None:

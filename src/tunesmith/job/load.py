@@ -349,7 +349,7 @@ _PATH_KEYS: tuple[Location, ...] = (
     ("evaluate", "general"),
 )
 
-_JUDGE_KEYS = (("evaluate", "documents"), ("evaluate", "schema_file"))
+_JUDGE_KEYS = (("evaluate", "documents"), ("evaluate", "schema_file"), ("evaluate", "general"))
 
 
 def resolve_paths(job: Job, folder: Path) -> Job:
