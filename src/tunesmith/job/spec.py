@@ -220,8 +220,8 @@ class EvaluateSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     """How answers are drawn; greedy by default."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute precision of the judge, the same for every arm; `auto` as in training. Whatever it is, scores do not depend
-    on the batch."""
+    """Compute precision of the judge, the same for every arm; `auto` as in training. Whatever it is, scores do not
+    depend on the batch."""
     max_rows: PositiveInt | None = None
     """Score only the first rows of the test split."""
     shots: PositiveInt = 4
