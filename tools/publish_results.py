@@ -33,7 +33,9 @@ def publish(run: Path) -> None:
         before = page.read_text(encoding="utf-8")
         after, count = _MARKS.subn(lambda marks: f"{marks[1]}\n{text}\n{marks[2]}", before)
         if count != 1:
-            sys.exit(f"{name}: {count} places for results; one pair of `results: begin` and `results: end` marks")
+            sys.exit(
+                f"{name}: {count} places for results; one pair of `results: begin` and `results: end` marks"
+            )
         page.write_text(after, encoding="utf-8")
 
 

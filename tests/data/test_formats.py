@@ -199,3 +199,10 @@ def test_real_sets_are_recognised_and_parsed(shared, path, shape, num_rows):
             bad.append(error.finding)
     assert num_rows is None or len(values) == num_rows
     assert len(bad) <= len(values) // 50, bad[:3]
+
+
+def test_the_options_of_a_multiple_choice_row_reach_the_judge() -> None:
+    row = {"prompt": "Sky?", "completion": " blue", "choices": [" blue", " green"], "answer_index": 0}
+    parsed = parse_row(RawRow(row, Origin("rows.jsonl:1", "rows.jsonl", 1)), "prompt_completion")
+    assert parsed.extra["choices"] == [" blue", " green"]
+    assert parsed.extra["answer_index"] == 0

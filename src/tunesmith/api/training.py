@@ -65,6 +65,14 @@ def train(
     with run.lock(), writing_to(run):
         if fresh:
             clear_run(run)
+        elif not run.is_own():
+            raise RunDirError(
+                str(run.root),
+                "holds no run of ours",
+                rule="out is a folder of its own",
+                cure="Give another --out",
+            )
+        _check_weights(base)
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
             record = RunRecord.from_json(read_json(run.record), place=str(run.record))
@@ -82,6 +90,13 @@ def writing_to(run: RunDir) -> Generator[None]:
         yield
     except OSError as error:
         raise as_rundir_error(error, run.root) from None
+
+
+def _check_weights(base: ResolvedModel) -> None:
+    """Refuse damaged weights by their headers, before the data is read."""
+    from tunesmith.models.load import check_model
+
+    check_model(base.folder)
 
 
 def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> None:

@@ -227,6 +227,8 @@ def _print_comparison(comparison: Any, out: Path, as_json: bool) -> None:
         from tunesmith.cli import show
 
         show.print_comparison(comparison, out)
+    if any(arm.status != "done" for arm in comparison.arms):
+        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

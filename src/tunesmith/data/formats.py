@@ -37,6 +37,7 @@ _ROLES: dict[str, Role] = {
     "function": "tool",
 }
 _CLUSTER_KEYS = ("cluster", "family")
+_CHOICE_KEYS = ("choices", "answer_index")
 # Message keys that this module reads itself; the others go to the template as they are.
 _OWN_KEYS = ("role", "content", "weight", "loss_weight")
 
@@ -127,8 +128,8 @@ def _name_type(value: Any) -> str:
 
 
 def _take_extra(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What later steps read besides the messages: the cluster given with the row, and the row's name."""
-    extra: dict[str, Any] = {}
+    """What later steps read besides the messages: the row's cluster, and the options of a multiple-choice row."""
+    extra: dict[str, Any] = {key: row[key] for key in _CHOICE_KEYS if row.get(key) is not None}
     for key in _CLUSTER_KEYS:
         if isinstance(row.get(key), str | int) and "cluster" not in extra:
             extra["cluster"] = str(row[key])
