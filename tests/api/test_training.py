@@ -199,19 +199,6 @@ def test_a_streamed_run_sets_bad_rows_aside(tmp_path: Path) -> None:
     ]
 
 
-def test_damaged_weights_are_refused_before_the_data_is_read(tmp_path: Path) -> None:
-    import shutil
-
-    from tunesmith.core.bundled import BUNDLED
-
-    shutil.copytree(BUNDLED["tunesmith/tiny"], tmp_path / "base")
-    weights = tmp_path / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match=r"model\.safetensors"):
-        tunesmith.train(job() | {"model": str(tmp_path / "base")}, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "prepared").exists()
-
-
 def test_a_folder_with_other_peoples_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(RunDirError, match="holds no run of ours"):

@@ -72,7 +72,6 @@ def train(
                 rule="out is a folder of its own",
                 cure="Give another --out",
             )
-        _check_weights(base)
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
             record = RunRecord.from_json(read_json(run.record), place=str(run.record))
@@ -90,13 +89,6 @@ def writing_to(run: RunDir) -> Generator[None]:
         yield
     except OSError as error:
         raise as_rundir_error(error, run.root) from None
-
-
-def _check_weights(base: ResolvedModel) -> None:
-    """Refuse damaged weights by their headers, before the data is read."""
-    from tunesmith.models.load import check_model
-
-    check_model(base.folder)
 
 
 def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> None:
