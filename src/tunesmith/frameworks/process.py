@@ -23,6 +23,8 @@ from tunesmith.core.events import Event, OnEvent
 MAX_LINE_BYTES = 1 << 16
 MAX_LOG_BYTES = 32 << 20
 GRACE_SECONDS = 60.0
+# oneDNN keeps a compiled kernel per shape, 1,024 of them unless told otherwise: about 0.3 MB each.
+_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "320"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def run_process(
 
 def _environment(threads: int) -> dict[str, str]:
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    return {**os.environ, **counts, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**_KERNEL_CACHE, **os.environ, **counts, **quiet}
 
 
 def _pump(
