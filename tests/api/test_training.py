@@ -140,11 +140,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_faults_are_one_line_before_anything_is_loaded(
     tmp_path: Path, change: dict[str, Any], error: type[Exception], finding: str
 ) -> None:
-    started = time.monotonic()
+    used = time.process_time()
     with pytest.raises(error, match=finding) as caught:
         tunesmith.train({**job(), **change}, out=tmp_path)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - used < 5
 
 
 def test_the_record_holds_what_a_rerun_needs(tmp_path: Path) -> None:
