@@ -68,7 +68,7 @@ def run_process(
             start_new_session=True,
         )
         try:
-            failure, timed_out = _pump(child, log_handle, task, on_event, stop, idle_seconds)
+            failure, timed_out, peak_bytes = _pump(child, log_handle, task, on_event, stop, idle_seconds)
         finally:
             _end_group(child.pid, signal.SIGKILL)
             _, status, use = os.wait4(child.pid, 0)
@@ -77,7 +77,11 @@ def run_process(
                 if pipe:
                     pipe.close()
     outcome = ProcessUse(
-        child.returncode, time.monotonic() - started, use.ru_utime + use.ru_stime, use.ru_maxrss * 1024
+        child.returncode,
+        time.monotonic() - started,
+        use.ru_utime + use.ru_stime,
+        # The kernel's own figure starts at what the parent held when it forked; it only serves where /proc is missing.
+        peak_bytes or use.ru_maxrss * 1024,
     )
     if outcome.exit_code and not stop.is_set():
         finding = failure or (
@@ -100,8 +104,11 @@ def _pump(
     on_event: OnEvent,
     stop: threading.Event,
     idle_seconds: float,
-) -> tuple[str, bool]:
-    """Read both pipes until they close. Returns the worker's last error line and whether it was ended for silence."""
+) -> tuple[str, bool, int]:
+    """Read both pipes until they close.
+
+    Returns the worker's last error line, whether it was ended for silence, and its peak resident size, bytes.
+    """
     assert child.stdout is not None
     assert child.stderr is not None
     selector = selectors.DefaultSelector()
@@ -111,8 +118,9 @@ def _pump(
         selector.register(pipe, selectors.EVENT_READ)
     failure, logged, last_sign = "", 0, time.monotonic()
     ended_at: float | None = None
-    timed_out = False
+    timed_out, peak_bytes = False, 0
     while selector.get_map():
+        peak_bytes = max(peak_bytes, _read_peak_bytes(child.pid))
         for key, _ in selector.select(timeout=0.2):
             chunk = os.read(key.fd, MAX_LINE_BYTES)
             if not chunk:
@@ -137,7 +145,16 @@ def _pump(
             _end_group(child.pid, signal.SIGTERM)
         if ended_at is not None and now - ended_at > GRACE_SECONDS:
             _end_group(child.pid, signal.SIGKILL)
-    return failure, timed_out
+    return failure, timed_out, peak_bytes
+
+
+def _read_peak_bytes(pid: int) -> int:
+    """Largest resident size of a living process so far; 0 where /proc cannot tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
