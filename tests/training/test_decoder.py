@@ -17,7 +17,7 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import LoraSpec
 from tunesmith.methods.sft import sft_loss
 from tunesmith.models.config import load_config
-from tunesmith.models.decoder import list_expected
+from tunesmith.models.headers import list_expected
 from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora

@@ -7,15 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.api.opening import open_base, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
-from tunesmith.api.training import (
-    clear_run,
-    fingerprint_model,
-    prepare,
-    resolve_learning_rate,
-    writing_to,
-)
+from tunesmith.api.training import fingerprint_model, prepare, resolve_learning_rate
 from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run, to_public_json
 from tunesmith.core.bundled import BUNDLED
@@ -28,7 +23,7 @@ from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared
 from tunesmith.job.load import job_from, load_job
-from tunesmith.job.resolve import ResolvedModel, resolve_model
+from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.report.card import render_card
 from tunesmith.report.page import render_report
@@ -53,18 +48,8 @@ def compare(
     """
     job = job if isinstance(job, Job) else job_from(job)
     arms = plan_arms(job)
-    base = resolve_model(job.model_spec)
-    run = RunDir(Path(out)).create()
-    with run.lock(), writing_to(run):
-        if fresh:
-            clear_run(run)
-        elif not run.is_own():
-            raise RunDirError(
-                str(run.root),
-                "holds no comparison",
-                rule="out is a folder of its own",
-                cure="Give another --out",
-            )
+    base = open_base(job)
+    with open_run(out, fresh=fresh) as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if "test" not in prepared.splits:
             raise DataError(

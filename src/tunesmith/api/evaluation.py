@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.tasks import JudgeTask
 from tunesmith.core.errors import DataError, ModelError
 from tunesmith.core.events import Event, OnEvent, ignore_event
-from tunesmith.core.jsonl import read_json
+from tunesmith.core.jsonl import read_json, read_settings
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import Message
 from tunesmith.data.prepare import load_prepared, prepare_data
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import find_sources
-from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.resolve import resolve_model
 from tunesmith.job.spec import DataSpec, Job, LoraSpec, ModelSpec, SamplingSpec, SourceSpec
+from tunesmith.models.headers import check_adapter, check_model
 
 if TYPE_CHECKING:
     from tunesmith.api.tasks import Storage, Weights
@@ -66,7 +67,7 @@ def find_target(name: str, *, base: str | None = None) -> Target:
     if is_run:
         return _target_of_run(run)
     if is_adapter:
-        config = read_json(folder / "adapter_config.json")
+        config = read_settings(folder / "adapter_config.json")
         named = base or config.get("base_model_name_or_path")
         if not named:
             raise ModelError(name, "does not name its base", cure="Name it with --base")
@@ -87,6 +88,19 @@ def _target_of_run(run: RunDir) -> Target:
     return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
 
 
+def check_target(target: Target) -> Tokenizer:
+    """The target's tokenizer. Raises ModelError, by headers alone, if weights, adapter or vocabulary do not fit."""
+    config = check_model(target.model_folder)
+    if target.weights == "model":
+        assert target.weights_folder is not None
+        config = check_model(target.weights_folder)
+    rows = config.vocab_size
+    if target.weights == "adapter":
+        assert target.weights_folder is not None
+        rows = check_adapter(target.weights_folder, config)
+    return load_tokenizer(target.tokenizer_folder, embedding_rows=rows or None)
+
+
 def evaluate(
     target: str | Path,
     *,
@@ -105,6 +119,7 @@ def evaluate(
     out:    folder that keeps `eval.json` and `answers.jsonl`; without it only the record is returned.
     """
     found = find_target(str(target), base=base)
+    tokenizer = check_target(found)
     with tempfile.TemporaryDirectory() as scratch:
         run = RunDir(Path(out) if out else Path(scratch)).create()
         rows = str(data)
@@ -128,9 +143,7 @@ def evaluate(
             }
         )
         on_event(Event("stage", text="Preparing data"))
-        prepare_data(
-            job, tokenizer=load_tokenizer(found.tokenizer_folder), folder=run.prepared, splits=("test",)
-        )
+        prepare_data(job, tokenizer=tokenizer, folder=run.prepared, splits=("test",))
         task = JudgeTask(
             label="",
             job=job.model_dump(mode="json"),

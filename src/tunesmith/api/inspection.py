@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.api.opening import open_base
 from tunesmith.api.training import load_job_tokenizer
 from tunesmith.data.checks import CheckReport
 from tunesmith.data.prepare import check as check_data
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.preview import RowPreview, preview_rows
 from tunesmith.job.load import job_from
-from tunesmith.job.resolve import resolve_model
 from tunesmith.job.spec import Job
 
 
 def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"] = "refuse") -> CheckReport:
     """Counts, lengths, losses by truncation, duplicates, leaks and masks of a job's data. Writes nothing."""
     job = job if isinstance(job, Job) else job_from(job)
-    tokenizer = load_job_tokenizer(job, resolve_model(job.model_spec).folder)
+    tokenizer = load_job_tokenizer(job, open_base(job).folder)
     return check_data(job, tokenizer=tokenizer, on_bad_row=on_bad_row)
 
 
@@ -29,7 +29,7 @@ def preview(
 ) -> list[RowPreview]:
     """The first rows of a split as they are trained: text in pieces, each trained, masked or stop."""
     job = job if isinstance(job, Job) else job_from(job)
-    tokenizer = load_job_tokenizer(job, resolve_model(job.model_spec).folder)
+    tokenizer = load_job_tokenizer(job, open_base(job).folder)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare_data(job, tokenizer=tokenizer, folder=Path(scratch) / "prepared")
         return preview_rows(prepared.rows(split)[:rows], tokenizer)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunesmith.api.opening import open_base, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.errors import DataError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
@@ -21,7 +21,7 @@ from tunesmith.core.fingerprint import (
     hash_json,
     hash_text,
 )
-from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.jsonl import read_json, read_settings, write_json
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.collect import Rejects
@@ -29,7 +29,7 @@ from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.load import job_from
-from tunesmith.job.resolve import ResolvedModel, resolve_model
+from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.training.schedule import auto_learning_rate
 
@@ -60,18 +60,8 @@ def train(
     Raises TunesmithError in one line: JobError, DataError, ModelError, RunDirError, TrainingFailed, Interrupted.
     """
     job = job if isinstance(job, Job) else job_from(job)
-    base = resolve_model(job.model_spec)
-    run = RunDir(Path(out)).create()
-    with run.lock(), writing_to(run):
-        if fresh:
-            clear_run(run)
-        elif not run.is_own():
-            raise RunDirError(
-                str(run.root),
-                "holds no run of ours",
-                rule="out is a folder of its own",
-                cure="Give another --out",
-            )
+    base = open_base(job)
+    with open_run(out, fresh=fresh) as run:
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
             record = RunRecord.from_json(read_json(run.record), place=str(run.record))
@@ -80,15 +70,6 @@ def train(
                 on_event(Event("note", text=f"{run.root} is complete; --fresh trains again"))
                 return record
         return run_train_task(task, on_event)
-
-
-@contextmanager
-def writing_to(run: RunDir) -> Generator[None]:
-    """Turn a failed write inside the block (disk full, read-only) into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise as_rundir_error(error, run.root) from None
 
 
 def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> None:
@@ -101,15 +82,6 @@ def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> No
                 rule="a finished run stands for its data",
                 cure="Give another --out, or --fresh to train again",
             )
-
-
-def clear_run(run: RunDir) -> None:
-    """Delete what a run or comparison of ours left; a folder that holds anything else is left alone."""
-    if not run.is_own():
-        raise RunDirError(
-            str(run.root), "holds no run of ours", rule="--fresh deletes only runs", cure="Give another --out"
-        )
-    run.clear()
 
 
 def _prepare_task(
@@ -305,7 +277,7 @@ def resolve_learning_rate(job: Job, model_folder: Path) -> float:
     """The job's learning rate, or what follows from the model's width and the method."""
     if job.train.learning_rate != "auto":
         return job.train.learning_rate
-    config = read_json(model_folder / "config.json")
+    config = read_settings(model_folder / "config.json")
     width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 2048
     return auto_learning_rate(width, method=job.method_spec.name, family=str(config.get("model_type", "")))
 

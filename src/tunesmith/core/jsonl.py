@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from tunesmith.core.errors import DataError
+from tunesmith.core.errors import DataError, ModelError
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -200,7 +200,32 @@ def read_json(path: Path) -> Any:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(str(path), error.strerror or str(error), cure="Check the path") from None
-    return parse_json(raw, place=str(path))
+    try:
+        return parse_json(raw, place=str(path))
+    except DataError as error:
+        # A whole document is no row that could be skipped.
+        raise DataError(
+            str(path),
+            error.finding,
+            rule="the file is one strict JSON value",
+            cure="Correct it, or have it made again",
+        ) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """One JSON file of a model or adapter folder. Raises ModelError naming it, if it is not one strict JSON object."""
+    cure = "Correct it, or fetch the model's files again"
+    try:
+        value = read_json(path)
+    except DataError as error:
+        raise ModelError(
+            str(path), error.finding, rule="a model's settings are strict JSON", cure=cure
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(
+            str(path), "is no JSON object", rule="a model's settings are one JSON object", cure=cure
+        )
+    return cast("dict[str, Any]", value)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from tunesmith.core.errors import DataError, ModelError, SetupError
-from tunesmith.core.jsonl import read_json
+from tunesmith.core.jsonl import read_settings
 
 _FILES = (
     "tokenizer.json",
@@ -278,10 +278,7 @@ def _convert_with_transformers(root: Path) -> Backend:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = read_json(path)
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    return read_settings(path) if path.is_file() else {}
 
 
 def _read_settings(root: Path) -> dict[str, Any]:

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.core.errors import DataError, ModelError
-from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.errors import ModelError
+from tunesmith.core.jsonl import read_settings, write_json
 from tunesmith.core.rundir import as_rundir_error
 from tunesmith.models.causal_lm import CausalLM, TokenTable
+from tunesmith.models.headers import ADAPTER_CONFIG as CONFIG
+from tunesmith.models.headers import ADAPTER_WEIGHTS as WEIGHTS
+from tunesmith.models.headers import read_header
 from tunesmith.models.projection import LoraPart, Projection
-from tunesmith.models.weights import read_header, read_tensors, write_tensors
+from tunesmith.models.weights import read_tensors, write_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Settings of other adapters than the ones we run, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
@@ -149,8 +151,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise ModelError(
             str(folder), f"has no {CONFIG}", rule="an adapter folder is in PEFT format", cure="Check the path"
         )
+    raw = read_settings(path)
     try:
-        raw = read_json(path)
         kind = raw.get("peft_type")
         if kind != "LORA":
             raise ModelError(
@@ -187,7 +189,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
         )
-    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(str(path), f"is not an adapter config ({error})", cure="Check the file") from None
 
 

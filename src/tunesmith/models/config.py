@@ -5,16 +5,17 @@ Two generations of files are understood: `rope_theta` + `rope_scaling` (transfor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import ModelError
+from tunesmith.core.jsonl import read_settings
 
 # Dense decoders whose weights `decoder.py` maps. Everything else runs through `fallback.py`.
 OWN_DECODER = ("llama", "mistral", "qwen2", "qwen3")
+_CURE = "Give the config.json that came with the weights"
 _ROPE_KINDS = ("default", "linear", "llama3")
 
 
@@ -78,13 +79,13 @@ class _Fields:
         if kind is float and isinstance(found, int) and not isinstance(found, bool):
             found = float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise ModelError(self.place, f"{key} is {found!r}", rule=f"it is a {kind.__name__}")
+            raise ModelError(self.place, f"{key} is {found!r}", rule=f"it is a {kind.__name__}", cure=_CURE)
         if (
             kind is int
             and key.startswith(("num_", "vocab", "hidden_size", "interm", "head_dim"))
             and found <= 0
         ):
-            raise ModelError(self.place, f"{key} is {found}", rule="sizes are positive")
+            raise ModelError(self.place, f"{key} is {found}", rule="sizes are positive", cure=_CURE)
         return found
 
 
@@ -95,22 +96,14 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise ModelError(
             str(folder), "is not a folder", cure="Give a model folder, a hub id or a bundled name"
         )
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         raise ModelError(
             str(folder),
             "has no config.json",
             rule="a model folder is in Hugging Face format",
             cure="Give the folder that holds config.json and model.safetensors",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            str(path), f"cannot be read ({error})", rule="config.json is one JSON object"
-        ) from None
-    if not isinstance(value, dict):
-        raise ModelError(str(path), "is not a JSON object", rule="config.json is one JSON object")
-    return value
+        )
+    return read_settings(path)
 
 
 def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
@@ -139,6 +132,7 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
             place,
             f"{heads} attention heads on {kv_heads} key/value heads",
             rule="the first divides by the second",
+            cure=_CURE,
         )
     return DecoderConfig(
         model_type=model_type,
@@ -233,7 +227,9 @@ def _default_tied(model_type: str) -> bool:
 def _parse_dtype(raw: Mapping[str, Any], place: str) -> str:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16", "float64", "auto"):
-        raise ModelError(place, f"dtype is {name!r}", rule="weights are float32, bfloat16 or float16")
+        raise ModelError(
+            place, f"dtype is {name!r}", rule="weights are float32, bfloat16 or float16", cure=_CURE
+        )
     return name
 
 
@@ -243,5 +239,5 @@ def _read_ids(raw: Mapping[str, Any], key: str, place: str) -> tuple[int, ...]:
         return ()
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(item, int) for item in ids):
-        raise ModelError(place, f"{key} is {value!r}", rule="it is a token id, or a list of them")
+        raise ModelError(place, f"{key} is {value!r}", rule="it is a token id, or a list of them", cure=_CURE)
     return tuple(ids)

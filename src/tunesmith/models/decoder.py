@@ -229,39 +229,6 @@ class Decoder(CausalLM):
             yield "lm_head.weight", self.untied_head.weight.detach()
 
 
-def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint of this config holds; a tied head is not among them."""
-    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    ff = config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, d),
-        "model.norm.weight": (d,),
-    }
-    linears = {
-        "self_attn.q_proj": (q, d, config.qkv_bias),
-        "self_attn.k_proj": (kv, d, config.qkv_bias),
-        "self_attn.v_proj": (kv, d, config.qkv_bias),
-        "self_attn.o_proj": (d, q, config.o_bias),
-        "mlp.gate_proj": (ff, d, config.mlp_bias),
-        "mlp.up_proj": (ff, d, config.mlp_bias),
-        "mlp.down_proj": (d, ff, config.mlp_bias),
-    }
-    for layer in range(config.num_layers):
-        at = f"model.layers.{layer}."
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{at}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{at}{name}.bias"] = (rows,)
-        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
-        if config.qk_norm:
-            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (
-                config.head_dim,
-            )
-    if not config.tied:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
-    return shapes
-
-
 def _stack(tensors: list[Tensor]) -> Tensor:
     # A single tensor may be a window into a mapped file; training must own its memory.
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0].clone()

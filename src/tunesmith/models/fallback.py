@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tunesmith.core.errors import ModelError
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.config import DecoderConfig
+from tunesmith.models.headers import StoredTensor
 from tunesmith.models.layout import Layout, pad_length
 from tunesmith.models.projection import Projection
-from tunesmith.models.weights import StoredTensor
 
 
 def load_fallback(

@@ -7,32 +7,14 @@ from typing import Literal
 
 import torch
 
-from tunesmith.core.errors import ModelError
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.config import load_config
-from tunesmith.models.decoder import Decoder, list_expected
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.headers import check_tensors, find_tensors, list_expected
 from tunesmith.models.heap import keep_freed_memory
-from tunesmith.models.weights import check_tensors, check_tied, find_tensors, read_tensors
+from tunesmith.models.weights import check_tied, read_tensors
 
 Storage = Literal["full", "int8", "nf4"]
-
-
-def check_model(folder: Path, *, num_tokens: int | None = None) -> None:
-    """Read config and headers only, in milliseconds. Raises ModelError for what `load_model` would refuse.
-
-    num_tokens: ids the tokenizer can give (its highest id + 1); more than the embedding holds is refused.
-    """
-    config = load_config(folder)
-    stored = find_tensors(folder)
-    if config.own:
-        check_tensors(stored, list_expected(config), config, place=str(folder))
-    if num_tokens is not None and num_tokens > config.vocab_size:
-        raise ModelError(
-            str(folder),
-            f"the tokenizer gives ids up to {num_tokens - 1}, the embedding has {config.vocab_size} rows",
-            rule="every token has an embedding",
-            cure="Use the model's own tokenizer, or method.new_tokens",
-        )
 
 
 def load_model(

@@ -1,16 +1,10 @@
-"""Weights in and out of Hugging Face folders: safetensors only, checked before anything is built.
-
-The header of a safetensors file (8 bytes of length, then JSON with dtype, shape and byte range of every tensor) is
-read by ourselves first, so a truncated file or a wrong shape is told by name before any tensor is touched.
-"""
+"""Weights in and out of Hugging Face folders: safetensors only, checked (`headers.py`) before anything is built."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,169 +14,13 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError
 from tunesmith.core.jsonl import fsync_folder, write_json
 from tunesmith.core.rundir import as_rundir_error
-from tunesmith.models.config import DecoderConfig, read_config_json
+from tunesmith.models.config import read_config_json
+from tunesmith.models.headers import INDEX, SINGLE, StoredTensor
 
 if TYPE_CHECKING:
     from tunesmith.models.causal_lm import CausalLM
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
-# Buffers that old versions of transformers wrote and every reader recomputes.
-_IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias", "attn.masked_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: file, dtype as safetensors names it, shape."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of one safetensors file. Raises ModelError if the file is cut off or not of that format."""
-    cure = "Download or copy the file again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
-                raise ModelError(str(path), f"is not a whole safetensors file ({size} bytes)", cure=cure)
-            header = json.loads(handle.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("not a JSON object")
-    except OSError as error:
-        raise ModelError(str(path), error.strerror or str(error), cure="Check the path") from None
-    except ValueError:
-        raise ModelError(str(path), "has no readable safetensors header", cure=cure) from None
-    stored, end = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            count = _DTYPE_BYTES[entry["dtype"]]
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(str(path), f"header entry of {name} is not understood", cure=cure) from None
-        for extent in shape:
-            count *= extent
-        if last - first != count:
-            raise ModelError(
-                str(path),
-                f"{name} takes {last - first} bytes, its shape {list(shape)} needs {count}",
-                cure=cure,
-            )
-        stored[name] = StoredTensor(path, entry["dtype"], shape)
-        end = max(end, last)
-    if size != 8 + length + end:
-        raise ModelError(
-            str(path),
-            f"is cut off or damaged: {size} bytes, its header promises {8 + length + end}",
-            cure=cure,
-        )
-    return stored
-
-
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every stored tensor of a model folder, single file or sharded. Raises ModelError, also for pickle weights."""
-    index = folder / INDEX
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
-    if not index.exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise ModelError(
-                str(folder / pickles[0]),
-                "is a pickle file, which can run code when it is read",
-                rule="weights are safetensors",
-                cure="Convert the model to safetensors first",
-            )
-        raise ModelError(
-            str(folder),
-            f"has no {SINGLE}",
-            rule="weights are safetensors",
-            cure="Give the folder that holds the weights",
-        )
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(
-            str(index), "is not a safetensors index", rule="it maps tensor names to files"
-        ) from None
-    stored: dict[str, StoredTensor] = {}
-    for file in sorted(set(files.values())):
-        if Path(file).name != file:
-            raise ModelError(str(index), f"names a file outside the folder: {file}")
-        stored |= read_header(folder / file)
-    if missing := sorted(set(files) - set(stored)):
-        raise ModelError(
-            str(index), f"promises {missing[0]}, which no file holds", cure="Download the model again"
-        )
-    return stored
-
-
-def check_tensors(
-    stored: Mapping[str, StoredTensor],
-    expected: Mapping[str, tuple[int, ...]],
-    config: DecoderConfig,
-    *,
-    place: str,
-) -> dict[str, str]:
-    """Expected name -> stored name. Raises ModelError naming the tensor, and both shapes where they differ.
-
-    A tied matrix may be stored under either of its two names.
-    """
-    chosen = {name: name for name in expected}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tied and embed not in stored and head in stored:
-        chosen[embed] = head
-    for name, source in chosen.items():
-        if source not in stored:
-            raise ModelError(
-                place, f"tensor {name} {list(expected[name])} is missing", cure="Give a complete checkpoint"
-            )
-        if stored[source].shape != expected[name]:
-            raise ModelError(
-                place,
-                f"tensor {source} has shape {list(stored[source].shape)}, config.json asks for {list(expected[name])}",
-                rule="weights and config.json describe one model",
-            )
-        if not stored[source].dtype.startswith(("F", "BF")) or stored[source].dtype.startswith("F8"):
-            raise ModelError(
-                place,
-                f"tensor {source} is {stored[source].dtype}",
-                rule="weights are 16-, 32- or 64-bit floats",
-                cure="Give the unquantised model",
-            )
-    known = set(chosen.values()) | ({head} if config.tied else set())
-    for name in stored:
-        if name not in known and not name.endswith(_IGNORED):
-            raise ModelError(
-                place,
-                f"tensor {name} {list(stored[name].shape)} has no place in this architecture",
-                rule="nothing of a checkpoint is dropped silently",
-            )
-    return chosen
 
 
 def read_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, Tensor]:

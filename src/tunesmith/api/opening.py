@@ -1,0 +1,52 @@
+"""How every verb begins: the base model's folder is sound, and the output folder is ours. Before any data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunesmith.core.errors import RunDirError
+from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.job.resolve import ResolvedModel, resolve_model
+from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.models.headers import check_adapter, check_model
+
+
+def open_base(job: Job) -> ResolvedModel:
+    """The job's base model. Raises ModelError in one line if its files, or an adapter to go on from, are unsound."""
+    base = resolve_model(job.model_spec)
+    config = check_model(base.folder)
+    if isinstance(job.method_spec, LoraSpec) and job.method_spec.adapter:
+        check_adapter(Path(job.method_spec.adapter), config)
+    return base
+
+
+@contextmanager
+def open_run(out: str | Path, *, fresh: bool) -> Generator[RunDir]:
+    """Own the folder `out` while the block runs; a failed write inside it (disk full) becomes one line.
+
+    fresh: delete what an earlier run of ours left there.
+    Raises RunDirError if it is in use, cannot be written, or holds other people's files.
+    """
+    run = RunDir(Path(out)).create()
+    with run.lock(), writing_to(run):
+        if not run.is_own():
+            raise RunDirError(
+                str(run.root),
+                "holds no run of ours",
+                rule="out is a folder of its own, and --fresh deletes only runs",
+                cure="Give another --out",
+            )
+        if fresh:
+            run.clear()
+        yield run
+
+
+@contextmanager
+def writing_to(run: RunDir) -> Generator[None]:
+    """Turn a failed write inside the block (disk full, read-only) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise as_rundir_error(error, run.root) from None
