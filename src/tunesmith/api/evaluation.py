@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from tunesmith.api.opening import writing_to
 from tunesmith.api.tasks import JudgeTask
-from tunesmith.core.errors import DataError, ModelError
+from tunesmith.core.errors import DataError, ModelError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.jsonl import read_json, read_settings
 from tunesmith.core.records import EvalRecord, RunRecord
@@ -110,19 +112,20 @@ def evaluate(
     max_rows: int | None = None,
     template: str | None = None,
     base: str | None = None,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
     on_event: OnEvent = ignore_event,
 ) -> EvalRecord:
     """Score `target` on rows with answers: NLL of the true answers and, with `generate`, metrics of generated ones.
 
     target: run folder, adapter folder, model folder, bundled name or hub id.
     data:   file, folder (its test split), bundled name or hub id.
-    out:    folder that keeps `eval.json` and `answers.jsonl`; without it only the record is returned.
+    out:    folder that keeps `eval.json`, `answers.jsonl` and what `on_bad_row="skip"` set aside; without it only the
+            record is returned. A run's own folder is refused.
     """
     found = find_target(str(target), base=base)
     tokenizer = check_target(found)
-    with tempfile.TemporaryDirectory() as scratch:
-        run = RunDir(Path(out) if out else Path(scratch)).create()
-        rows = str(data)
+    rows = str(data)
+    with tempfile.TemporaryDirectory() as scratch, _open_scores(out or scratch) as run:
         # A source that brings a test split is scored on it; any other is scored whole.
         test = "auto" if "test" in find_sources(SourceSpec(path=rows)) else rows
         job = job_from(
@@ -143,12 +146,22 @@ def evaluate(
             }
         )
         on_event(Event("stage", text="Preparing data"))
-        prepare_data(job, tokenizer=tokenizer, folder=run.prepared, splits=("test",))
+        prepared = prepare_data(
+            job,
+            tokenizer=tokenizer,
+            folder=Path(scratch) / "prepared",
+            on_bad_row=on_bad_row,
+            splits=("test",),
+            rejects=run.rejects,
+        )
+        for finding in prepared.report.findings:
+            if finding.code == "rejected_rows" and finding.split == "test":
+                on_event(Event("warning", text=finding.message))
         task = JudgeTask(
             label="",
             job=job.model_dump(mode="json"),
             out=str(run.root),
-            prepared=str(run.prepared),
+            prepared=str(prepared.folder),
             model_folder=str(found.model_folder),
             model_name=found.model_name,
             key="",
@@ -161,6 +174,22 @@ def evaluate(
             double_quant=found.double_quant,
         )
         return run_judge_task(task, on_event)
+
+
+@contextmanager
+def _open_scores(out: str | Path) -> Generator[RunDir]:
+    """Own a folder for scores. A run's is refused: its rows and scores belong to it."""
+    run = RunDir(Path(out))
+    if run.holds_run():
+        raise RunDirError(
+            str(run.root),
+            "holds a run, whose rows and scores would be overwritten",
+            rule="scores have a folder of their own",
+            cure=f"Give another --out, such as {run.root / 'eval'}",
+        )
+    run.create()
+    with run.lock(), writing_to(run):
+        yield run
 
 
 def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:

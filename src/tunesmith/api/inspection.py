@@ -25,11 +25,16 @@ def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"]
 
 
 def preview(
-    job: Job | Mapping[str, Any], *, rows: int = 3, split: Literal["train", "validation"] = "train"
+    job: Job | Mapping[str, Any],
+    *,
+    rows: int = 3,
+    split: Literal["train", "validation"] = "train",
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
 ) -> list[RowPreview]:
     """The first rows of a split as they are trained: text in pieces, each trained, masked or stop."""
     job = job if isinstance(job, Job) else job_from(job)
     tokenizer = load_job_tokenizer(job, open_base(job).folder)
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare_data(job, tokenizer=tokenizer, folder=Path(scratch) / "prepared")
+        folder = Path(scratch) / "prepared"
+        prepared = prepare_data(job, tokenizer=tokenizer, folder=folder, on_bad_row=on_bad_row)
         return preview_rows(prepared.rows(split)[:rows], tokenizer)

@@ -93,13 +93,15 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="Rows to print.")] = 3,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which split.")] = "train",
     overrides: Overrides = [],  # noqa: B006
+    on_bad_row: OnBadRow = "refuse",
     as_json: AsJson = False,
 ) -> None:
     """Print rows as they are trained: trained, masked and stop tokens in colour."""
     from tunesmith import api
     from tunesmith.cli import show
 
-    previews = api.preview(api.load_job(job_file, overrides), rows=rows, split=split)
+    job = api.load_job(job_file, overrides)
+    previews = api.preview(job, rows=rows, split=split, on_bad_row=on_bad_row)
     if as_json:
         _print_json([dataclasses.asdict(item) for item in previews])
     else:
@@ -147,6 +149,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option(help="Base model of an adapter, if not the one it names.")
     ] = None,
+    on_bad_row: OnBadRow = "refuse",
     as_json: AsJson = False,
 ) -> None:
     """Score any model, adapter or run on rows with answers."""
@@ -156,7 +159,7 @@ def evaluate(
     with watch() as on_event:
         record = api.evaluate(
             target, data=data, out=out, generate=generate, max_rows=max_rows, template=template, base=base,
-            on_event=on_event,
+            on_bad_row=on_bad_row, on_event=on_event,
         )  # fmt: skip
     if as_json:
         _print_json(api.evaluation_json(record))

@@ -110,6 +110,10 @@ class RunDir:
             or {path.name for path in self.root.iterdir()} <= {".lock"}
         )
 
+    def holds_run(self) -> bool:
+        """True where a training, a comparison or one of its arms was begun."""
+        return any(path.is_file() for path in (self.job, self.record, self.tasks, self.comparison))
+
     def arm(self, name: str, seed: int) -> RunDir:
         """Folder of one arm and seed inside a comparison."""
         return RunDir(self.root / "arms" / name / f"seed-{seed}")

@@ -180,6 +180,7 @@ def _may_hold(conversation: Conversation) -> bool:
     return any("<" in message.content or "[" in message.content for message in conversation.messages)
 
 
+_KEPT = " (rejected_rows.jsonl of the --out folder, if there is one, holds them)"
 # What rendering counts, and how it is told. (level, message with {n})
 _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
     "rows_with_bos_twice": (
@@ -189,7 +190,7 @@ _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
     "rows_without_bos": ("warning", "{n} rows have no BOS, though the tokenizer puts one before plain text"),
     "rows_refused_by_template": (
         "warning",
-        "{n} rows do not fit the chat template and were skipped, written to rejected_rows.jsonl",
+        "{n} rows do not fit the chat template and were skipped" + _KEPT,
     ),
     "eos_added_after_answer": (
         "note",
@@ -230,7 +231,7 @@ def find_findings(report: CheckReport, renderer: Renderer) -> list[Finding]:
         found.append(Finding("warning", "rows_with_special_tokens", text, n))
     for source in report.sources:
         if source.num_rejected:
-            text = f"{source.name}: {source.num_rejected} bad rows skipped, written to rejected_rows.jsonl"
+            text = f"{source.name}: {source.num_rejected} bad rows skipped{_KEPT}"
             found.append(Finding("warning", "rejected_rows", text, source.num_rejected, source.split))
     for name, facts in report.splits.items():
         found += _find_in_split(name, facts)

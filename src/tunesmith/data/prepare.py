@@ -209,21 +209,23 @@ def prepare_data(
     folder: str | Path,
     on_bad_row: Literal["refuse", "skip"] = "refuse",
     splits: Sequence[str] = SPLITS,
+    rejects: Path | None = None,
 ) -> Prepared:
     """Read, check, split and render a job's data into `folder`.
 
-    on_bad_row: "refuse" raises at the first bad row; "skip" writes bad rows with their reasons to rejected_rows.jsonl
-    beside `folder`.
+    on_bad_row: "refuse" raises at the first bad row; "skip" writes bad rows with their reasons to `rejects`, by default
+    rejected_rows.jsonl beside `folder`.
     splits: which to write; cutting the others off happens all the same, so leaving test out changes no train row.
     Raises DataError naming the row or source; RunDirError if the folder cannot be written.
     """
     root = Path(folder)
-    rejects = Rejects(root.parent / "rejected_rows.jsonl" if on_bad_row == "skip" else None)
+    path = rejects or root.parent / "rejected_rows.jsonl"
+    collected = Rejects(path if on_bad_row == "skip" else None)
     renderer = Renderer(tokenizer, job.data)
-    report, rendered = _prepare(job.data, renderer, rejects)
+    report, rendered = _prepare(job.data, renderer, collected)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        rejects.write()
+        collected.write()
         fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
         for name, split in rendered.items():
             fingerprints[f"{name}_sha256"] = hash_rows(row.row_id for row in split.rows)
