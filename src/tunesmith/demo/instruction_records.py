@@ -18,6 +18,7 @@ TABLES: dict[str, Any] = tomllib.loads(
 )
 KEYS: dict[str, list[str]] = TABLES["keys"]
 FRAMES: dict[str, list[str]] = TABLES["frames"]
+MEANT_KINDS = (("label", 0.7), ("label", 0.35), ("labels", 0.65), ("level", 0.5))  # kind, share of schemas
 
 
 def draw_name(draw: random.Random) -> str:
@@ -76,6 +77,7 @@ class Stock:
     """What tasks are made from: frequent words and sentences of the texts, and concepts with their clauses.
 
     nouns, adjectives: words that follow an article; empty lists fall back to `words`.
+    topics: for each of many words, short fragments of the texts that hold it.
     """
 
     words: list[str]
@@ -83,11 +85,14 @@ class Stock:
     concepts: dict[str, list[str]]
     nouns: list[str] = field(default_factory=list)
     adjectives: list[str] = field(default_factory=list)
+    topics: list[list[str]] = field(default_factory=list)
 
 
 def draw_thing(draw: random.Random, stock: Stock) -> str:
     """A thing by name, mostly adjective and noun or two nouns, sometimes arbitrary words or a made-up first part."""
     nouns, adjectives = stock.nouns or stock.words, stock.adjectives or stock.words
+    if draw.random() < 0.45:
+        nouns, adjectives = TABLES["objects"], (adjectives if draw.random() < 0.4 else TABLES["looks"])
     style = draw.random()
     if style < 0.15:
         return " ".join(draw.choice(stock.words) for _ in range(draw.choice((1, 2, 2, 3))))
@@ -172,7 +177,7 @@ def draw_frame(draw: random.Random, kind: str, sentences: list[str]) -> str:
 def draw_wrappers(draw: random.Random, sentences: list[str]) -> list[str]:
     """Frames for whole clauses, such as 'he said, {}'; one of them is often the bare clause."""
     wrappers = []
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 2, 3, 12))):
         piece = draw_fragment(draw, sentences, 1, 4)
         wrappers.append(
             draw.choice(("{}", f"{piece}, {{}}", f"{piece}: {{}}", f"{piece} {{}}", f"{{}}, {piece}"))
@@ -180,22 +185,31 @@ def draw_wrappers(draw: random.Random, sentences: list[str]) -> list[str]:
     return wrappers
 
 
+def draw_meaning(draw: random.Random, stock: Stock, concept: str) -> tuple[list[str], list[str]]:
+    """(names, clauses) of one label: an everyday concept, fragments that share a word or a few, or arbitrary ones."""
+    source = draw.random()
+    if source < 0.4:
+        others, *clauses = stock.concepts[concept]
+        return [concept, *others.split(", ")], clauses
+    if source < 0.75 and stock.topics:
+        topics = [draw.choice(stock.topics) for _ in range(draw.choice((1, 1, 2, 3)))]
+        return [], [clause for topic in topics for clause in draw.sample(topic, min(4, len(topic)))]
+    return [], [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 6))]
+
+
 def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -> dict[str, list[str]]:
     """Label -> clauses for `count` concepts not used yet.
 
-    A label is the concept's name, its second name, or an arbitrary word; now and then the clauses are arbitrary too,
-    a few fragments of the texts, so that earlier answers alone define the label.
+    A label is one of its meaning's names, or an arbitrary word: then earlier answers alone define it.
     """
     chosen = draw.sample([name for name in stock.concepts if name not in used], count)
     used.update(chosen)
-    style, few, is_invented = draw.random(), draw.random() < 0.4, draw.random() < 0.2
+    is_named, few, with_letters = draw.random() < 0.5, draw.random() < 0.3, draw.random() < 0.04
     labels = {}
-    for at, name in enumerate(chosen):
-        clauses = stock.concepts[name][1:]
-        if is_invented:
-            clauses = [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 3))]
-        arbitrary = draw.choice(stock.words) if style < 0.95 else chr(65 + at)
-        label = name if style < 0.3 else stock.concepts[name][0] if style < 0.65 else arbitrary
+    for at, concept in enumerate(chosen):
+        names, clauses = draw_meaning(draw, stock, concept)
+        label = draw.choice(names if is_named and names else stock.words)
+        label = chr(65 + at) if with_letters else label
         labels[label] = draw.sample(clauses, min(4, len(clauses))) if few else clauses
     return labels
 
@@ -203,9 +217,7 @@ def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -
 def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
     """Three to eight fields with distinct keys, at least one of them copied."""
     copied = draw.sample(sorted(FRAMES), draw.randint(2, 5))
-    meant = [
-        kind for kind, chance in (("label", 0.6), ("labels", 0.5), ("level", 0.5)) if draw.random() < chance
-    ]
+    meant = [kind for kind, chance in MEANT_KINDS if draw.random() < chance]
     kinds = copied + meant
     draw.shuffle(kinds)
     keys: set[str] = set()
@@ -220,7 +232,9 @@ def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
         if kind in FRAMES:
             one.frames = draw.sample(FRAMES[kind], draw.choice((1, 2, 4, min(7, len(FRAMES[kind])))))
             if draw.random() < 0.5:
-                one.frames = [draw_frame(draw, kind, stock.sentences) for _ in range(draw.randint(1, 3))]
+                one.frames = [
+                    draw_frame(draw, kind, stock.sentences) for _ in range(draw.choice((1, 2, 3, 12)))
+                ]
             if kind in ("money", "quantity"):
                 one.parts = draw.choice(
                     (

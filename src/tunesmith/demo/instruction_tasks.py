@@ -22,7 +22,7 @@ Pair = tuple[str, str]
 
 
 def load_concepts() -> dict[str, list[str]]:
-    """Concept -> [a second name, clause, clause, ...], from `task_concepts.toml`."""
+    """Concept -> [its other names, comma-separated, clause, clause, ...], from `task_concepts.toml`."""
     return tomllib.loads(Path(__file__).with_name("task_concepts.toml").read_text(encoding="utf-8"))
 
 
@@ -150,7 +150,7 @@ def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
     wrappers = ["{}"] if draw.random() < 0.5 else instruction_records.draw_wrappers(draw, stock.sentences)
     many = draw.random() < 0.3
     pairs = []
-    for _ in range(draw.randint(3, 14)):
+    for _ in range(draw.randint(4, 24)):
         found = (
             draw.sample(sorted(labels), draw.randint(1, min(3, len(labels))))
             if many
@@ -193,12 +193,12 @@ def extract_record(draw: random.Random, stock: Stock) -> list[Message]:
 
 
 TASKS: tuple[tuple[Callable[[random.Random, Stock], list[Message]], float], ...] = (
-    (extract_record, 0.64),
-    (label_clauses, 0.12),
-    (copy_text, 0.04),
-    (transform_words, 0.05),
-    (answer_questions, 0.06),
-    (restore_text, 0.03),
+    (extract_record, 0.58),
+    (label_clauses, 0.22),
+    (copy_text, 0.03),
+    (transform_words, 0.04),
+    (answer_questions, 0.05),
+    (restore_text, 0.02),
     (map_words, 0.04),
     (continue_text, 0.02),
 )

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tunesmith.demo import model_folder
@@ -29,13 +28,13 @@ from tunesmith.demo.pretrain_model import Decoder, Layout, Shape, make_optimizer
 from tunesmith.demo.pretrain_text import (
     BOS,
     PAD,
-    encode_texts,
+    Prepared,
     find_token,
-    gather_stock,
+    load_prepared,
     pack_task_rows,
-    read_documents,
-    train_tokenizer,
-)  # fmt: skip
+    prepare,
+    save_prepared,
+)
 
 PROMPT_WEIGHT = 0.1  # a task's prompt is mostly noise to predict, its answer is the lesson
 ANSWER_WEIGHT = 2.0
@@ -183,26 +182,33 @@ def rate_at(progress: float) -> float:
     return min(1.0, progress / 0.01 + 0.02, max(0.0, (1.0 - progress) / 0.45))
 
 
+def find_prepared(arguments: argparse.Namespace) -> Prepared:
+    """What an earlier call left under --prepared, or made anew from --text (and left there)."""
+    if arguments.prepared and (arguments.prepared / "stock.json").is_file():
+        return load_prepared(arguments.prepared)
+    if arguments.text is None:
+        raise SystemExit("pretrain: nothing is prepared, so --text must name a folder of texts")
+    prepared = prepare(arguments.text, vocab_size=arguments.vocab)
+    if arguments.prepared:
+        save_prepared(prepared, arguments.prepared)
+    return prepared
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Tokenizer, model, loop; writes the model folder, `curve.jsonl` and `pretraining.json` under --out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     began = time.perf_counter()
-    texts = [document.text for document in read_documents(arguments.text) if not document.is_held_out]
-    stock = gather_stock(texts)
+    prepared = find_prepared(arguments)
+    tokenizer, text, stock = prepared.tokenizer, prepared.text, prepared.stock
+    if arguments.prepare_only:
+        return
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
-    if arguments.start:
-        tokenizer = Tokenizer.from_file(str(arguments.start / "tokenizer.json"))
-    else:
-        tokenizer = train_tokenizer(texts, stock, vocab_size=shape.vocab_size)
-    text = encode_texts(tokenizer, texts)
     pool = TaskPool(
         tokenizer, stock, workers=arguments.workers, row_tokens=arguments.row_tokens, seed=arguments.seed
     )
     print(f"{len(text):,} text tokens after {time.perf_counter() - began:.0f} s", flush=True)
     model = Decoder(shape).to(device)
-    if arguments.start:
-        model.load_state_dict(load_file(arguments.start / "model.safetensors"))
     optimizers = make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
     steps: queue.Queue[Any] = queue.Queue(maxsize=6)
     share = {"tasks": task_share_at(0.0, arguments.task_share)}
@@ -223,7 +229,7 @@ def train(arguments: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
-    del record["text"], record["out"], record["start"]
+    del record["text"], record["out"], record["prepared"], record["prepare_only"]
     (arguments.out / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
 
@@ -277,11 +283,12 @@ def run_loop(
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--text", type=Path, help="folder with .jsonl, .jsonl.xz and .txt texts")
     parser.add_argument(
-        "--text", type=Path, required=True, help="folder with .jsonl, .jsonl.xz and .txt texts"
+        "--prepared", type=Path, help="folder that keeps the tokenizer and the encoded texts between runs"
     )
+    parser.add_argument("--prepare-only", action="store_true", help="stop before training")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="continue from this model folder, with its tokenizer")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compilation")
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
     parser.add_argument("--rows", type=int, default=32, help="rows of --row-tokens in a step")

@@ -9,7 +9,7 @@ import lzma
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = [PAD, BOS, END, *ROLES.values()]
 HELD_OUT_SHARE = 40  # one document in 40 is kept for evaluation
+NOUN = r"\b(?:a|an|my|his|her) ([a-z]{3,12})(?=[,.;]| (?:and|of|was|is|in|on|to|with) )"
+ADJECTIVE = r"\b(?:a|an|my|his|her|the) ([a-z]{3,12}) [a-z]{3,12}[,.;]"
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,44 @@ def read_documents(folder: Path) -> Iterator[Document]:
                     yield Document(name, row["text"])
 
 
+def gather_topics(sentences: list[str], words: list[str], draw: random.Random) -> list[list[str]]:
+    """For each of `words`, up to ten fragments of four to eight words that hold it, or none."""
+    found: dict[str, list[str]] = {word: [] for word in words}
+    for sentence in sentences:
+        parts = sentence.rstrip(".!?").split()
+        for at, part in enumerate(parts):
+            fragments = found.get(part)
+            if fragments is not None and len(fragments) < 10:
+                start = max(0, at - draw.randint(1, 4))
+                fragments.append(" ".join(parts[start : start + draw.randint(4, 8)]).strip(" ,';").lower())
+    return [fragments for fragments in found.values() if len(fragments) >= 4]
+
+
 def gather_stock(texts: list[str], *, seed: int = 0) -> Stock:
-    """Frequent lower-case words and mid-length sentences of the texts, for the instruction tasks."""
+    """Frequent words, nouns, adjectives, sentences and topics of the texts, for the instruction tasks."""
     draw = random.Random(seed)
     counts: collections.Counter[str] = collections.Counter()
     nouns: collections.Counter[str] = collections.Counter()
     adjectives: collections.Counter[str] = collections.Counter()
     sentences: list[str] = []
-    for text in draw.sample(texts, min(150, len(texts))):
-        piece = text[:60000]
+    for text in draw.sample(texts, min(400, len(texts))):
+        piece = text[:80000]
         counts.update(re.findall(r"(?<= )[a-z]{3,12}(?= )", piece))
-        nouns.update(
-            re.findall(
-                r"\b(?:a|an|my|his|her) ([a-z]{3,12})(?=[,.;]| (?:and|of|was|is|in|on|to|with) )", piece
-            )
-        )
-        adjectives.update(re.findall(r"\b(?:a|an|my|his|her|the) ([a-z]{3,12}) [a-z]{3,12}[,.;]", piece))
+        nouns.update(re.findall(NOUN, piece))
+        adjectives.update(re.findall(ADJECTIVE, piece))
         found = re.findall(r"(?<=[.!?] )[A-Z][a-z ,']{20,110}[.!?](?= )", piece.replace("\n", " "))
-        sentences += draw.sample(found, min(150, len(found)))
+        sentences += draw.sample(found, min(250, len(found)))
     words = [word for word, _ in counts.most_common(9000)][60:]
-    things = [noun for noun, count in nouns.most_common(3000) if count > 1]
+    things = [noun for noun, count in nouns.most_common(3000) if count > 2]
     kinds = [
         adjective
         for adjective, count in adjectives.most_common(2500)
-        if count > 1 and adjective not in things[:300]
+        if count > 2 and adjective not in things[:300]
     ]
-    return Stock(words=words, sentences=sentences, concepts=load_concepts(), nouns=things, adjectives=kinds)
+    topics = gather_topics(sentences, words[200:4000], draw)
+    return Stock(
+        words, draw.sample(sentences, min(8000, len(sentences))), load_concepts(), things, kinds, topics
+    )
 
 
 def train_tokenizer(texts: list[str], stock: Stock, *, vocab_size: int, seed: int = 0) -> Tokenizer:
@@ -121,15 +135,21 @@ def find_token(tokenizer: Tokenizer, token: str) -> int:
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """(token ids in the chat template, whether each token is part of an answer or its end)."""
+    """(token ids in the chat template, whether each token is part of an answer or its end).
+
+    The first of three or more answers counts as prompt: it shows the arbitrary keys and labels that nobody could guess.
+    """
     end = find_token(tokenizer, END)
     ids, is_answer = [find_token(tokenizer, BOS)], [False]
     contents = tokenizer.encode_batch_fast(
         [message["content"] for message in messages], add_special_tokens=False
     )
+    shown = 1 if len(messages) > 5 else 0
     for message, content in zip(messages, contents, strict=True):
         ids += [find_token(tokenizer, ROLES[message["role"]]), *content.ids, end]
-        is_answer += [False] + [message["role"] == "assistant"] * (len(content.ids) + 1)
+        counts = message["role"] == "assistant" and shown == 0
+        shown -= message["role"] == "assistant" and shown > 0
+        is_answer += [False] + [counts] * (len(content.ids) + 1)
     return ids, is_answer
 
 
@@ -152,3 +172,33 @@ def pack_task_rows(
         answers[row, filled[row] : filled[row] + len(doc)] = flags
         filled[row] += len(doc)
     return ids, answers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads: the tokenizer, the tokens of all texts (uint16, flat), and the stock for the tasks."""
+
+    tokenizer: Tokenizer
+    text: np.ndarray
+    stock: Stock
+
+
+def prepare(folder: Path, *, vocab_size: int) -> Prepared:
+    """Read the texts of `folder` without the held-out ones, train the tokenizer, encode."""
+    texts = [document.text for document in read_documents(folder) if not document.is_held_out]
+    stock = gather_stock(texts)
+    tokenizer = train_tokenizer(texts, stock, vocab_size=vocab_size)
+    return Prepared(tokenizer, encode_texts(tokenizer, texts), stock)
+
+
+def save_prepared(prepared: Prepared, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared.tokenizer.save(str(folder / "tokenizer.json"))
+    np.save(folder / "text.npy", prepared.text)
+    (folder / "stock.json").write_text(json.dumps(asdict(prepared.stock)), encoding="utf-8")
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """What `save_prepared` wrote."""
+    stock = Stock(**json.loads((folder / "stock.json").read_text(encoding="utf-8")))
+    return Prepared(Tokenizer.from_file(str(folder / "tokenizer.json")), np.load(folder / "text.npy"), stock)
