@@ -146,3 +146,47 @@ def test_an_unknown_arm_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="Did you mean 'few-shot'"):
         tunesmith.compare(job(["few-shoot"]), out=tmp_path)
     assert not (tmp_path / "prepared").exists()
+
+
+def test_arms_that_a_job_names_are_looked_at_by_check() -> None:
+    with pytest.raises(JobError, match="Did you mean 'few-shot'"):
+        tunesmith.check(job(["few-shoot"]))
+
+
+def test_a_streamed_comparison_trains_again_when_its_stream_changes(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(2, 30)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("\n".join([*lines[:9], '{"prompt": "no completion", "completion": null}', *lines[9:20]]))
+    test.write_text("\n".join(lines[20:]))
+    values = job(["zero-shot", "lora"])
+    values["data"] = {
+        "train": str(train),
+        "streaming": True,
+        "split": {"validation": 0.0, "test": str(test)},
+    }
+    values["compare"]["seeds"] = [0]
+    out = tmp_path / "run"
+
+    def run() -> list[str]:
+        events: list[Event] = []
+        comparison = tunesmith.compare(values, out=out, on_bad_row="skip", on_event=events.append)
+        assert [arm.status for arm in comparison.arms] == ["done", "done"]
+        return sorted(event.task for event in events if event.kind == "done")
+
+    assert run() == ["lora judged", "lora seed 0", "zero-shot judged"]
+    rejected = out / "arms" / "lora" / "seed-0" / "rejected_rows.jsonl"
+    assert [row["place"] for _, row in read_jsonl(rejected)] == ["train.jsonl:10"]
+    assert run() == []
+    train.write_text("\n".join(lines[:19]))
+    assert run() == ["lora judged", "lora seed 0", "zero-shot judged"]
+
+
+def test_arms_with_new_tokens_are_compared(tmp_path: Path) -> None:
+    values = job(["lora", "qlora"])
+    values["method"] = {"name": "lora", "rank": 4, "new_tokens": ["<ticket>"]}
+    values["compare"]["seeds"] = [0]
+    comparison = tunesmith.compare(values, out=tmp_path)
+    assert [arm.status for arm in comparison.arms] == ["done", "done"]

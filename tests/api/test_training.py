@@ -194,9 +194,16 @@ def test_a_streamed_run_sets_bad_rows_aside(tmp_path: Path) -> None:
     }
     record = tunesmith.train(job(steps=4) | {"data": data}, out=tmp_path / "run", on_bad_row="skip")
     assert record.steps == 4
+    preview = tunesmith.preview(job() | {"data": data}, rows=2, on_bad_row="skip")
+    assert [row.place for row in preview] == ["rows.jsonl:1", "rows.jsonl:2"]
+    report = tunesmith.check(job() | {"data": data}, on_bad_row="skip")
+    assert (report.splits["train"].num_rows, report.sources[0].num_rejected) == (38, 1)
     assert [row["place"] for _, row in read_jsonl(tmp_path / "run" / "rejected_rows.jsonl")] == [
         "rows.jsonl:6"
     ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:5] + lines[6:20]) + "\n")
+    with pytest.raises(RunDirError, match="was trained when stream was different"):
+        tunesmith.train(job(steps=4) | {"data": data}, out=tmp_path / "run")
 
 
 def test_a_folder_with_other_peoples_files_is_refused(tmp_path: Path) -> None:

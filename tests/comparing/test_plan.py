@@ -143,3 +143,40 @@ def test_the_lowest_validation_loss_wins_and_an_edge_is_flagged() -> None:
 def test_trials_that_all_diverge_choose_nothing() -> None:
     with pytest.raises(ValueError, match="every learning-rate trial diverged"):
         choose_rate([1e-4, 2e-4], [None, float("inf")])
+
+
+def test_arms_that_need_rows_at_hand_are_refused_for_a_stream() -> None:
+    data = {"train": "train.jsonl", "streaming": True}
+    for arm, cure in (
+        ("few-shot", "read train without"),
+        ("rag", r"evaluate\.documents"),
+        ("lora+rag", "documents"),
+    ):
+        job = Job.model_validate({"model": "m", "data": data, "compare": {"arms": ["zero-shot", arm]}})
+        with pytest.raises(JobError, match=rf"compare\.arms\[1\]: .*data\.streaming is on.*{cure}"):
+            plan_arms(job)
+    values = {"model": "m", "data": data, "evaluate": {"documents": "docs"}}
+    job = Job.model_validate(values | {"compare": {"arms": ["zero-shot", "rag", "lora"]}})
+    assert [arm.name for arm in plan_arms(job)] == ["zero-shot", "rag", "lora"]
+
+
+def test_new_tokens_are_those_of_every_arm_or_refused() -> None:
+    method = {"name": "lora", "new_tokens": ["<ticket>"]}
+
+    def plan(*arms: object, method: object = method) -> list[str]:
+        values = {
+            "model": "m",
+            "data": {"train": "train.jsonl"},
+            "method": method,
+            "compare": {"arms": list(arms)},
+        }
+        return [arm.name for arm in plan_arms(Job.model_validate(values))]
+
+    assert plan("lora", "qlora", "lora+rag") == ["lora", "qlora", "lora+rag"]
+    for arm, finding in (("zero-shot", "answers with the base"), ("full", "trains no new embedding")):
+        with pytest.raises(JobError, match=rf"compare\.arms\[1\]: {arm} {finding}.*'<ticket>'.*Compare lora"):
+            plan("lora", arm)
+    with pytest.raises(
+        JobError, match=r"new_tokens \['<done>'\], the job's method \[\].*Give method\.new_tokens once"
+    ):
+        plan({"method": {"name": "lora", "new_tokens": ["<done>"]}}, method="lora")

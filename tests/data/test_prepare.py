@@ -6,8 +6,9 @@ import pytest
 
 from tunesmith.core.errors import DataError, RunDirError
 from tunesmith.data.checks import CheckReport
-from tunesmith.data.prepare import check, load_prepared, prepare_data
+from tunesmith.data.prepare import load_prepared, prepare_data
 from tunesmith.data.render import Renderer
+from tunesmith.data.survey import check
 
 SUBJECTS = "cat dog log mat hen fox owl bat ant bee cow elk".split()
 

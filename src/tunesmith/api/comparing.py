@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tunesmith.api.opening import open_base, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
-from tunesmith.api.training import fingerprint_model, prepare, resolve_learning_rate
+from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
 from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run, to_public_json
 from tunesmith.core.bundled import BUNDLED
@@ -59,7 +59,7 @@ def compare(
                 cure="Give it a share or a file",
             )
         write_json(run.job, job.model_dump(mode="json"))
-        comparing = _Comparing(job, base, run, prepared, on_event)
+        comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
         comparison = compare_run(run, job, failures=failures)
         render_report(run)
@@ -100,6 +100,7 @@ class _Comparing:
     base: ResolvedModel
     run: RunDir
     prepared: Prepared
+    skip_bad_rows: bool
     on_event: OnEvent
 
     def run_all(self, arms: Sequence[PlannedArm]) -> dict[str, str]:
@@ -223,6 +224,7 @@ class _Comparing:
             revision=self.base.revision,
             key=hash_json({"job": values, **self._shared_hashes(("train", "validation"))}),
             keep_weights=trial is None,
+            skip_bad_rows=self.skip_bad_rows,
         )
 
     def _judge_task(self, arm: PlannedArm, seed: int) -> JudgeTask:
@@ -271,8 +273,9 @@ class _Comparing:
         return hashes | {f"documents/{path.name}": hash_file(path) for path in documents}
 
     def _shared_hashes(self, splits: Sequence[str]) -> dict[str, str]:
-        names = {f"{split}_sha256" for split in splits} | {"template_sha256", "tokenizer_sha256"}
-        kept = {name: value for name, value in self.prepared.fingerprints.items() if name in names}
+        names = {f"{name}_sha256" for name in (*splits, "stream", "template", "tokenizer")}
+        found = fingerprint_data(self.job, self.prepared)
+        kept = {name: value for name, value in found.items() if name in names}
         return kept | {"model": fingerprint_model(self.base.folder, self.base.revision)}
 
 

@@ -9,17 +9,25 @@ from typing import Any, Literal
 
 from tunesmith.api.opening import open_base
 from tunesmith.api.training import load_job_tokenizer
+from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
-from tunesmith.data.prepare import check as check_data
+from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.preview import RowPreview, preview_rows
+from tunesmith.data.survey import check as check_data
+from tunesmith.data.survey import first_rows
 from tunesmith.job.load import job_from
-from tunesmith.job.spec import Job
+from tunesmith.job.spec import CompareSpec, Job
 
 
 def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"] = "refuse") -> CheckReport:
-    """Counts, lengths, losses by truncation, duplicates, leaks and masks of a job's data. Writes nothing."""
+    """Counts, lengths, losses by truncation, duplicates, leaks and masks of a job's data. Writes nothing.
+
+    Arms other than the default ones are looked at too; a job for `train` alone names none.
+    """
     job = job if isinstance(job, Job) else job_from(job)
+    if job.compare.arms != CompareSpec().arms:
+        plan_arms(job)
     tokenizer = load_job_tokenizer(job, open_base(job).folder)
     return check_data(job, tokenizer=tokenizer, on_bad_row=on_bad_row)
 
@@ -34,6 +42,9 @@ def preview(
     """The first rows of a split as they are trained: text in pieces, each trained, masked or stop."""
     job = job if isinstance(job, Job) else job_from(job)
     tokenizer = load_job_tokenizer(job, open_base(job).folder)
+    if job.data.streaming and split == "train":
+        rejects = Rejects(None, collect=on_bad_row == "skip")
+        return preview_rows(first_rows(job.data, tokenizer, rows, rejects), tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "prepared"
         prepared = prepare_data(job, tokenizer=tokenizer, folder=folder, on_bad_row=on_bad_row)

@@ -65,16 +65,16 @@ def train(
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
             record = RunRecord.from_json(read_json(run.record), place=str(run.record))
-            _refuse_other_data(record, load_prepared(run.prepared), run)
+            _refuse_other_data(record, fingerprint_data(job, load_prepared(run.prepared)), run)
             if record.status == "done":
                 on_event(Event("note", text=f"{run.root} is complete; --fresh trains again"))
                 return record
         return run_train_task(task, on_event)
 
 
-def _refuse_other_data(record: RunRecord, prepared: Prepared, run: RunDir) -> None:
+def _refuse_other_data(record: RunRecord, fingerprints: Mapping[str, str], run: RunDir) -> None:
     """Raise RunDirError if the finished run in `run` saw other rows than the sources hold now."""
-    for name, value in prepared.fingerprints.items():
+    for name, value in fingerprints.items():
         if record.fingerprints.get(name, value) != value:
             raise RunDirError(
                 str(run.root),
@@ -101,7 +101,7 @@ def _prepare_task(
         model_folder=str(base.folder),
         model_name=base.name,
         revision=base.revision,
-        key=hash_json({"job": job.model_dump(mode="json"), "data": prepared.fingerprints}),
+        key=hash_json({"job": job.model_dump(mode="json"), "data": fingerprint_data(job, prepared)}),
         skip_bad_rows=on_bad_row == "skip",
     )
 
@@ -171,7 +171,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device)
     )
     rate = resolve_learning_rate(job, Path(task.model_folder))
-    fingerprints = _fingerprint(task, prepared)
+    fingerprints = _fingerprint(task, job, prepared)
     rejects = Rejects(run.rejects if task.skip_bad_rows else None)
     outcome = run_loop(
         model,
@@ -218,11 +218,17 @@ def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: To
     from tunesmith.training.order import StreamOrder
 
     stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
-    fingerprint = fingerprint_sources(job, prepared.fingerprints)
+    fingerprint = fingerprint_data(job, prepared)["stream_sha256"]
     return StreamOrder(stream, batch_rows=job.train.batch_rows, fingerprint=fingerprint)
 
 
-def fingerprint_sources(job: Job, fingerprints: Mapping[str, str]) -> str:
+def fingerprint_data(job: Job, prepared: Prepared) -> dict[str, str]:
+    """What decides the rows of a run: the prepared ones', and of streamed ones their sources'."""
+    found = prepared.fingerprints
+    return found | {"stream_sha256": _fingerprint_stream(job, found)} if job.data.streaming else found
+
+
+def _fingerprint_stream(job: Job, fingerprints: Mapping[str, str]) -> str:
     """Hash of what decides streamed rows. Files too large to hold are known by size and both ends."""
     parts: list[str] = []
     for source, _ in find_stream_sources(job.data):
@@ -327,9 +333,9 @@ def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _fingerprint(task: TrainTask, prepared: Prepared) -> dict[str, str]:
+def _fingerprint(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
     return {
-        **prepared.fingerprints,
+        **fingerprint_data(job, prepared),
         "model": fingerprint_model(Path(task.model_folder), task.revision),
         "code": hash_code(),
     }

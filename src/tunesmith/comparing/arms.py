@@ -122,7 +122,7 @@ def _list_questions(answers: Sequence[AnswerRecord]) -> list[tuple[int, str, str
 
 
 # A training's fingerprints that must agree, by a word in their names; the rest (code, adapter) may differ.
-_HELD_EQUAL = ("template", "train", "validation", "test", "tokenizer", "model", "weights")
+_HELD_EQUAL = ("template", "train", "stream", "validation", "test", "tokenizer", "model", "weights")
 
 
 def _compare_fingerprints(run: RunRecord, reference: RunRecord) -> list[str]:

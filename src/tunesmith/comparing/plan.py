@@ -60,7 +60,8 @@ class PlannedArm:
 def plan_arms(job: Job) -> list[PlannedArm]:
     """Expand `job.compare.arms`, in order.
 
-    Raises JobError for an unknown arm (with the nearest name), a name that is no folder name, and a repeated name.
+    Raises JobError for an unknown arm (with the nearest name), a name that is no folder name, a repeated name, and an
+    arm that cannot have what it needs.
     """
     arms: list[PlannedArm] = []
     if repeated := _find_repeated(job.compare.seeds):
@@ -74,6 +75,8 @@ def plan_arms(job: Job) -> list[PlannedArm]:
         place = f"compare.arms[{number}]"
         spec = _parse_name(item, job, place) if isinstance(item, str) else item
         arm = _plan_arm(spec, job, place)
+        _refuse_examples_of_a_stream(arm, job, place)
+        _refuse_other_tokens(arm, job, place)
         for other in arms:
             if other.name.lower() == arm.name.lower():
                 raise JobError(
@@ -160,6 +163,45 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
         seeds=tuple(job.compare.seeds[:1] if deterministic else job.compare.seeds),
         deterministic=deterministic,
         trained_by=name if method else None,
+    )
+
+
+def _refuse_examples_of_a_stream(arm: PlannedArm, job: Job, place: str) -> None:
+    """Examples are drawn and retrieved from training rows in memory; a stream has none there."""
+    if not job.data.streaming or arm.prompting == "zero-shot":
+        return
+    if arm.prompting == "rag" and job.evaluate.documents is not None:
+        return
+    cure = "Remove the arm, or read train without data.streaming"
+    if arm.prompting == "rag":
+        cure += ", or name documents under evaluate.documents"
+    raise JobError(
+        place,
+        f"{arm.name} needs training rows at hand, and data.streaming is on",
+        rule="streamed rows are read once and not kept",
+        cure=cure,
+    )
+
+
+def _refuse_other_tokens(arm: PlannedArm, job: Job, place: str) -> None:
+    """All arms read the same token rows, so all must know the same tokens."""
+    given = job.method_spec.new_tokens if isinstance(job.method_spec, LoraSpec) else []
+    known = arm.method.new_tokens if isinstance(arm.method, LoraSpec) else []
+    if known == given:
+        return
+    if isinstance(arm.method, LoraSpec):
+        raise JobError(
+            place,
+            f"{arm.name} has new_tokens {known}, the job's method {given}",
+            rule="all arms read the same token rows",
+            cure="Give method.new_tokens once, for the whole job, and leave it out of arms",
+        )
+    what = "trains no new embedding" if arm.method else "answers with the base model"
+    raise JobError(
+        place,
+        f"{arm.name} {what}, and method.new_tokens adds {given[0]!r}",
+        rule="all arms read the same token rows, and the base has no embedding for new tokens",
+        cure="Compare lora and qlora arms only, or remove method.new_tokens",
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -112,12 +112,15 @@ class CheckReport:
         )
 
 
-def measure_lengths(lengths: Sequence[int]) -> dict[str, int]:
-    """Length percentiles in tokens, each a length that occurs."""
+def measure_lengths(lengths: Mapping[int, int]) -> dict[str, int]:
+    """Length percentiles in tokens, each a length that occurs. lengths: how many rows have each."""
     if not lengths:
         return {}
-    values = np.percentile(np.asarray(lengths), _PERCENTILES, method="inverted_cdf")
-    return {str(p): int(cast("float", v)) for p, v in zip(_PERCENTILES, values, strict=True)}
+    values = np.array(sorted(lengths))
+    below = np.cumsum([lengths[int(value)] for value in values])
+    ranks = np.ceil(np.array(_PERCENTILES) / 100 * below[-1])
+    found = values[np.searchsorted(below, ranks)]
+    return {str(p): int(v) for p, v in zip(_PERCENTILES, found.tolist(), strict=True)}
 
 
 def count_rows(facts: SplitFacts, rows: Iterable[TokenRow], *, stop_ids: Sequence[int]) -> None:
@@ -138,17 +141,17 @@ def measure_overlaps(
     """Compare held-out splits with train, reading the words of train once."""
     hashes = {likeness.hash_of(c) for c in train}
     groups = {likeness.near_group(c) for c in train}
-    questions = {_question(c) for c in train}
-    grams = {name: [_grams(c) for c in rows] for name, rows in held_out.items()}
+    questions = {question_of(c) for c in train}
+    grams = {name: [ngrams_of(c) for c in rows] for name, rows in held_out.items()}
     wanted = frozenset(itertools.chain.from_iterable(itertools.chain.from_iterable(grams.values())))
     seen: set[int] = set()
     for conversation in train if wanted else ():
-        seen |= wanted & _grams(conversation)
+        seen |= wanted & ngrams_of(conversation)
     return {
         name: Overlap(
             num_rows=len(rows),
             num_exact=sum(likeness.hash_of(c) in hashes for c in rows),
-            num_same_question=sum(_question(c) in questions for c in rows),
+            num_same_question=sum(question_of(c) in questions for c in rows),
             num_near=sum(likeness.near_group(c) in groups for c in rows),
             num_shared_13grams=sum(not gram.isdisjoint(seen) for gram in grams[name]),
         )
@@ -156,11 +159,13 @@ def measure_overlaps(
     }
 
 
-def _question(conversation: Conversation) -> str:
+def question_of(conversation: Conversation) -> str:
+    """What a row asks: equal questions in train and test are a leak, whatever the answers."""
     return text_of(m for m in conversation.messages[:-1] if m.role != "system") or conversation.answer
 
 
-def _grams(conversation: Conversation) -> frozenset[int]:
+def ngrams_of(conversation: Conversation) -> frozenset[int]:
+    """Hashes of every `NGRAM_WORDS` words in a row."""
     words = split_words(text_of(m for m in conversation.messages if m.role != "system"))
     return frozenset(hash(tuple(words[n : n + NGRAM_WORDS])) for n in range(len(words) - NGRAM_WORDS + 1))
 

@@ -13,6 +13,7 @@ prepared/
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,7 +57,7 @@ class HasData(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Rendered:
+class RenderedSplit:
     """A split in memory: token rows, the conversation number of each, the conversations with rows, their clusters."""
 
     rows: list[TokenRow]
@@ -222,7 +223,7 @@ def prepare_data(
     path = rejects or root.parent / "rejected_rows.jsonl"
     collected = Rejects(path if on_bad_row == "skip" else None)
     renderer = Renderer(tokenizer, job.data)
-    report, rendered = _prepare(job.data, renderer, collected)
+    report, rendered = read_splits(job.data, renderer, collected)
     try:
         root.mkdir(parents=True, exist_ok=True)
         collected.write()
@@ -240,31 +241,16 @@ def prepare_data(
     return Prepared(root)
 
 
-def check(
-    job: HasData,
-    *,
-    tokenizer: Tokenizer,
-    on_bad_row: Literal["refuse", "skip"] = "refuse",
-    rejects: Path | None = None,
-) -> CheckReport:
-    """Everything `prepare_data` would find, without writing a prepared folder.
-
-    rejects: where skipped rows go (default: nowhere; they are counted).
-    """
-    collected = Rejects(rejects, collect=on_bad_row == "skip")
-    report, _ = _prepare(job.data, Renderer(tokenizer, job.data), collected)
-    collected.write()
-    return report
-
-
-def _prepare(
+def read_splits(
     data: DataSpec, renderer: Renderer, rejects: Rejects
-) -> tuple[CheckReport, dict[str, _Rendered]]:
-    """A streaming job's training rows are left to `stream`; its held-out splits are prepared like any other's."""
+) -> tuple[CheckReport, dict[str, RenderedSplit]]:
+    """All splits in memory, and what is in them.
+
+    A streaming job's training rows are left to `stream`; its held-out splits are prepared like any other's."""
     report = CheckReport()
     collected = collect_splits(data, rejects, report)
     likeness = collected.likeness
-    rendered: dict[str, _Rendered] = {}
+    rendered: dict[str, RenderedSplit] = {}
     for name, conversations in collected.splits.items():
         facts = report.splits.setdefault(name, SplitFacts())
         rendered[name] = _render_split(conversations, renderer, data, facts, rejects, likeness)
@@ -283,12 +269,17 @@ def _prepare(
         ) + find_special_tokens(conversations, renderer)
     held_out = {name: rows for name, rows in collected.splits.items() if name != "train"}
     report.overlap = measure_overlaps(collected.splits.get("train", []), held_out, likeness)
+    conclude(report, renderer, rejects)
+    return report, rendered
+
+
+def conclude(report: CheckReport, renderer: Renderer, rejects: Rejects) -> None:
+    """Put into words what reading and rendering have counted."""
     report.counts |= dict(renderer.counts)
     report.counts["rows_refused_by_template"] = len(rejects.rows) - sum(
         source.num_rejected for source in report.sources
     )
     report.findings = find_findings(report, renderer)
-    return report, rendered
 
 
 def _render_split(
@@ -298,16 +289,16 @@ def _render_split(
     facts: SplitFacts,
     rejects: Rejects,
     likeness: Likeness,
-) -> _Rendered:
+) -> RenderedSplit:
     """Token rows of a split within `max_tokens`; conversations that lose all rows are left out."""
     kept: list[TokenRow] = []
     numbers: list[int] = []
     used: list[Conversation] = []
-    lengths: list[int] = []
+    lengths: Counter[int] = Counter()
     for start in range(0, len(conversations), _BATCH):
         batch = conversations[start : start + _BATCH]
         for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
-            lengths += [len(row.ids) for row in rows]
+            lengths.update(len(row.ids) for row in rows)
             fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
             if fitting:
                 kept += fitting
@@ -316,7 +307,7 @@ def _render_split(
     facts.num_conversations = len(used)
     facts.length_percentiles = measure_lengths(lengths)
     count_rows(facts, kept, stop_ids=renderer.stop_ids)
-    return _Rendered(kept, numbers, used, [likeness.cluster_of(c) for c in used])
+    return RenderedSplit(kept, numbers, used, [likeness.cluster_of(c) for c in used])
 
 
 def _render_batch(
@@ -374,7 +365,7 @@ def _split_path(folder: Path, split: str, suffix: str) -> Path:
     return (folder / "sealed" if split == "test" else folder) / f"{split}.{suffix}"
 
 
-def _write_split(folder: Path, name: str, split: _Rendered) -> None:
+def _write_split(folder: Path, name: str, split: RenderedSplit) -> None:
     _split_path(folder, name, "x").parent.mkdir(parents=True, exist_ok=True)
     offsets = np.zeros(len(split.rows) + 1, dtype=np.int64)
     np.cumsum([len(row.ids) for row in split.rows], out=offsets[1:])

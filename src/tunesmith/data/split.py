@@ -50,8 +50,7 @@ def find_near_pairs(shingles: Sequence[set[str]]) -> list[tuple[int, int]]:
     joined = _Union(len(shingles))
     pairs: list[tuple[int, int]] = []
     for number, pieces in enumerate(shingles):
-        sketch = rensa.RMinHash(_NUM_PERMUTATIONS, 42)
-        sketch.update(sorted(pieces))
+        sketch = _sketch(pieces)
         found: list[int] = sorted(index.query(sketch))
         for other in found:
             if joined.root(other) == joined.root(number):
@@ -61,6 +60,29 @@ def find_near_pairs(shingles: Sequence[set[str]]) -> list[tuple[int, int]]:
                 pairs.append((other, number))
         index.insert(number, sketch)
     return pairs
+
+
+class NearIndex:
+    """Conversations held in memory, to be asked which of them another one is near to."""
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        rensa: Any = import_module("rensa")
+        self._index = rensa.RMinHashLSH(THRESHOLD, _NUM_PERMUTATIONS, _NUM_BANDS)
+        self._shingles = [shingle(conversation) for conversation in conversations]
+        for number, pieces in enumerate(self._shingles):
+            self._index.insert(number, _sketch(pieces))
+
+    def find(self, conversation: Conversation) -> list[int]:
+        """Numbers of the conversations at or above THRESHOLD."""
+        pieces = shingle(conversation)
+        found: list[int] = self._index.query(_sketch(pieces))
+        return [number for number in found if _jaccard(self._shingles[number], pieces) >= THRESHOLD]
+
+
+def _sketch(pieces: set[str]) -> Any:
+    sketch: Any = import_module("rensa").RMinHash(_NUM_PERMUTATIONS, 42)
+    sketch.update(sorted(pieces))
+    return sketch
 
 
 def _jaccard(left: set[str], right: set[str]) -> float:

@@ -6,7 +6,8 @@ The split files are named, not cut; rows are shuffled within a window; exact rep
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,7 +73,9 @@ class RowStream:
     """An endless or one-pass iterator over training rows.
 
     num_taken: rows given out so far. A new stream over the same files with `skip=num_taken` goes on with the same rows.
-    facts:     what was dropped or cut so far.
+    facts:     what was dropped or cut so far; lengths: tokens of the rows before that, counted.
+    sources:   what was read of each, so far.
+    look:      is shown every conversation before it is rendered.
     """
 
     data: DataSpec
@@ -81,6 +84,9 @@ class RowStream:
     rejects: Rejects = field(default_factory=lambda: Rejects(None))
     facts: SplitFacts = field(default_factory=SplitFacts)
     num_taken: int = 0
+    lengths: Counter[int] = field(default_factory=Counter[int])
+    sources: list[SourceFacts] = field(default_factory=list[SourceFacts])
+    look: Callable[[Conversation], None] | None = None
 
     def rows(self, *, epoch: int = 0, skip: int = 0) -> Iterator[TokenRow]:
         """Rows of one pass, shuffled in windows by (seed, epoch).
@@ -123,9 +129,12 @@ class RowStream:
                 raise
             rendered = [self._render_or_reject(conversation) for conversation in batch]
         for rows in rendered:
-            for row in rows:
-                if (fitting := fit_row(row, self.data, self.facts)) is not None:
-                    yield fitting
+            self.lengths.update(len(row.ids) for row in rows)
+            fitting = [
+                row for row in (fit_row(row, self.data, self.facts) for row in rows) if row is not None
+            ]
+            self.facts.num_conversations += bool(fitting)
+            yield from fitting
 
     def _render_or_reject(self, conversation: Conversation) -> list[TokenRow]:
         try:
@@ -137,13 +146,16 @@ class RowStream:
     def _read_all(self) -> Iterator[Conversation]:
         seen = HashSet()
         for source, fmt in find_stream_sources(self.data):
-            facts = SourceFacts(name=source.name, split="train", format=fmt)
+            facts = SourceFacts(name=source.name, split="train", format=fmt, revision=source.revision)
+            self.sources.append(facts)
             for conversation in read_conversations(source, self.rejects, facts, fmt=fmt):
                 if self.data.deduplicate == "exact" and not seen.add(
                     int(hash_conversation(conversation), 16)
                 ):
                     self.facts.num_exact_duplicates += 1
                     continue
+                if self.look is not None:
+                    self.look(conversation)
                 yield conversation
 
 

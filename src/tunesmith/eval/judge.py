@@ -96,7 +96,7 @@ def _score(
     warnings += steps.prompt_cases(
         cases,
         renderer,
-        prepared.conversations("train") if prompting != "zero-shot" else (),
+        prepared.conversations("train") if prompting != "zero-shot" and "train" in prepared.splits else (),
         prompting=prompting,
         spec=spec,
         seed=seed,
