@@ -61,10 +61,10 @@ def test_hidden_states_of_a_batch_equal_those_of_one(hf_folders: Any) -> None:
         model = load_model(hf_folders("llama-tied")[0], dtype=dtype)
         prompts = sorted(make_prompts(9), key=len)
         with torch.no_grad():
-            together = model.open_session(prompts, max_new_tokens=4)
+            together = model.open_session(prompts)
             whole = [together.prefill(), together.step(torch.arange(9))]
             for slot, prompt in enumerate(prompts):
-                alone = model.open_session([prompt], max_new_tokens=4)
+                alone = model.open_session([prompt])
                 assert torch.equal(alone.prefill()[0], whole[0][slot])
                 assert torch.equal(alone.step(torch.tensor([slot]))[0], whole[1][slot])
 

@@ -1,5 +1,7 @@
 """Continue prompts: packed prefill, batched steps with a key/value cache, greedy or sampled.
 
+Finished sequences leave the batch at once, and new prompts join the running ones while there is room.
+
 The result for a prompt does not depend on the batch it is in: every prompt is computed with shapes that follow from
 its own length (models/cache.py), and draws random numbers from a generator of its own, seeded by its place in the list.
 
@@ -9,7 +11,7 @@ n: sequences of a batch  V: vocabulary  D: width
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +20,10 @@ from torch import Tensor
 from tunesmith.core.errors import DataError
 from tunesmith.job.spec import SamplingSpec
 from tunesmith.models.causal_lm import CausalLM, DecodeSession
-from tunesmith.models.layout import pad_length
 
-# Keys and values of a batch, and tokens of one prefill.
-CACHE_BYTES, PREFILL_TOKENS, MAX_BATCH = 384 * 2**20, 16384, 256
-# Sequences are dropped from the cache once this share of them has finished: each drop copies the rest.
-_DROP_SHARE = 0.25
+# Keys and values of all sequences at a time, and tokens of one prefill.
+CACHE_BYTES = {"cpu": 128 * 2**20, "cuda": 384 * 2**20}
+PREFILL_TOKENS, MAX_SEQUENCES = 4096, 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +69,28 @@ def generate(
     was_training = model.training
     model.eval()
     prefix = _find_shared(prompts) if model.shares_prefix else []
-    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
-    results: dict[int, Generation] = {}
+
+    def open_prompts() -> Iterator[Opened]:
+        for places in _cut_batches(prompts, len(prefix), model, batch_size):
+            own = [prompts[place][len(prefix) :] for place in places]
+            session = model.open_session(own, prefix=prefix)
+            yield Opened(session, places, [len(ids) for ids in own], [[] for _ in own], session.prefill())
+
+    room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     try:
-        for batch in _cut_batches(order, prompts, len(prefix), max_new_tokens, model, batch_size):
-            own = [prompts[place][len(prefix) :] for place in batch]
-            room = [min(max_new_tokens, limit - len(prompts[place])) for place in batch]
-            session = model.open_session(own, max_new_tokens=max(room), prefix=prefix)
-            names = [str(place) if keys is None else keys[place] for place in batch]
-            chooser = _Chooser(sampling, names)
-            done_before = len(results)
-
-            def report(done: int, before: int = done_before) -> None:
-                if on_progress is not None:
-                    on_progress(before + done, len(prompts))
-
-            for place, found in zip(
-                batch, _run_batch(model, session, room, set(stop_ids), chooser, report), strict=True
-            ):
-                results[place] = found
+        return continue_all(
+            model,
+            open_prompts(),
+            room=room,
+            stop_ids=stop_ids,
+            sampling=sampling,
+            on_progress=on_progress,
+            batch_size=batch_size,
+            keys=keys,
+        )
     finally:
         model.close_sessions()
         model.train(was_training)
-    return [results[place] for place in range(len(prompts))]
 
 
 def _find_shared(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -107,61 +106,134 @@ def _find_shared(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _cut_batches(
-    order: list[int],
-    prompts: Sequence[Sequence[int]],
-    shared: int,
-    new: int,
-    model: CausalLM,
-    batch_size: int | None,
-) -> list[list[int]]:
-    batches: list[list[int]] = [[]]
+    prompts: Sequence[Sequence[int]], shared: int, model: CausalLM, batch_size: int | None
+) -> Iterator[list[int]]:
+    """Places of the prompts of each prefill, neighbours in length."""
+    most_tokens = min(PREFILL_TOKENS, cache_bytes(model) // 2 // model.bytes_per_token())
+    most = max(1, (batch_size or MAX_SEQUENCES) // 2)
+    batch: list[int] = []
     tokens = 0
-    for place in order:
+    for place in sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place)):
         own = len(prompts[place]) - shared
-        capacity = pad_length(own + new)
-        most = min(batch_size or MAX_BATCH, max(1, CACHE_BYTES // (capacity * model.bytes_per_token())))
-        if batches[-1] and (len(batches[-1]) >= most or tokens + own > PREFILL_TOKENS):
-            batches.append([])
-            tokens = 0
-        batches[-1].append(place)
+        if batch and (len(batch) >= most or tokens + own > most_tokens):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(place)
         tokens += own
-    return [batch for batch in batches if batch]
+    if batch:
+        yield batch
 
 
-def _run_batch(
+def cache_bytes(model: CausalLM) -> int:
+    """Memory for the keys and values of all sequences at a time."""
+    return CACHE_BYTES.get(model.device.type, CACHE_BYTES["cuda"])
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Sequences whose beginnings have been run.
+
+    places:    which of the caller's sequences each one is.
+    lengths:   tokens that each has in the cache.
+    outputs:   new tokens that each has already.
+    hidden_nD: hidden state behind the last token of each.
+    """
+
+    session: DecodeSession
+    places: Sequence[int]
+    lengths: Sequence[int]
+    outputs: Sequence[list[int]]
+    hidden_nD: Tensor
+
+
+@torch.no_grad()
+def continue_all(
     model: CausalLM,
-    session: DecodeSession,
-    room: list[int],
-    stop_ids: set[int],
-    chooser: _Chooser,
-    report: Callable[[int], None],
+    batches: Iterable[Opened],
+    *,
+    room: Sequence[int],
+    stop_ids: Sequence[int],
+    sampling: SamplingSpec,
+    on_progress: Callable[[int, int], None] | None = None,
+    batch_size: int | None = None,
+    keys: Sequence[str] | None = None,
 ) -> list[Generation]:
-    outputs: list[list[int]] = [[] for _ in room]
-    finished = [False] * len(room)
-    slots = list(range(len(room)))  # which sequence lies in each slot of the session
-    running = set(slots)
-    hidden = session.prefill()
-    while running:
-        chosen = chooser.choose(model.head(hidden), slots)
-        for slot, token in zip(slots, chosen, strict=True):
-            if slot not in running:
+    """Continue sequences to their ends, by place. A batch is asked for when those before it have left room.
+
+    room: most new tokens of each place; the other arguments are those of `generate`.
+    """
+    names = [str(place) for place in range(len(room))] if keys is None else keys
+    pool = _Pool(model, room, set(stop_ids), _Chooser(sampling, names))
+    most, most_tokens = batch_size or MAX_SEQUENCES, cache_bytes(model) // model.bytes_per_token()
+
+    def report() -> None:
+        if on_progress is not None:
+            on_progress(len(pool.results), len(room))
+
+    for opened in batches:
+        pool.admit(opened)
+        report()
+        while len(pool.places) > most // 2 or sum(pool.lengths) > most_tokens // 2:
+            pool.step()
+            report()
+    while pool.places:
+        pool.step()
+        report()
+    return [pool.results[place] for place in range(len(room))]
+
+
+class _Pool:
+    """Sequences that advance together, one token at a time; the finished ones leave it.
+
+    places, lengths, tokens: of each running sequence, its place, its tokens in the cache and the token to run next.
+    """
+
+    def __init__(self, model: CausalLM, room: Sequence[int], stop_ids: set[int], chooser: _Chooser) -> None:
+        self.model, self.room, self.stop_ids, self.chooser = model, room, stop_ids, chooser
+        self.places: list[int] = []
+        self.lengths: list[int] = []
+        self.tokens: list[int] = []
+        self.results: dict[int, Generation] = {}
+        self._outputs: dict[int, list[int]] = {}
+        self._session: DecodeSession | None = None
+
+    def admit(self, opened: Opened) -> None:
+        self._outputs |= zip(opened.places, opened.outputs, strict=True)
+        running, tokens = self._choose(opened.hidden_nD, opened.places)
+        opened.session.keep(running)
+        if self._session is None or not self.places:
+            self._session = opened.session
+        else:
+            self._session.join(opened.session)
+        self.places += [opened.places[at] for at in running]
+        self.lengths += [opened.lengths[at] for at in running]
+        self.tokens += tokens
+
+    def step(self) -> None:
+        assert self._session is not None
+        hidden_nD = self._session.step(torch.tensor(self.tokens, device=self.model.device))
+        running, self.tokens = self._choose(hidden_nD, self.places)
+        if len(running) < len(self.places):
+            self._session.keep(running)
+            self.places = [self.places[at] for at in running]
+            self.lengths = [self.lengths[at] for at in running]
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _choose(self, hidden_nD: Tensor, places: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Give each sequence its next token. Returns which ones go on, and their tokens."""
+        chosen = self.chooser.choose(self.model.head(hidden_nD), places)
+        running: list[int] = []
+        for at, (place, token) in enumerate(zip(places, chosen, strict=True)):
+            ids = self._outputs[place]
+            if token in self.stop_ids:
+                self.results[place] = Generation(ids, finished=True)
                 continue
-            if token in stop_ids:
-                finished[slot] = True
-                running.discard(slot)
+            ids.append(token)
+            if len(ids) >= self.room[place]:
+                self.results[place] = Generation(ids, finished=False)
             else:
-                outputs[slot].append(token)
-                if len(outputs[slot]) >= room[slot]:
-                    running.discard(slot)
-        report(len(room) - len(running))
-        if not running:
-            break
-        if len(running) <= (1 - _DROP_SHARE) * len(slots):
-            kept = [at for at, slot in enumerate(slots) if slot in running]
-            session.keep(kept)
-            slots, chosen = [slots[at] for at in kept], [chosen[at] for at in kept]
-        hidden = session.step(torch.tensor(chosen, device=hidden.device))
-    return [Generation(ids, end) for ids, end in zip(outputs, finished, strict=True)]
+                running.append(at)
+        return running, [chosen[at] for at in running]
 
 
 class _Chooser:
@@ -175,20 +247,18 @@ class _Chooser:
                 key = hashlib.sha256(f"{sampling.seed}:{name}".encode()).digest()
                 self.generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1))
 
-    def choose(self, logits_nV: Tensor, slots: list[int]) -> list[int]:
+    def choose(self, logits_nV: Tensor, places: Sequence[int]) -> list[int]:
         logits_nV = logits_nV.float()
         if not self.generators:
             return pick_greedy(logits_nV).tolist()
         probs_nV = shape_distribution(logits_nV, self.sampling)
-        draws = torch.tensor([torch.rand((), generator=self.generators[slot]).item() for slot in slots])
+        draws = torch.tensor([torch.rand((), generator=self.generators[place]).item() for place in places])
         return draw(probs_nV, draws.to(logits_nV.device)).tolist()
 
 
 def pick_greedy(logits_nV: Tensor) -> Tensor:
-    """Token of the largest logit; the lowest id among equal ones, on every device."""
-    best = logits_nV.amax(-1, keepdim=True)
-    ids = torch.arange(logits_nV.shape[-1], device=logits_nV.device)
-    return torch.where(logits_nV == best, ids, logits_nV.shape[-1]).amin(-1)
+    """Token of the largest logit; the lowest id among equal ones."""
+    return logits_nV.argmax(-1)
 
 
 def shape_distribution(logits_nV: Tensor, sampling: SamplingSpec) -> Tensor:

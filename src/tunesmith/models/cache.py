@@ -1,15 +1,16 @@
 """Keys and values of sequences that are being continued.
 
-Sequences of a batch lie in slots sorted by length. A step attends each group of slots over the padded length that
-follows from a sequence's own length, so its result does not depend on the other sequences. Tokens that all prompts
-start with (few-shot examples) can be computed once and shared.
+Sequences lie in groups of one padded length, which follows from a sequence's own length, so its result does not depend
+on the other sequences. A group is one block of memory that products read as it lies; a sequence that outgrows its group
+moves to the next. Tokens that all prompts start with (few-shot examples) can be computed once and shared.
 
-T: flat tokens  n: sequences  P: shared prefix tokens  C: capacity  H: query heads  N: key/value heads  d: head width
+T: flat tokens  n: sequences  S: padded length  P: shared prefix tokens  L: layers  H: query heads  N: key/value heads
+d: head width
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,117 +26,152 @@ if TYPE_CHECKING:
 
 
 _QUERY_BLOCK = 256
+# Kernels are compiled and kept per shape, so there must be few: sequences of a group and tokens of a prefill are
+# counted in these steps. What fills them up is computed and never read.
+_ROUND_ROWS, _ROUND_TOKENS = 8, 256
+
+
+class Group:
+    """Sequences whose keys and values are padded to one length.
+
+    store:   (2, L, rows, N, S, d): keys, values.
+    members: the sequence in each row that is in use; the used rows come first.
+    """
+
+    def __init__(self, model: Decoder, padded_length: int, members: Sequence[int] = ()) -> None:
+        self.padded_length, self.members = padded_length, list(members)
+        config = model.config
+        # Padded places are masked, but 0 * NaN of uninitialised memory would still be NaN.
+        self.store = torch.zeros(
+            (2, config.num_layers, len(self.members), config.num_kv_heads, padded_length, config.head_dim),
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use, rounded up."""
+        return _round_up(len(self.members), _ROUND_ROWS)
+
+    def append(self, source: Group, rows: Sequence[int]) -> None:
+        """Take over rows of a group of the same or a shorter length, which keeps its copy."""
+        used, size = len(self.members), source.padded_length
+        self.reserve(used + len(rows))
+        for at, row in enumerate(rows, used):
+            self.store[:, :, at, :, :size] = source.store[:, :, row]
+        self.members += [source.members[row] for row in rows]
+
+    def reserve(self, rows: int) -> None:
+        """Make room for that many rows, and for those that fill up the shape."""
+        if _round_up(rows, _ROUND_ROWS) > self.store.shape[2]:
+            # A quarter more than needed: one at a time, sequences come from the next shorter group.
+            room = _round_up(rows + rows // 4, _ROUND_ROWS)
+            store = self.store.new_zeros(*self.store.shape[:2], room, *self.store.shape[3:])
+            store[:, :, : len(self.members)] = self.store[:, :, : len(self.members)]
+            self.store = store
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Give up rows; the last ones move into their places."""
+        left, gone = len(self.members) - len(rows), set(rows)
+        moving = (row for row in range(left, len(self.members)) if row not in gone)
+        for row in sorted(gone):
+            if row < left:
+                last = next(moving)
+                self.store[:, :, row] = self.store[:, :, last]
+                self.members[row] = self.members[last]
+        del self.members[left:]
 
 
 @dataclass(frozen=True)
 class PrefillView:
-    """New documents: document i of `layout` goes into slot i."""
+    """New documents: bucket i of `layout` goes into group i."""
 
     layout: Layout
-    slots: list[Tensor]  # per bucket, the slots of its documents
-
-    @staticmethod
-    def of(layout: Layout) -> PrefillView:
-        members: dict[int, list[int]] = {}
-        for slot, length in enumerate(layout.lengths):
-            members.setdefault(pad_length(length), []).append(slot)
-        return PrefillView(
-            layout, [torch.tensor(members[b.padded_length], device=layout.device) for b in layout.buckets]
-        )
 
 
 @dataclass(frozen=True)
 class StepView:
-    """One new token per sequence.
+    """One new token per sequence, group after group.
 
     lengths_n: tokens of its own (behind the shared prefix) that each sequence has before this step.
-    groups:    (first slot, last slot + 1, padded length, mask of hidden keys (slots, padded length)).
+    hidden:    per group, the keys that each row may not see, (rows, 1, S).
     """
 
     lengths_n: Tensor
-    groups: list[tuple[int, int, int, Tensor]]
+    hidden: list[Tensor]
 
     @staticmethod
-    def of(lengths: Sequence[int], *, window: int, device: torch.device) -> StepView:
-        groups, at = [], 0
-        lengths_n = torch.tensor(lengths, device=device)
-        while at < len(lengths):
-            size = pad_length(lengths[at] + 1)
-            end = at
-            while end < len(lengths) and pad_length(lengths[end] + 1) == size:
-                end += 1
-            keys, last = torch.arange(size, device=device)[None], lengths_n[at:end, None]
-            hidden = keys > last
-            if window:
-                hidden = hidden | (keys <= last - window)
-            groups.append((at, end, size, hidden))
-            at = end
-        return StepView(lengths_n, groups)
+    def of(groups: Sequence[Group], lengths_n: Tensor, *, window: int) -> StepView:
+        hidden, at = [], 0
+        for group in groups:
+            last = lengths_n.new_zeros(group.num_rows, 1, 1)
+            last[: len(group.members), 0, 0] = lengths_n[at : at + len(group.members)]
+            keys = torch.arange(group.padded_length, device=lengths_n.device)
+            unseen = keys > last
+            hidden.append(unseen | (keys <= last - window) if window else unseen)
+            at += len(group.members)
+        return StepView(lengths_n, hidden)
 
 
 CacheView = PrefillView | StepView | dict[int, StepView]
 
 
+@dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, (n, N, C, d) each, and of the shared prefix, (N, P, d)."""
+    """Keys and values of one layer: `groups` of the session, and of the shared prefix, (N, P, d) each."""
 
-    def __init__(
-        self,
-        slots: int,
-        capacity: int,
-        *,
-        kv_heads: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.k = torch.empty(slots, kv_heads, capacity, width, dtype=dtype, device=device)
-        # Padded slots are masked, but 0 * NaN of uninitialised memory would still be NaN.
-        self.v = torch.zeros(slots, kv_heads, capacity, width, dtype=dtype, device=device)
-        self.prefix: tuple[Tensor, Tensor] | None = None
-
-    def keep(self, slots: Tensor) -> None:
-        """Drop all other slots; order is kept."""
-        self.k, self.v = self.k.index_select(0, slots), self.v.index_select(0, slots)
+    groups: list[Group]
+    layer: int
+    prefix: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, view: CacheView, *, scale: float, window: int
     ) -> Tensor:
-        """Store k and v (T, N, d), attend q (T, H, d) over what its sequence has. Returns (T, H * d)."""
+        """Store k and v (T, N, d), attend q (T, H, d) over what its sequence has. Returns (T, H * d).
+
+        Tokens behind those of the view fill up the shape: nothing is stored for them, and they get zeros or noise.
+        """
         if isinstance(view, dict):  # layers of one model with different windows
             view = view[window]
         if isinstance(view, StepView):
             return self._attend_step(q, k, v, view, scale)
-        return self._attend_prompt(q, k, v, view, scale, window)
+        return self._attend_prompt(q, k, v, view.layout, scale, window)
 
     def _attend_prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, view: PrefillView, scale: float, window: int
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int
     ) -> Tensor:
-        out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+        out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         stream, kv = torch.cat((q, k, v), 1), k.shape[1]
-        for bucket, slots in zip(view.layout.buckets, view.slots, strict=True):
+        for bucket, group in zip(layout.buckets, self.groups, strict=True):
             size, count = bucket.padded_length, bucket.num_documents
             qf, kf, vf = fold_heads(stream, bucket, kv)
-            self.k[slots, :, :size] = kf.view(count, kv, size, -1)
-            self.v[slots, :, :size] = vf.view(count, kv, size, -1)
-            if self.prefix is None and size > FOLDED_MAX[q.dtype]:
-                mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
-                rows = F.scaled_dot_product_attention(
-                    qf.view(count, -1, size, q.shape[2]),
-                    kf.view(count, kv, size, -1),
-                    vf.view(count, kv, size, -1),
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scale,
-                    enable_gqa=True,
-                ).reshape(count * kv, -1, q.shape[2])
-            else:
-                rows = self._attend_folded(
-                    qf.view(count * kv, -1, size, q.shape[2]), kf, vf, count, scale, window
-                )
-            unfolded = unfold_heads(rows, bucket, kv)
+            group.store[0, self.layer, :count] = kf.view(count, kv, size, -1)
+            group.store[1, self.layer, :count] = vf.view(count, kv, size, -1)
+            q_split, k_split, v_split = (x.view(count, kv, -1, x.shape[-1]) for x in (qf, kf, vf))
+            rows = [
+                self._attend_documents(q_split[span], k_split[span], v_split[span], scale, window)
+                for span in _split_powers(count)
+            ]
+            unfolded = unfold_heads(torch.cat(rows), bucket, kv)
             out.index_copy_(0, bucket.flat_n, unfolded.index_select(0, bucket.inside_n))
         return out
+
+    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        """q: (n, N, G * S, d), k and v: (n, N, S, d). Returns (n * N, G * S, d)."""
+        count, kv, size, width = k.shape
+        if self.prefix is not None or size <= FOLDED_MAX[q.dtype]:
+            queries = q.reshape(count * kv, -1, size, width)
+            return self._attend_folded(queries, k.flatten(0, 1), v.flatten(0, 1), count, scale, window)
+        mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
+        return F.scaled_dot_product_attention(
+            q.reshape(count, -1, size, width),
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        ).reshape(count * kv, -1, width)
 
     def _attend_folded(
         self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int
@@ -155,20 +191,23 @@ class LayerCache:
         return torch.cat(pieces, 2).flatten(1, 2)
 
     def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, view: StepView, scale: float) -> Tensor:
-        count, kv, width = k.shape
-        at = torch.arange(count, device=q.device)
-        self.k[at, :, view.lengths_n] = k
-        self.v[at, :, view.lengths_n] = v
-        queries = q.view(count, kv, -1, width)
-        pieces = []
-        for first, last, size, hidden in view.groups:
-            own_k = self.k[first:last, :, :size].flatten(0, 1)
-            own_v = self.v[first:last, :, :size].flatten(0, 1)
-            query = queries[first:last]
-            scores = torch.bmm(query.flatten(0, 1), own_k.transpose(1, 2)).mul_(scale)
-            scores.view(last - first, -1, size).masked_fill_(hidden[:, None], float("-inf"))
-            pieces.append(self._mix(query, scores, own_v, scale).view(last - first, -1))
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        kv, width, at = k.shape[1], k.shape[2], 0
+        queries = q.view(len(q), kv, -1, width)
+        out = q.new_zeros(queries.shape)
+        for group, hidden in zip(self.groups, view.hidden, strict=True):
+            used, rows, size = len(group.members), group.num_rows, group.padded_length
+            store, places = group.store[:, self.layer, :rows], view.lengths_n[at : at + used]
+            used_n = torch.arange(used, device=q.device)
+            store[0, used_n, :, places] = k[at : at + used]
+            store[1, used_n, :, places] = v[at : at + used]
+            # The rows that fill up a group borrow the queries of the next one, or of what fills up the stream.
+            query = queries[at : at + rows]
+            scores = torch.bmm(query.flatten(0, 1), store[0].flatten(0, 1).transpose(1, 2)).mul_(scale)
+            scores.view(rows, -1, size).masked_fill_(hidden, float("-inf"))
+            mixed = self._mix(query, scores, store[1].flatten(0, 1), scale)
+            out[at : at + used] = mixed.view(rows, kv, -1, width)[:used]
+            at += used
+        return out.view(len(q), -1)
 
     def _mix(self, query: Tensor, scores: Tensor, own_v: Tensor, scale: float) -> Tensor:
         """Softmax over the shared prefix and the own keys together; values mixed. query: (n, N, M, d),
@@ -198,67 +237,115 @@ class LayerCache:
         return late + mixed
 
 
-class Session:
-    """Sequences being continued by our own decoder. Slots hold them in the order given, which is by length.
+def _split_powers(count: int) -> Iterator[slice]:
+    """13 -> spans of 8, 4 and 1: few shapes for any number of documents."""
+    at = 0
+    while at < count:
+        step = 1 << ((count - at).bit_length() - 1)
+        yield slice(at, at + step)
+        at += step
 
-    prompts: own tokens of each sequence (behind the shared prefix), at least one, ascending in length.
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+class Session:
+    """Sequences being continued by our own decoder.
+
+    prompts: own tokens of each sequence (behind the shared prefix), at least one.
+    lengths: tokens that each sequence has in the cache.
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        prefix: SharedPrefix | None = None,
+        self, model: Decoder, prompts: Sequence[Sequence[int]], *, prefix: SharedPrefix | None = None
     ) -> None:
-        self.model, self.prefix = model, prefix
+        self.model = model
         self.lengths = [len(prompt) for prompt in prompts]
         self.start = 0 if prefix is None else prefix.length
         self.windows = set(model.config.windows)
-        config, capacity = model.config, pad_length(self.lengths[-1] + max_new_tokens)
-        self.caches = [
-            LayerCache(
-                len(prompts),
-                capacity,
-                kv_heads=config.num_kv_heads,
-                width=config.head_dim,
-                dtype=model.dtype,
-                device=model.device,
-            )
-            for _ in range(config.num_layers)
-        ]
-        if prefix is not None:
-            for cache, shared in zip(self.caches, prefix.layers, strict=True):
-                cache.prefix = shared
+        self.groups: list[Group] = []
+        shared = [None] * model.config.num_layers if prefix is None else prefix.layers
+        self.caches = [LayerCache(self.groups, layer, pair) for layer, pair in enumerate(shared)]
         self._prompts = prompts
 
-    def prefill(self) -> Tensor:
-        """Hidden state behind each prompt's last token, (n, D)."""
+    def prefill(self, keep_K: Tensor | None = None) -> Tensor:
+        """Run the prompts. Hidden states at these flat positions of the prompts laid end to end, (K, D); by default
+        behind each prompt's last token, (n, D)."""
         device = self.model.device
         layout = make_layout(self.lengths, device=device)
-        ids_T = torch.tensor([token for prompt in self._prompts for token in prompt], device=device)
-        last_n = layout.cumulative_N1[1:].long() - 1
-        return self.model.step(
-            ids_T, layout.positions_T + self.start, self.caches, PrefillView.of(layout), last_n
+        members: dict[int, list[int]] = {}
+        for slot, length in enumerate(self.lengths):
+            members.setdefault(pad_length(length), []).append(slot)
+        self.groups += [Group(self.model, size, members[size]) for size in sorted(members)]
+        if keep_K is None:
+            keep_K = layout.cumulative_N1[1:].long() - 1
+        fill = _round_up(layout.num_tokens, _ROUND_TOKENS) - layout.num_tokens
+        ids_T = torch.tensor(
+            [token for prompt in self._prompts for token in prompt] + [0] * fill, device=device
         )
+        positions_T = F.pad(layout.positions_T + self.start, (0, fill))
+        kept = len(keep_K)
+        filled_K = F.pad(keep_K, (0, pad_length(kept) - kept))
+        return self.model.step(ids_T, positions_T, self.caches, PrefillView(layout), filled_K)[:kept]
 
     def step(self, ids_n: Tensor) -> Tensor:
         """Append one token to each sequence. Hidden state behind it, (n, D)."""
-        device = self.model.device
-        views = {window: StepView.of(self.lengths, window=window, device=device) for window in self.windows}
+        self._move_outgrown()
+        device, order = self.model.device, [slot for group in self.groups for slot in group.members]
+        lengths_n = torch.tensor([self.lengths[slot] for slot in order], device=device)
+        views = {window: StepView.of(self.groups, lengths_n, window=window) for window in self.windows}
         view = views[min(views)] if len(views) == 1 else views
-        positions_n = torch.tensor(self.lengths, device=device) + self.start
-        hidden = self.model.step(ids_n, positions_n, self.caches, view)
+        fill = pad_length(len(order) + _ROUND_ROWS) - len(order)
+        order_n = torch.tensor(order, device=device)
+        hidden = self.model.step(
+            F.pad(ids_n[order_n], (0, fill)), F.pad(lengths_n + self.start, (0, fill)), self.caches, view
+        )
         self.lengths = [length + 1 for length in self.lengths]
-        return hidden
+        return torch.empty_like(hidden[: len(order)]).index_copy_(0, order_n, hidden[: len(order)])
+
+    def _move_outgrown(self) -> None:
+        """Put each sequence into a group that has room for one more token."""
+        for group in list(self.groups):
+            size = group.padded_length
+            rows = [row for row, slot in enumerate(group.members) if self.lengths[slot] >= size]
+            if rows:
+                self._find_group(pad_length(size + 1)).append(group, rows)
+                group.drop(rows)
+        self._sort_groups()
+        for group in self.groups:
+            group.reserve(len(group.members))
+
+    def _find_group(self, size: int) -> Group:
+        for group in self.groups:
+            if group.padded_length == size:
+                return group
+        self.groups.append(Group(self.model, size))
+        return self.groups[-1]
+
+    def _sort_groups(self) -> None:
+        self.groups[:] = sorted((g for g in self.groups if g.members), key=lambda g: g.padded_length)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget what each sequence has behind its first `lengths` own tokens."""
+        self.lengths = list(lengths)
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Continue only these sequences, in this (ascending) order."""
-        kept = torch.tensor(slots, device=self.model.device)
-        for cache in self.caches:
-            cache.keep(kept)
+        """Continue only these sequences, in this order."""
+        place = {slot: at for at, slot in enumerate(slots)}
+        for group in self.groups:
+            group.drop([row for row, slot in enumerate(group.members) if slot not in place])
+            group.members = [place[slot] for slot in group.members]
+        self._sort_groups()
         self.lengths = [self.lengths[slot] for slot in slots]
+
+    def join(self, other: Session) -> None:
+        """Take over the sequences of another session with the same prefix, behind the own ones."""
+        for theirs in other.groups:
+            theirs.members = [slot + len(self.lengths) for slot in theirs.members]
+            self._find_group(theirs.padded_length).append(theirs, range(len(theirs.members)))
+        self._sort_groups()
+        self.lengths += other.lengths
 
 
 @dataclass(frozen=True)
@@ -270,12 +357,7 @@ class SharedPrefix:
 
     @staticmethod
     def of(model: Decoder, ids: Sequence[int]) -> SharedPrefix:
-        session = Session(model, [ids], max_new_tokens=0)
+        session = Session(model, [ids])
         session.prefill()
-        return SharedPrefix(
-            len(ids),
-            [
-                (c.k[0, :, : len(ids)].contiguous(), c.v[0, :, : len(ids)].contiguous())
-                for c in session.caches
-            ],
-        )
+        keys, values = session.groups[0].store[:, :, 0, :, : len(ids)].contiguous()
+        return SharedPrefix(len(ids), list(zip(keys, values, strict=True)))

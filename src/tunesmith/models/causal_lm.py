@@ -9,15 +9,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.models.config import DecoderConfig
-from tunesmith.models.layout import Layout
-from tunesmith.models.projection import MIN_ROWS, MasterCast, Projection
+from tunesmith.models.layout import Layout, pad_length
+from tunesmith.models.projection import MasterCast, Projection
 
 if TYPE_CHECKING:
     from tunesmith.models.adapter_files import AdapterConfig
@@ -56,6 +56,8 @@ class DecodeSession(Protocol):
     def step(self, ids_n: Tensor) -> Tensor: ...
 
     def keep(self, slots: Sequence[int]) -> None: ...
+
+    def join(self, other: Self) -> None: ...
 
 
 class CausalLM(nn.Module, ABC):
@@ -112,9 +114,10 @@ class CausalLM(nn.Module, ABC):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (K, V) of hidden states (K, D), in the compute dtype."""
         rows = hidden.shape[0]
-        if rows < MIN_ROWS and not torch.is_grad_enabled():
-            return F.linear(F.pad(hidden, (0, 0, 0, MIN_ROWS - rows)), self.head_weight)[:rows]
-        return F.linear(hidden, self.head_weight)
+        if torch.is_grad_enabled():
+            return F.linear(hidden, self.head_weight)
+        # Never fewer than MIN_ROWS (projection.py), and few shapes: a kernel is compiled and kept for each.
+        return F.linear(F.pad(hidden, (0, 0, 0, pad_length(rows) - rows)), self.head_weight)[:rows]
 
     @abstractmethod
     def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
@@ -124,10 +127,8 @@ class CausalLM(nn.Module, ABC):
         """
 
     @abstractmethod
-    def open_session(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
-    ) -> DecodeSession:
-        """Sequences to continue. prompts: ascending in length. prefix: tokens in front of all, run once."""
+    def open_session(self, prompts: Sequence[Sequence[int]], *, prefix: Sequence[int] = ()) -> DecodeSession:
+        """Sequences to continue. prefix: tokens in front of all, run once."""
 
     @abstractmethod
     def close_sessions(self) -> None:

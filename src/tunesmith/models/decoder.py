@@ -191,15 +191,13 @@ class Decoder(CausalLM):
             x = block.step(x, cos, sin, cache, view, keep_K if number == last else None)
         return self.norm(x)
 
-    def open_session(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
-    ) -> Session:
+    def open_session(self, prompts: Sequence[Sequence[int]], *, prefix: Sequence[int] = ()) -> Session:
         if not prefix:
-            return Session(self, prompts, max_new_tokens=max_new_tokens)
+            return Session(self, prompts)
         key = tuple(prefix)
         if self._prefix is None or self._prefix[0] != key:
             self._prefix = (key, SharedPrefix.of(self, prefix))
-        return Session(self, prompts, max_new_tokens=max_new_tokens, prefix=self._prefix[1])
+        return Session(self, prompts, prefix=self._prefix[1])
 
     @property
     def shares_prefix(self) -> bool:

@@ -210,7 +210,7 @@ class Fallback(CausalLM):
         return hidden_TD if keep_K is None else hidden_TD.index_select(0, keep_K)
 
     def open_session(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, prefix: Sequence[int] = ()
+        self, prompts: Sequence[Sequence[int]], *, prefix: Sequence[int] = ()
     ) -> FallbackSession:
         if prefix:
             raise ValueError("the fallback does not share prefixes")
@@ -324,3 +324,8 @@ class FallbackSession:
                 )
             )
         self.groups, self.count = groups, len(slots)
+
+    def join(self, other: FallbackSession) -> None:
+        for group in other.groups:
+            group.slots = [slot + self.count for slot in group.slots]
+        self.groups, self.count = self.groups + other.groups, self.count + other.count
