@@ -10,14 +10,16 @@ T: flat tokens  B: documents of a bucket  S: padded length  H: query heads  N: k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunesmith.models.elementwise import rotate_into, rotate_plain, runs_eager_cpu
+from tunesmith.models.elementwise import rotate_, rotate_plain, runs_eager_cpu
 from tunesmith.models.layout import Bucket, Layout
 
 # Longest padded document that the folded path takes; beyond it the flash kernel's memory traffic wins.
@@ -99,66 +101,98 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: flo
 
 
 class _FoldedAttention(torch.autograd.Function):
-    """Rotation, gather, attention and scatter as one node; backward by hand. Sums and softmax run in fp32 inside the
-    kernels; scores and probabilities are stored in the compute dtype."""
+    """Rotation and attention as one node, backward by hand. One gather brings the heads of all documents into padded
+    blocks, one gather brings the results back (`Layout.fold`). Sums and softmax run in fp32 inside the kernels; scores
+    and probabilities are stored in the compute dtype."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, layout, num_kv_heads, scale, window):
         tokens, all_heads, width = qkv.shape
-        rotated = all_heads - num_kv_heads
-        turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        rotate_into(turned[:, :rotated], qkv[:, :rotated], cos, sin)
-        turned[:, rotated:].copy_(qkv[:, rotated:])
-        out = qkv.new_empty(tokens, (rotated - num_kv_heads) * width)
-        keep = any(ctx.needs_input_grad)
-        saved = []
-        for bucket in layout.buckets:
-            q, k, v = fold_heads(turned, bucket, num_kv_heads)
-            mask = make_mask(bucket.padded_length, window, qkv.dtype, qkv.device)
-            probs = _weigh(q, k, mask, scale)
-            rows = unfold_heads(torch.bmm(probs, v), bucket, num_kv_heads)
-            out.index_copy_(0, bucket.flat_n, rows.index_select(0, bucket.inside_n))
-            if keep:
-                saved += [q, k, v, probs]
-        ctx.save_for_backward(cos, sin, *saved)
+        groups = all_heads // num_kv_heads - 2
+        whole, queries = layout.fold(num_kv_heads, groups)
+        cos_Pd, sin_Pd = _tabulate(cos, sin, layout)
+        blocks = qkv.reshape(-1, width).index_select(0, whole.into)
+        mixed = blocks.new_empty(len(queries.into), width)
+        all_probs = []
+        for size, block in _split_blocks(blocks, layout, num_kv_heads, groups):
+            rotate_(block.turned, cos_Pd[:size], sin_Pd[:size])
+            mask = make_mask(size, window, qkv.dtype, qkv.device).repeat(groups, 1)
+            scores = torch.baddbmm(mask, block.q, block.k.transpose(1, 2), alpha=scale)
+            all_probs.append(torch.softmax(scores, -1))
+            torch.bmm(all_probs[-1], block.v, out=mixed[block.queries].view_as(block.q))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(blocks, cos_Pd, sin_Pd, *all_probs)
         ctx.layout, ctx.num_kv_heads, ctx.scale, ctx.shape = layout, num_kv_heads, scale, qkv.shape
-        return out
+        return mixed.index_select(0, queries.back).view(tokens, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        cos, sin, *saved = ctx.saved_tensors
-        tokens, all_heads, width = ctx.shape
-        kv = ctx.num_kv_heads
-        rotated, heads = all_heads - kv, all_heads - 2 * kv
-        turned = grad.new_empty(ctx.shape)
-        for number, bucket in enumerate(ctx.layout.buckets):
-            q, k, v, probs = saved[4 * number : 4 * number + 4]
-            size, count = bucket.padded_length, bucket.num_documents
-            # Empty slots repeat a real token, so what flows into them must be nothing.
-            grad_rows = grad.index_select(0, bucket.gather_BS).index_fill_(0, bucket.empty_e, 0)
-            grad_out = (
-                grad_rows.view(count, size, kv, -1, width)
-                .permute(0, 2, 3, 1, 4)
-                .reshape(count * kv, -1, width)
-            )
-            grad_v = torch.bmm(probs.transpose(1, 2), grad_out)
-            grad_probs = torch.bmm(grad_out, v.transpose(1, 2))
+        blocks, cos_Pd, sin_Pd, *all_probs = ctx.saved_tensors
+        groups = ctx.shape[1] // ctx.num_kv_heads - 2
+        whole, queries = ctx.layout.fold(ctx.num_kv_heads, groups)
+        # Empty slots repeat a real token, so what flows into them must be nothing.
+        grad_mixed = grad.reshape(-1, ctx.shape[2]).index_select(0, queries.into)
+        grad_mixed.index_fill_(0, queries.empty, 0)
+        grads = torch.empty_like(blocks)
+        pairs = zip(
+            _split_blocks(blocks, ctx.layout, ctx.num_kv_heads, groups),
+            _split_blocks(grads, ctx.layout, ctx.num_kv_heads, groups),
+            strict=True,
+        )
+        for ((size, block), (_, into)), probs in zip(pairs, all_probs, strict=True):
+            grad_out = grad_mixed[block.queries].view_as(block.q)
+            torch.bmm(probs.transpose(1, 2), grad_out, out=into.v)
+            grad_probs = torch.bmm(grad_out, block.v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
-            grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale)
-            padded = grad.new_empty(count, size, all_heads, width)
-            padded[:, :, :heads].unflatten(2, (kv, -1)).copy_(
-                grad_q.view(count, kv, -1, size, width).permute(0, 3, 1, 2, 4)
-            )
-            padded[:, :, heads:rotated].copy_(grad_k.view(count, kv, size, width).transpose(1, 2))
-            padded[:, :, rotated:].copy_(grad_v.view(count, kv, size, width).transpose(1, 2))
-            rows = padded.view(count * size, -1).index_select(0, bucket.inside_n)
-            turned.view(tokens, -1).index_copy_(0, bucket.flat_n, rows)
-        grad_in = torch.empty_like(turned)
-        rotate_into(grad_in[:, :rotated], turned[:, :rotated], cos, sin, inverse=True)
-        grad_in[:, rotated:].copy_(turned[:, rotated:])
-        return grad_in, None, None, None, None, None, None
+            torch.bmm(grad_scores, block.k, out=into.q)
+            torch.bmm(grad_scores.transpose(1, 2), block.q, out=into.k)
+            rotate_(into.turned.mul_(ctx.scale), cos_Pd[:size], sin_Pd[:size], inverse=True)
+        return grads.index_select(0, whole.back).view(ctx.shape), None, None, None, None, None, None
+
+
+class _Block(NamedTuple):
+    """Views of one bucket's rows. q: (B*N, G*S, d); k, v: (B*N, S, d); turned: q and k as (B*N*(G+1), S, d);
+    queries: where its queries lie among those of all buckets."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    turned: Tensor
+    queries: slice
+
+
+def _split_blocks(blocks: Tensor, layout: Layout, kv: int, groups: int) -> Iterator[tuple[int, _Block]]:
+    """(padded length, views) of each bucket in the folded rows of all, (R, d)."""
+    at = 0
+    for bucket in layout.buckets:
+        size, pairs = bucket.padded_length, bucket.num_documents * kv
+        rows = pairs * size
+        q, k, v = blocks[at * (groups + 2) :][: rows * (groups + 2)].split((rows * groups, rows, rows))
+        turned = blocks[at * (groups + 2) :][: rows * (groups + 1)].view(-1, size, blocks.shape[1])
+        yield (
+            size,
+            _Block(
+                q.view(pairs, groups * size, -1),
+                k.view(pairs, size, -1),
+                v.view(pairs, size, -1),
+                turned,
+                slice(at * groups, (at + rows) * groups),
+            ),
+        )
+        at += rows
+
+
+def _tabulate(cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of positions 0 to the longest document's last, for whole heads: (P, d).
+
+    x * cos + swap_halves(x) * sin is `rotate_plain(x)`. Rows past the document's end are for empty slots.
+    """
+    longest = layout.lengths.index(layout.max_length)
+    document = slice(layout.starts[longest], layout.starts[longest] + layout.max_length)
+    beyond = (0, 0, 0, layout.buckets[-1].padded_length - layout.max_length)
+    cos_P, sin_P = F.pad(cos[document, 0], beyond), F.pad(sin[document, 0], beyond)
+    return torch.cat((cos_P, cos_P), -1), torch.cat((-sin_P, sin_P), -1)
 
 
 def fold_heads(turned: Tensor, bucket: Bucket, kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,15 +204,6 @@ def fold_heads(turned: Tensor, bucket: Bucket, kv: int) -> tuple[Tensor, Tensor,
     k = padded[:, :, heads : heads + kv].transpose(1, 2).reshape(count * kv, size, width)
     v = padded[:, :, heads + kv :].transpose(1, 2).reshape(count * kv, size, width)
     return q, k, v
-
-
-def _weigh(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention probabilities (B*N, G*S, S)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    size = mask.shape[-1]
-    by_head = scores.view(scores.shape[0], -1, size, size)
-    torch.add(mask, by_head, alpha=scale, out=by_head)
-    return torch.softmax(scores, -1)
 
 
 def unfold_heads(out: Tensor, bucket: Bucket, kv: int) -> Tensor:

@@ -57,6 +57,20 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Rows of heads between the flat stream (row = token * heads per token + head) and padded blocks of documents.
+
+    into:   stream row of every block row; rows of empty slots repeat the document's first token, (R,).
+    back:   block row of every stream row, (T * heads,).
+    empty:  block rows without a token.
+    """
+
+    into: Tensor
+    back: Tensor
+    empty: Tensor
+
+
+@dataclass(frozen=True)
 class Layout:
     """Documents laid end to end.
 
@@ -105,6 +119,43 @@ class Layout:
         order_T[flat_T] = torch.arange(len(flat_T), device=flat_T.device)
         return None if len(self.buckets) == 1 and bool((flat_T[1:] > flat_T[:-1]).all()) else order_T
 
+    def fold(self, num_kv_heads: int, groups: int) -> tuple[Fold, Fold]:
+        """Folds of a stream of queries, keys and values, N * (G + 2) heads per token, and of its queries alone, N * G.
+
+        Buckets one after the other; of each, blocks of queries (B, N, G, S), of keys (B, N, S), of values (B, N, S).
+        """
+        key = num_kv_heads, groups
+        if key not in self._folds:
+            heads_NG = torch.arange(num_kv_heads * groups).view(num_kv_heads, groups)
+            keys_N1 = torch.arange(num_kv_heads)[:, None] + num_kv_heads * groups
+            self._folds[key] = (
+                self._make_fold((heads_NG, keys_N1, keys_N1 + num_kv_heads)),
+                self._make_fold((heads_NG,)),
+            )
+        return self._folds[key]
+
+    @cached_property
+    def _folds(self) -> dict[tuple[int, int], tuple[Fold, Fold]]:
+        return {}
+
+    def _make_fold(self, blocks: Sequence[Tensor]) -> Fold:
+        """blocks: numbers of the heads of each block of a bucket, (N, G)."""
+        num_heads = sum(heads_NG.numel() for heads_NG in blocks)
+        rows, held = [], []
+        for bucket in self.buckets:
+            shape = (bucket.num_documents, 1, 1, bucket.padded_length)
+            tokens = bucket.gather_BS.view(shape) * num_heads
+            inside = torch.ones_like(bucket.gather_BS, dtype=torch.bool).index_fill_(0, bucket.empty_e, False)
+            for heads_NG in blocks:
+                block = tokens + heads_NG[None, :, :, None]
+                rows.append(block.flatten())
+                held.append(inside.view(shape).expand_as(block).flatten())
+        into, inside = torch.cat(rows), torch.cat(held)
+        slots = inside.nonzero().flatten()
+        back = torch.empty(self.num_tokens * num_heads, dtype=torch.int64)
+        back[into[slots]] = slots
+        return Fold(into, back, (~inside).nonzero().flatten())
+
     def _make_bucket(self, size: int, documents: list[int]) -> Bucket:
         starts_B = torch.tensor([self.starts[document] for document in documents])
         lengths_B = torch.tensor([self.lengths[document] for document in documents])
@@ -152,6 +203,10 @@ class Batch:
     @property
     def num_targets(self) -> int:
         return int(self.targets_K.shape[0])
+
+    def split_ids(self) -> list[list[int]]:
+        """The ids of each row."""
+        return [ids.tolist() for ids in self.ids_T.split(list(self.layout.lengths))]
 
 
 def make_batch(
