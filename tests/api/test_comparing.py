@@ -116,7 +116,10 @@ def test_running_again_starts_no_worker_and_a_new_arm_only_itself(finished: Path
 def test_an_arm_that_fails_is_a_warning_and_the_others_count(tmp_path: Path) -> None:
     arms = ["zero-shot", {"name": "broken", "method": {"name": "lora", "targets": ["no_such_layer"]}}]
     comparison = tunesmith.compare(job(arms), out=tmp_path)
-    assert any("broken" in warning and "no_such_layer" in warning for warning in comparison.warnings)
+    (warning,) = [warning for warning in comparison.warnings if "no_such_layer" in warning]
+    assert warning.startswith("broken: ended without a result: seed 0: ")
+    assert warning.count("broken seed 0") == 0
+    assert comparison.verdict.startswith("No trained arm has a result (broken failed): zero-shot (")
     assert comparison.find_arm("zero-shot").status == "done"
 
 
@@ -130,6 +133,14 @@ def test_learning_rates_are_searched_equally_and_chosen_on_validation(tmp_path: 
         best = min(arm.trials, key=lambda trial: trial.validation_loss or 9e9)
         assert best.chosen
         assert arm.learning_rate == pytest.approx(best.learning_rate)
+    rates = {arm.name: sorted(trial.learning_rate for trial in arm.trials) for arm in comparison.arms}
+    values["compare"]["tune"]["trials"] = 1
+    fewer = tunesmith.compare(values, out=tmp_path)
+    for arm in fewer.arms:
+        assert [trial.learning_rate for trial in arm.trials] == rates[arm.name][1:], (
+            "its prior, the larger of the two"
+        )
+        assert arm.trials[0].chosen
     assert any("edge" in warning for warning in comparison.warnings)
     assert any("one seed" in warning.lower() for warning in comparison.warnings)
 

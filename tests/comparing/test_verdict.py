@@ -141,3 +141,20 @@ def test_the_table_leaves_out_what_no_arm_has_and_marks_the_best(example: Any) -
     assert best == ["full"]
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert table.rows[0][keys.index("versus_base")].text == "base"
+
+
+def test_arms_without_a_result_are_named_in_the_headline() -> None:
+    failed = replace(LORA, name="full", status="missing", metrics={}, seeds=[])
+    headline, details = write_verdict(comparison([RAG, failed], []))
+    best = "rag (30.0% exact match) is the best way of prompting."
+    assert headline == f"No trained arm has a result (full failed): {best}"
+    assert details[0] == "Failed, and in no ranking: full. The warnings say why."
+    apart = replace(LORA, not_comparable="scored on other test rows than rag")
+    headline, _ = write_verdict(comparison([RAG, failed, apart], []))
+    assert headline == f"No trained arm has a result (full failed; lora cannot be compared): {best}"
+    assert write_verdict(comparison([RAG], []))[0] == f"No trained arm was run: {best}"
+    lone = replace(RAG, name="zero-shot", status="missing", metrics={})
+    headline, _ = write_verdict(comparison([lone, LORA], []))
+    assert headline.startswith(
+        "No prompting arm has a result (zero-shot failed): lora (85.0% exact match) is"
+    )

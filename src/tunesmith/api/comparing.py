@@ -138,6 +138,8 @@ class _Comparing:
         for name, planned in trials.items():
             if reasons := [failed[work.name] for work in planned if work.name in failed]:
                 self.on_event(Event("warning", text=f"{name}: {len(reasons)} trials failed: {reasons[0]}"))
+                if len(reasons) == len(planned):
+                    failures[name] = f"every learning-rate trial failed: {reasons[0]}"
         return [self._tuned(arm, trials, failures) for arm in arms]
 
     def _plan_trials(self, arm: PlannedArm) -> list[Work]:
@@ -171,7 +173,7 @@ class _Comparing:
         try:
             chosen = choose_rate(rates, losses)
         except ValueError as error:
-            failures[arm.trained_by] = str(error)
+            failures.setdefault(arm.trained_by, str(error))
             return arm
         edge = ", at the edge of the grid" if chosen.at_edge else ""
         if arm.trains:
@@ -283,9 +285,10 @@ def _by_arm(failed: Mapping[str, str], arms: Sequence[PlannedArm]) -> dict[str, 
     """The first reason of each arm, from the names of its works."""
     reasons: dict[str, str] = {}
     for arm in arms:
-        for work, reason in failed.items():
+        for work, reason in sorted(failed.items(), key=lambda item: (item[0].endswith(" judged"), item[0])):
             if work == f"{arm.name} judged" or work.startswith(f"{arm.name} seed "):
-                reasons.setdefault(arm.name, reason)
+                reasons.setdefault(arm.name, f"{work.removeprefix(arm.name).strip()}: {reason}")
     if reasons and len(reasons) == len(arms):
-        raise ArmFailed("compare", f"every arm failed; the first: {next(iter(reasons.values()))}")
+        name, reason = next(iter(reasons.items()))
+        raise ArmFailed("compare", f"every arm failed; the first, {name}, {reason}")
     return reasons

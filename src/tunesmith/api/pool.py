@@ -44,7 +44,7 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
         while waiting or running:
             for work in [w for w in waiting if w.after & failures.keys()]:
                 waiting.remove(work)
-                failures[work.name] = f"needs {', '.join(sorted(work.after & failures.keys()))}"
+                failures[work.name] = f"needs {', '.join(sorted(work.after & failures.keys()))}, which failed"
             ready = [work for work in waiting if work.after <= done]
             for work in ready[: 0 if stop.is_set() else parallel - len(running)]:
                 waiting.remove(work)
@@ -58,8 +58,9 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
                 if error is None:
                     done.add(work.name)
                 elif isinstance(error, TunesmithError):
-                    failures[work.name] = str(error)
-                    tell(Event("failed", work.name, str(error)))
+                    # Wherever the reason is shown, the work's name stands before it already.
+                    failures[work.name] = str(error).removeprefix(f"{work.name}: ")
+                    tell(Event("failed", work.name, failures[work.name]))
                 else:
                     stop.set()
                     raise error

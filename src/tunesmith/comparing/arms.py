@@ -35,8 +35,11 @@ class ArmFiles:
         return self.seeds[0] if self.plan.deterministic else seed
 
 
-def read_arm(run_dir: RunDir, arm: PlannedArm) -> ArmFiles:
-    """Read every seed of one arm that is complete. Raises DataError on a damaged file."""
+def read_arm(run_dir: RunDir, arm: PlannedArm, *, num_trials: int) -> ArmFiles:
+    """Read every seed of one arm that is complete. Raises DataError on a damaged file.
+
+    num_trials: learning-rate trials of the job; folders of an earlier, longer search are not looked at.
+    """
     files = ArmFiles(arm)
     for seed in arm.seeds:
         folder = run_dir.arm(arm.name, seed)
@@ -52,7 +55,7 @@ def read_arm(run_dir: RunDir, arm: PlannedArm) -> ArmFiles:
                 last = losses[-max(1, len(losses) // 10) :]
                 files.train_losses[seed] = sum(last) / len(last)
     if arm.trained_by is not None:
-        files.trials = _read_trials(run_dir, arm.trained_by, files)
+        files.trials = _read_trials(run_dir, arm.trained_by, files, num_trials)
     return files
 
 
@@ -71,12 +74,10 @@ def read_steps(folder: RunDir) -> list[StepRecord]:
     return [StepRecord.from_json(value, place=f"{name}:{line}") for line, value in read_jsonl(folder.steps)]
 
 
-def _read_trials(run_dir: RunDir, name: str, files: ArmFiles) -> list[Trial]:
+def _read_trials(run_dir: RunDir, name: str, files: ArmFiles, num_trials: int) -> list[Trial]:
     """Learning-rate trials in ascending order; the chosen one is the rate that the seeds were trained with."""
-    folder = run_dir.trial(name, 0).root.parent
-    if not folder.is_dir():
-        return []
-    records = [RunRecord.from_json(read_json(p), place=str(p)) for p in sorted(folder.glob("*/run.json"))]
+    paths = [run_dir.trial(name, number).record for number in range(num_trials)]
+    records = [RunRecord.from_json(read_json(path), place=str(path)) for path in paths if path.is_file()]
     used = {run.learning_rate for run in files.runs.values()}
     trials = [
         Trial(

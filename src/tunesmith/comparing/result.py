@@ -49,7 +49,7 @@ def compare_run(run_dir: RunDir, job: Job, *, failures: Mapping[str, str] | None
     failures: arm name -> reason, of arms that ended without a result; they appear in the warnings.
     Raises ArmFailed if no arm was scored, DataError on a damaged file.
     """
-    arms = [read_arm(run_dir, plan) for plan in plan_arms(job)]
+    arms = [read_arm(run_dir, plan, num_trials=job.compare.tune.trials) for plan in plan_arms(job)]
     comparison = judge_arms(arms, job, failures=failures or {})
     write_json(run_dir.comparison, comparison.to_json())
     return comparison
@@ -65,8 +65,9 @@ def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str
     check_comparable(arms)
     ranked = [arm for arm in arms if arm.seeds and not arm.not_comparable]
     if not ranked:
+        first = "".join(f"; {name}: {reason}" for name, reason in list(failures.items())[:1])
         raise ArmFailed(
-            "compare", "no arm was scored", cure="See the log.txt of each arm, then run the command again"
+            "compare", f"no arm was scored{first}", cure="See the logs in arms/, then run the command again"
         )
     metric = job.compare.metric
     pool = _pool_samples(ranked, _pair_seeds(ranked))

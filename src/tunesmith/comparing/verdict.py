@@ -21,10 +21,16 @@ def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
     if trained and prompted:
         headline = _weigh_training(trained[0], prompted[0], comparison)
     elif trained:
-        headline = f"No prompting arm was run: {_state(trained[0], metric)} is the best of the trained arms."
+        best = f"{_state(trained[0], metric)} is the best of the trained arms"
+        headline = f"{_say_absent('prompted', comparison)}: {best}."
     else:
-        headline = f"No trained arm was run: {_state(prompted[0], metric)} is the best way of prompting."
-    details = [*_rank_trained(trained, comparison), *_rank_prompted(prompted, comparison)]
+        best = f"{_state(prompted[0], metric)} is the best way of prompting"
+        headline = f"{_say_absent('trained', comparison)}: {best}."
+    details = [
+        *_tell_failed(comparison),
+        *_rank_trained(trained, comparison),
+        *_rank_prompted(prompted, comparison),
+    ]
     if trained:
         details += [_tell_cost(trained[0]), *_tell_forgetting(trained)]
     if metric == "nll":
@@ -33,6 +39,29 @@ def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
         )
     details.append(_tell_basis(comparison))
     return headline, details
+
+
+def _say_absent(kind: str, comparison: Comparison) -> str:
+    """Why no arm of a kind is ranked: `No trained arm has a result (lora failed)`."""
+    word = "trained" if kind == "trained" else "prompting"
+    wanted = [arm for arm in comparison.arms if arm.kind == kind]
+    if kind == "prompted" and comparison.metric == "nll":
+        # Other prompted arms are not ranked by it.
+        wanted, word = [arm for arm in wanted if arm.prompting == "zero-shot"], "zero-shot"
+    if not wanted:
+        return f"No {word} arm was run"
+    failed = [arm.name for arm in wanted if arm.status == "missing"]
+    apart = [arm.name for arm in wanted if arm.not_comparable]
+    bare = [arm.name for arm in wanted if arm.name not in failed + apart]
+    parts = [f"{_join(failed)} failed"] if failed else []
+    parts += [f"{_join(apart)} cannot be compared"] if apart else []
+    parts += [f"{_join(bare)} without {comparison.metric}"] if bare else []
+    return f"No {word} arm has a result ({'; '.join(parts)})"
+
+
+def _tell_failed(comparison: Comparison) -> list[str]:
+    failed = [arm.name for arm in comparison.arms if arm.status == "missing"]
+    return [f"Failed, and in no ranking: {_join(failed)}. The warnings say why."] if failed else []
 
 
 def find_difference(comparison: Comparison, arm: str, other: str) -> Difference | None:
