@@ -185,31 +185,32 @@ def draw_wrappers(draw: random.Random, sentences: list[str]) -> list[str]:
     return wrappers
 
 
-def draw_meaning(draw: random.Random, stock: Stock, concept: str) -> tuple[list[str], list[str]]:
-    """(names, clauses) of one label: an everyday concept, fragments that share a word or a few, or arbitrary ones."""
-    source = draw.random()
-    if source < 0.4:
-        others, *clauses = stock.concepts[concept]
-        return [concept, *others.split(", ")], clauses
-    if source < 0.75 and stock.topics:
+def draw_fragments(draw: random.Random, stock: Stock) -> list[str]:
+    """Clauses without a common meaning: they share a word or a few, or nothing at all."""
+    if draw.random() < 0.55 and stock.topics:
         topics = [draw.choice(stock.topics) for _ in range(draw.choice((1, 1, 2, 3)))]
-        return [], [clause for topic in topics for clause in draw.sample(topic, min(4, len(topic)))]
-    return [], [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 6))]
+        return [clause for topic in topics for clause in draw.sample(topic, min(4, len(topic)))]
+    return [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 6))]
 
 
 def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -> dict[str, list[str]]:
     """Label -> clauses for `count` concepts not used yet.
 
-    A label is one of its meaning's names, or an arbitrary word: then earlier answers alone define it.
+    Most labels stand for an everyday concept, by one of its names or an arbitrary word; others for fragments of the
+    texts. An arbitrary label is defined by the earlier answers alone.
     """
     chosen = draw.sample([name for name in stock.concepts if name not in used], count)
     used.update(chosen)
-    is_named, few, with_letters = draw.random() < 0.5, draw.random() < 0.3, draw.random() < 0.04
+    is_named, few, with_letters = draw.random() < 0.6, draw.random() < 0.25, draw.random() < 0.03
+    concept_share = draw.choice((1.0, 1.0, 0.3))
     labels = {}
     for at, concept in enumerate(chosen):
-        names, clauses = draw_meaning(draw, stock, concept)
-        label = draw.choice(names if is_named and names else stock.words)
-        label = chr(65 + at) if with_letters else label
+        others, *clauses = stock.concepts[concept]
+        label = draw.choice([concept, *others.split(", ")])
+        if draw.random() > concept_share:
+            clauses = draw_fragments(draw, stock)
+            label = draw.choice(stock.words)
+        label = chr(65 + at) if with_letters else label if is_named else draw.choice(stock.words)
         labels[label] = draw.sample(clauses, min(4, len(clauses))) if few else clauses
     return labels
 

@@ -193,8 +193,8 @@ def extract_record(draw: random.Random, stock: Stock) -> list[Message]:
 
 
 TASKS: tuple[tuple[Callable[[random.Random, Stock], list[Message]], float], ...] = (
-    (extract_record, 0.58),
-    (label_clauses, 0.22),
+    (extract_record, 0.62),
+    (label_clauses, 0.18),
     (copy_text, 0.03),
     (transform_words, 0.04),
     (answer_questions, 0.05),

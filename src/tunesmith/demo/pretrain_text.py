@@ -135,21 +135,15 @@ def find_token(tokenizer: Tokenizer, token: str) -> int:
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """(token ids in the chat template, whether each token is part of an answer or its end).
-
-    The first of three or more answers counts as prompt: it shows the arbitrary keys and labels that nobody could guess.
-    """
+    """(token ids in the chat template, whether each token is part of an answer or its end)."""
     end = find_token(tokenizer, END)
     ids, is_answer = [find_token(tokenizer, BOS)], [False]
     contents = tokenizer.encode_batch_fast(
         [message["content"] for message in messages], add_special_tokens=False
     )
-    shown = 1 if len(messages) > 5 else 0
     for message, content in zip(messages, contents, strict=True):
         ids += [find_token(tokenizer, ROLES[message["role"]]), *content.ids, end]
-        counts = message["role"] == "assistant" and shown == 0
-        shown -= message["role"] == "assistant" and shown > 0
-        is_answer += [False] + [counts] * (len(content.ids) + 1)
+        is_answer += [False] + [message["role"] == "assistant"] * (len(content.ids) + 1)
     return ids, is_answer
 
 
@@ -201,4 +195,8 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
 def load_prepared(folder: Path) -> Prepared:
     """What `save_prepared` wrote."""
     stock = Stock(**json.loads((folder / "stock.json").read_text(encoding="utf-8")))
-    return Prepared(Tokenizer.from_file(str(folder / "tokenizer.json")), np.load(folder / "text.npy"), stock)
+    return Prepared(
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        np.load(folder / "text.npy", mmap_mode="r"),
+        stock,
+    )
