@@ -28,11 +28,14 @@ from tunesmith.eval.prompting import (
     PromptingKind,
     attach_answer,
     build_prompts,
+    find_last_stretch,
     read_question,
 )
+from tunesmith.eval.single_pass import Asked, score_and_answer
 from tunesmith.infer.generate import Generation, generate
 from tunesmith.job.spec import EvaluateSpec
 from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.decoder import Decoder
 
 MAX_FIELDS = 40
 """Fields of JSON answers that get an accuracy of their own."""
@@ -195,6 +198,45 @@ def answer_cases(
     for (case, _), generation in zip(asked, generations, strict=True):
         case.generation = generation
         case.answer = renderer.tokenizer.decode(generation.ids)
+
+
+def score_and_answer_cases(
+    model: CausalLM,
+    renderer: Renderer,
+    cases: Sequence[Case],
+    *,
+    spec: EvaluateSpec,
+    count: Callable[[str], OnProgress],
+) -> None:
+    """`score_cases` and `answer_cases`, reading each prompt once where every scored row begins with its prompt.
+
+    count: starts the progress of a stage.
+    """
+    asked = [found for case in cases if (found := _read_asked(model, case))]
+    if len(asked) < len(cases) or not isinstance(model, Decoder):
+        score_cases(model, cases, end_ids=renderer.stop_ids, on_progress=count("likelihood"))
+        answer_cases(model, renderer, cases, spec=spec, on_progress=count("answers"))
+        return
+    scores, generations = score_and_answer(
+        model,
+        asked,
+        max_new_tokens=spec.max_new_tokens,
+        stop_ids=renderer.stop_ids,
+        sampling=spec.sampling,
+        on_progress=count("answers"),
+    )
+    for case, score, generation in zip(cases, scores, generations, strict=True):
+        case.score, case.generation = score, generation
+        case.answer = renderer.tokenizer.decode(generation.ids)
+
+
+def _read_asked(model: CausalLM, case: Case) -> Asked | None:
+    """The scored row as a prompt with its true answer, if that is what it is, and the prompt leaves room."""
+    if case.prompt is None or len(case.scored) != 1:
+        return None
+    row, length = case.scored[0], len(case.prompt.ids)
+    begins = list(row.ids[:length]) == case.prompt.ids and find_last_stretch(row.mask) == length
+    return Asked(row, length) if begins and length < min(len(row.ids), model.config.max_positions) else None
 
 
 def choose_cases(

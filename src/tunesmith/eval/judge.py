@@ -102,11 +102,12 @@ def _score(
         seed=seed,
         max_prompt_tokens=model.config.max_positions - reserved,
     )
-    steps.score_cases(model, cases, end_ids=renderer.stop_ids, on_progress=tell.count("likelihood"))
+    if any(METRICS[name].generates for name in names):
+        steps.score_and_answer_cases(model, renderer, cases, spec=spec, count=tell.count)
+    else:
+        steps.score_cases(model, cases, end_ids=renderer.stop_ids, on_progress=tell.count("likelihood"))
     if "choice_accuracy" in names:
         steps.choose_cases(model, renderer, cases)
-    if any(METRICS[name].generates for name in names):
-        steps.answer_cases(model, renderer, cases, spec=spec, on_progress=tell.count("answers"))
     answers = steps.mark_cases(cases, names, validator)
     metrics = steps.summarize_cases(cases, answers)
     warnings += find_doubts(

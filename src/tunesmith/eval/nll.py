@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.types import TokenRow
-from tunesmith.eval.shared_prefix import find_shared_prefix, run_behind
-from tunesmith.models.cache import SharedPrefix
+from tunesmith.eval.shared_prefix import find_shared_prefix
+from tunesmith.infer.generate import pick_greedy
+from tunesmith.models.cache import Session, SharedPrefix
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.layout import make_batch
@@ -26,8 +27,8 @@ BUDGET_TOKENS = 4096
 """Tokens of one forward pass. Never changes a score, only speed and memory."""
 BEHIND_TOKENS = 1536
 """The same behind a shared prefix, where attention to the prefix is what memory and caches are spent on."""
-CHUNK_LOGITS = 2**24
-"""Logits held at a time: 64 MB in fp32."""
+CHUNK_LOGITS, MIN_CHUNK_ROWS = 2**22, 128
+"""Logits held at a time, 16 MB in fp32; more where a large vocabulary would leave too few positions for a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +64,21 @@ def score_rows(
     """
     scores: dict[int, RowScore] = {}
     prefix = find_shared_prefix(model, rows)
-    cut, budget = (0, budget_tokens) if prefix is None else (prefix.length, min(budget_tokens, BEHIND_TOKENS))
+    cut, budget = 0 if prefix is None else prefix.length, min(budget_tokens, choose_budget(prefix))
     for batch in plan_batches([len(row.ids) - cut for row in rows], budget_tokens=budget):
         nll_K = score_tokens(model, [rows[number] for number in batch], prefix=prefix).tolist()
         start = 0
         for number in batch:
             row = rows[number]
-            scores[number] = _sum_row(row, nll_K[start : start + row.num_targets], end_ids)
+            scores[number] = sum_row(row, nll_K[start : start + row.num_targets], end_ids)
             start += row.num_targets
         if on_progress:
             on_progress(len(scores), len(rows))
     return [scores[number] for number in range(len(rows))]
+
+
+def choose_budget(prefix: SharedPrefix | None) -> int:
+    return BUDGET_TOKENS if prefix is None else BEHIND_TOKENS
 
 
 def plan_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
@@ -95,32 +100,43 @@ def plan_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int
 def score_tokens(model: CausalLM, rows: Sequence[TokenRow], *, prefix: SharedPrefix | None = None) -> Tensor:
     """NLL of every target token of the rows, in order: (K,), float64 on the CPU, nats.
 
-    prefix: the beginning that all rows share, already run; the rows then ascend in length.
+    prefix: the beginning that all rows share, already run.
     """
     if prefix is None:
         batch = make_batch(rows, device=model.device)
         return compute_nll(model, model.hidden(batch.ids_T, batch.layout, batch.sources_K), batch.targets_K)
     assert isinstance(model, Decoder)
-    cut = prefix.length
-    rests = [dataclasses.replace(row, ids=row.ids[cut:], mask=row.mask[cut:]) for row in rows]
-    batch = make_batch(rests, device=model.device)
-    return compute_nll(model, run_behind(model, prefix, batch), batch.targets_K)
+    batch = make_batch([cut_prefix(row, prefix.length) for row in rows], device=model.device)
+    hidden_KD = Session(model, batch.split_ids(), prefix=prefix).prefill(batch.sources_K)
+    return compute_nll(model, hidden_KD, batch.targets_K)
+
+
+def cut_prefix(row: TokenRow, length: int) -> TokenRow:
+    """The row without its first tokens."""
+    return dataclasses.replace(row, ids=row.ids[length:], mask=row.mask[length:])
 
 
 def compute_nll(model: CausalLM, hidden_KD: Tensor, ids_K: Tensor) -> Tensor:
-    """-log p(id | hidden) for each position: (K,), float64 on the CPU, nats.
+    """-log p(id | hidden) for each position: (K,), float64 on the CPU, nats."""
+    return read_logits(model, hidden_KD, ids_K)[0]
+
+
+def read_logits(model: CausalLM, hidden_KD: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(id | hidden) in nats, float64, and the likeliest id of each position: (K,) each, on the CPU.
 
     Softmax in fp32 over chunks of positions, so that the logits of a large vocabulary never exist at once.
     """
-    rows_per_chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    parts: list[Tensor] = []
+    rows_per_chunk = max(MIN_CHUNK_ROWS, CHUNK_LOGITS // model.config.vocab_size)
+    nll = [torch.zeros(0, dtype=torch.float64)]
+    likeliest = [torch.zeros(0, dtype=torch.int64)]
     for hidden, ids in zip(hidden_KD.split(rows_per_chunk), ids_K.split(rows_per_chunk), strict=True):
         logits = model.head(hidden).float()
-        parts.append((logits.logsumexp(-1) - logits.gather(-1, ids[:, None])[:, 0]).double().cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        nll.append((logits.logsumexp(-1) - logits.gather(-1, ids[:, None])[:, 0]).double().cpu())
+        likeliest.append(pick_greedy(logits).cpu())
+    return torch.cat(nll), torch.cat(likeliest)
 
 
-def _sum_row(row: TokenRow, nll_K: Sequence[float], end_ids: Collection[int]) -> RowScore:
+def sum_row(row: TokenRow, nll_K: Sequence[float], end_ids: Collection[int]) -> RowScore:
     target_ids = [token for token, bit in zip(row.ids, row.mask, strict=True) if bit]
     content = [nll for token, nll in zip(target_ids, nll_K, strict=True) if token not in end_ids]
     total = math.fsum(nll_K)

@@ -199,7 +199,7 @@ def attach_answer(prompt_ids: Sequence[int], row: TokenRow) -> TokenRow | None:
     The row before its last stretch of targets must be the end of the prompt as far back as it holds targets (earlier
     trained turns of the same chat); otherwise None, and the caller renders the longer chat as a whole.
     """
-    start = _find_last_stretch(row.mask)
+    start = find_last_stretch(row.mask)
     mask = [0] * len(prompt_ids)
     for back in range(1, 1 + start - _find_first(row.mask)):
         if back > len(prompt_ids) or prompt_ids[-back] != row.ids[start - back]:
@@ -212,7 +212,7 @@ def attach_answer(prompt_ids: Sequence[int], row: TokenRow) -> TokenRow | None:
 
 def keep_last_stretch(row: TokenRow) -> TokenRow:
     """The row with only its last unbroken run of targets scored: the last answer."""
-    start = _find_last_stretch(row.mask)
+    start = find_last_stretch(row.mask)
     return dataclasses.replace(row, mask=[0] * start + list(row.mask[start:]))
 
 
@@ -220,7 +220,7 @@ def _find_first(mask: Sequence[int]) -> int:
     return next((position for position, bit in enumerate(mask) if bit), len(mask))
 
 
-def _find_last_stretch(mask: Sequence[int]) -> int:
+def find_last_stretch(mask: Sequence[int]) -> int:
     """Where the last unbroken run of targets begins; the length if there is none."""
     end = next((position for position in range(len(mask) - 1, -1, -1) if mask[position]), len(mask))
     while end > 0 and end < len(mask) and mask[end - 1]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from tunesmith.core.types import TokenRow
-from tunesmith.models.cache import PrefillView, Session, SharedPrefix
+from tunesmith.models.cache import SharedPrefix
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.decoder import Decoder
-from tunesmith.models.layout import Batch
 
 MIN_SHARED = 64
 """Shorter prefixes are not worth a pass of their own."""
@@ -36,12 +33,3 @@ def count_shared(rows: Sequence[TokenRow]) -> int:
         if list(row.ids[:shared]) != first[:shared]:
             shared = next(at for at in range(shared) if row.ids[at] != first[at])
     return shared
-
-
-def run_behind(model: Decoder, prefix: SharedPrefix, batch: Batch) -> Tensor:
-    """Hidden states (K, D) at the sources of a batch of rows cut behind the prefix, ascending in length."""
-    layout = batch.layout
-    rows = [ids.tolist() for ids in batch.ids_T.split(list(layout.lengths))]
-    session = Session(model, rows, max_new_tokens=0, prefix=prefix)
-    positions_T = layout.positions_T + prefix.length
-    return model.step(batch.ids_T, positions_T, session.caches, PrefillView.of(layout), batch.sources_K)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 _QUERY_BLOCK = 256
-# Kernels are compiled and kept per shape, so there must be few: sequences of a group and tokens of a prefill are
-# counted in these steps. What fills them up is computed and never read.
-_ROUND_ROWS, _ROUND_TOKENS = 8, 256
+# Kernels are compiled and kept per shape, so there must be few: sequences of a group are counted in these steps, tokens
+# and sequences of a pass in those of `pad_length`. What fills them up is computed and never read.
+_ROUND_ROWS = 8
 
 
 class Group:
@@ -280,7 +280,7 @@ class Session:
         self.groups += [Group(self.model, size, members[size]) for size in sorted(members)]
         if keep_K is None:
             keep_K = layout.cumulative_N1[1:].long() - 1
-        fill = _round_up(layout.num_tokens, _ROUND_TOKENS) - layout.num_tokens
+        fill = pad_length(layout.num_tokens) - layout.num_tokens
         ids_T = torch.tensor(
             [token for prompt in self._prompts for token in prompt] + [0] * fill, device=device
         )

@@ -22,7 +22,7 @@ from tunesmith.models.elementwise import (
     make_inverse_frequencies,
     make_rotation,
     norm_rms,
-    rotate_plain,
+    rotate,
 )
 from tunesmith.models.layout import Layout
 from tunesmith.models.projection import MasterCast, Projection
@@ -101,7 +101,7 @@ class Block(nn.Module):
         """The same block over tokens whose earlier keys and values lie in `cache`, which takes theirs."""
         qkv = self._make_qkv(x)
         rotated = qkv.shape[1] - self.num_kv_heads
-        turned = rotate_plain(qkv[:, :rotated], cos, sin)
+        turned = rotate(qkv[:, :rotated], cos, sin)
         attended = cache.attend(
             turned[:, : self.num_heads],
             turned[:, self.num_heads :],

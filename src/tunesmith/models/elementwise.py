@@ -36,25 +36,26 @@ def norm_rms(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 class _NormRms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_D, eps):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        x32 = x.float()
+        size = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight_D, scale)
-        return (x.float() * scale).mul_(weight_D.float()).to(x.dtype)
+        return (x32 * scale).mul_(weight_D.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_D, scale = ctx.saved_tensors
-        unit = x.float() * scale
-        grad32 = grad.float()
+        x32 = x.float()
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad32 * unit).flatten(0, -2).sum(0).to(weight_D.dtype)
+            grad_weight = (grad * scale).mul_(x32).flatten(0, -2).sum(0).to(weight_D.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_unit = grad32 * weight_D.float()
-            along = (grad_unit * unit).mean(-1, keepdim=True)
-            grad_x = unit.mul_(along).neg_().add_(grad_unit).mul_(scale).to(x.dtype)
+            # With u = grad * weight:  grad_x = scale * u - x * scale^3 * mean(u * x).
+            grad_unit = grad * weight_D.float()
+            along = (grad_unit * x32).mean(-1, keepdim=True).mul_(scale * scale * scale)
+            grad_x = grad_unit.mul_(scale).addcmul_(x32, along, value=-1).to(x.dtype)
         return grad_x, grad_weight, None
 
 
@@ -117,6 +118,15 @@ def rotate_plain(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel i with channel i + d/2, the pairing of Hugging Face weights."""
     first, second = x_THd.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate_plain`, with the rounding of `rotate_` where that is used."""
+    if not runs_eager_cpu(x_THd):
+        return rotate_plain(x_THd, cos, sin)
+    turned = x_THd.clone(memory_format=torch.contiguous_format)
+    rotate_(turned, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    return turned
 
 
 def rotate_(x_MSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, *, inverse: bool = False) -> None:
