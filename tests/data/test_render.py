@@ -120,21 +120,6 @@ def test_plain_text_trains_every_token_after_the_first(real_tokenizers):
     assert row.num_answer_bytes == len(" cat sat.")
 
 
-def test_bos_is_never_doubled(real_tokenizers, tmp_path):
-    llama = real_tokenizers["llama3"]
-    source = "{{ bos_token }}{{ messages[0].content }}|"
-    source += "{% if messages[1] %}{{ messages[1].content }}{{ eos_token }}{% endif %}"
-    renderer = renderer_with(llama, source, tmp_path)
-    (row,) = renderer.render_conversation(make(("user", "a"), ("assistant", "b")))
-    assert list(row.ids).count(llama.bos_id) == 1
-    text = Conversation((Message("assistant", "<|begin_of_text|>hello"),), ORIGIN, kind="text")
-    assert list(renderer.render_conversation(text)[0].ids).count(llama.bos_id) == 1
-    assert renderer.counts["rows_with_bos_twice"] == 0
-    doubled = renderer_with(llama, "{{ bos_token }}" + source, tmp_path)
-    doubled.render_conversation(make(("user", "a"), ("assistant", "b")))
-    assert doubled.counts["rows_with_bos_twice"] == 1
-
-
 def test_a_pad_token_equal_to_eos_leaves_the_trained_eos_alone(chat_folder, tmp_path):
     import shutil
 

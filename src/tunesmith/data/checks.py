@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.core.types import Conversation, TokenRow
-from tunesmith.data.render import Renderer, text_of
+from tunesmith.data.render import Renderer
 from tunesmith.data.split import Likeness, split_words
+from tunesmith.data.transcript import text_of
 
 NGRAM_WORDS = 13
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -190,7 +191,8 @@ _KEPT = " (rejected_rows.jsonl of the --out folder, if there is one, holds them)
 _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
     "rows_with_bos_twice": (
         "warning",
-        "{n} rows start with BOS twice: the template writes it and so does the data",
+        "{n} rows began with BOS twice, and the second was dropped: the template writes it, and so does the row or the "
+        "template again. Other software may not drop it",
     ),
     "rows_without_bos": ("warning", "{n} rows have no BOS, though the tokenizer puts one before plain text"),
     "rows_refused_by_template": (

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.core.fingerprint import hash_json
 from tunesmith.core.types import Conversation
-from tunesmith.data.render import text_of
+from tunesmith.data.transcript import text_of
 
 THRESHOLD = 0.8
 _NUM_PERMUTATIONS = 128

@@ -90,10 +90,13 @@ class Tokenizer:
         """Ids of `text`: special tokens written in it are recognised, none is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and, for each, the characters [start, end) it covers."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    def bos_before(self, text: str) -> list[int]:
+        """The id that stands before a plain text by the tokenizer's own rule; none if the text begins with it.
+
+        An id and not text: behind written BOS, sentencepiece-like tokenizers may leave out the space of a beginning.
+        """
+        written = self.bos_token is not None and text.startswith(self.bos_token)
+        return [self.bos_id] if self.adds_bos and self.bos_id is not None and not written else []
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of `text` as it follows other text: without the space that sentencepiece-like tokenizers put first."""

@@ -150,8 +150,7 @@ class HarnessModel(LM):
     def _encode(self, text: str) -> list[int]:
         """Ids of a text as the model met texts in training: BOS first where its tokenizer adds one, never twice."""
         tokenizer = self.renderer.tokenizer
-        bos = tokenizer.bos_token if tokenizer.adds_bos else None
-        return tokenizer.encode(bos + text if bos and not text.startswith(bos) else text)
+        return [*tokenizer.bos_before(text), *tokenizer.encode(text)]
 
     def _split_pair(self, context: str, continuation: str) -> TokenRow:
         if not context:
