@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import JobError
+from tunesmith.core.types import Conversation, Message, Origin
+from tunesmith.data.render import Renderer
+from tunesmith.eval.cases import Case, mark_cases, summarize_cases
 from tunesmith.eval.metrics import (
     METRICS,
     MetricContext,
     choose_metrics,
+    cut_reasoning,
     flatten_fields,
     json_fields,
     load_schema,
@@ -21,6 +25,7 @@ from tunesmith.eval.metrics import (
     score_fields,
     token_f1,
 )
+from tunesmith.eval.nll import RowScore
 from tunesmith.job.spec import METRICS as METRIC_NAMES
 
 NOTHING = MetricContext()
@@ -148,3 +153,36 @@ def test_auto_picks_json_metrics_for_json_answers_and_overlap_for_prose():
         "rouge_l",
     ]
     assert choose_metrics(["x"], has_schema=False, has_choices=True) == ["choice_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "said"),
+    [
+        ("<think>\nhm\n</think>\n\n42", "42", "\n\n42"),
+        ("hm, 41?\n</think>\n\n42", "42", "\n\n42"),  # the prompt opened the block
+        ("<think>a</think> no <think>b</think>42", "42", "42"),
+        ("<think>still at it", "42", "<think>still at it"),
+        ("42", "42", "42"),
+        ("<think>a</think>42", "<think>b</think>42", "<think>a</think>42"),  # trained to be compared whole
+    ],
+)
+def test_reasoning_is_cut_unless_the_truth_has_it_too(answer: str, truth: str, said: str):
+    assert cut_reasoning(answer, truth) == said
+
+
+def test_answers_are_measured_after_their_reasoning(renderer: Renderer):
+    """Every generated metric and the fields of JSON answers; the record keeps what the model wrote."""
+    truth = '{"order": "4711", "issues": ["late"]}'
+    conversation = Conversation(
+        (Message("user", "order 4711 is late"), Message("assistant", truth)),
+        Origin("rows.jsonl:1", "rows.jsonl", 1),
+    )
+    case = Case(conversation, renderer.render_conversation(conversation), "c", truth)
+    case.score = RowScore(nll=1.0, nll_content=1.0, num_target_tokens=3, num_content_tokens=2, num_bytes=10)
+    case.answer = f'Order or customer {{"order": "12"}}? The order.\n</think>\n\n{truth}'
+    names = ["exact_match", "token_f1", "rouge_l", "json_valid", "json_fields"]
+    (answer,) = mark_cases([case], names, None)
+    assert answer.scores == dict.fromkeys(names, 1.0)
+    assert answer.answer == case.answer
+    metrics = summarize_cases([case], [answer])
+    assert (metrics["json_fields.order"], metrics["json_fields.issues[]"]) == (1.0, 1.0)

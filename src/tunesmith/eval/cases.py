@@ -18,6 +18,7 @@ from tunesmith.eval.metrics import (
     NOT_JSON,
     MetricContext,
     choose_metrics,
+    cut_reasoning,
     load_schema,
     parse_answer,
     score_fields,
@@ -270,11 +271,12 @@ def mark_cases(cases: Sequence[Case], names: Sequence[str], validator: Any) -> l
 def _mark_case(number: int, case: Case, names: Sequence[str], validator: Any) -> AnswerRecord:
     assert case.score
     context = _make_context(case, validator)
+    said = cut_reasoning(case.answer or "", case.truth)
     scores: dict[str, float] = {}
     for name in names:
         metric = METRICS[name]
         if (case.answer is not None or not metric.generates) and metric.applies(case.truth, context):
-            scores[name] = metric(case.answer or "", case.truth, context)
+            scores[name] = metric(said, case.truth, context)
     if case.options:
         scores["choice_accuracy_by_sum"] = float(case.options.likeliest == case.answer_index)
     return AnswerRecord(
@@ -320,7 +322,8 @@ def tabulate_fields(answers: Sequence[AnswerRecord]) -> dict[str, float]:
     marks: dict[str, list[float]] = {}
     for answer in answers:
         if parse_answer(answer.truth) is not NOT_JSON:
-            for name, value in score_fields(answer.answer or "", answer.truth).items():
+            said = cut_reasoning(answer.answer or "", answer.truth)
+            for name, value in score_fields(said, answer.truth).items():
                 marks.setdefault(name or "(all)", []).append(value)
     common = sorted(marks, key=lambda name: (-len(marks[name]), name))[:MAX_FIELDS]
     return {name: _mean(marks[name]) for name in common}

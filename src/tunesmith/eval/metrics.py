@@ -1,7 +1,8 @@
 """What a generated answer is worth: one function and one row of `METRICS` per metric, values in [0, 1].
 
 An answer is untrusted text: it is parsed as strict JSON (`core.jsonl.parse_json`), never evaluated, and
-whatever it holds gives a number, not an exception.
+whatever it holds gives a number, not an exception. Metrics are given what stands after an answer's reasoning
+(`cut_reasoning`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from tunesmith.core.errors import DataError, JobError
 from tunesmith.core.jsonl import parse_json, read_json
 
+REASONING_END = "</think>"
 _ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"\w+")
 
@@ -53,6 +55,15 @@ class Metric:
 
     def __call__(self, answer: str, truth: str, context: MetricContext) -> float:
         return self.compute(answer, truth, context)
+
+
+def cut_reasoning(answer: str, truth: str) -> str:
+    """What an answer says after its reasoning: everything up to and including the last `</think>` is cut.
+
+    Only where the true answer has no reasoning; one that has it is compared as a whole. The opening tag may be missing:
+    templates of such models write it into the prompt. An answer still reasoning at its end is left as it is, and wrong.
+    """
+    return answer if REASONING_END in truth else answer.rpartition(REASONING_END)[2]
 
 
 def exact_match(answer: str, truth: str, context: MetricContext = MetricContext()) -> float:

@@ -214,7 +214,8 @@ class SamplingSpec(Spec):
 
 class EvaluateSpec(Spec):
     metrics: list[MetricName] | Auto = "auto"
-    """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON."""
+    """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON. An answer's reasoning, up to
+    and including the last `</think>`, is cut before it is measured, unless the true answer has some too."""
     max_new_tokens: PositiveInt = 256
     """Longest generated answer; how often it is reached is reported."""
     sampling: SamplingSpec = SamplingSpec()
