@@ -12,7 +12,7 @@ import torch
 from tunesmith.core.errors import DataError, JobError
 from tunesmith.core.types import Origin, TokenRow
 from tunesmith.data.render import Renderer
-from tunesmith.eval.forgetting import measure_divergence, measure_forgetting, read_general_text
+from tunesmith.eval.forgetting import Forgetting, read_general_text
 from tunesmith.job.spec import LoraSpec
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.load import load_model
@@ -44,7 +44,7 @@ def adapt(folder: Path, *, moved: bool) -> CausalLM:
 
 
 def test_a_fresh_adapter_has_forgotten_nothing(folder: Path):
-    result = measure_forgetting(adapt(folder, moved=False), windows=make_rows(), task_rows=make_rows(3))
+    result = Forgetting(make_rows()).measure(adapt(folder, moved=False), make_rows(3))
     assert result["general_nll"] == result["general_nll_base"]
     assert result["kl_from_base"] == 0.0
     assert result["general_tokens"] == 6 + 7 + 8 + 9 + 10
@@ -53,13 +53,20 @@ def test_a_fresh_adapter_has_forgotten_nothing(folder: Path):
 def test_adapters_off_is_the_base_and_they_are_on_again_afterwards(folder: Path, model: CausalLM):
     moved = adapt(folder, moved=True)
     rows = make_rows()
-    before = measure_forgetting(moved, windows=rows, task_rows=rows)
+    before = Forgetting(rows).measure(moved, rows)
     assert before["general_nll_base"] == pytest.approx(
-        measure_forgetting(model, windows=rows, task_rows=[], base=model)["general_nll"], rel=1e-6
+        Forgetting(rows, base=model).measure(model, [])["general_nll"], rel=1e-6
     )
     assert before["general_nll"] != before["general_nll_base"]
     assert before["kl_from_base"] > 0.001
-    assert measure_forgetting(moved, windows=rows, task_rows=rows) == before
+    assert Forgetting(rows).measure(moved, rows) == before
+
+
+def test_a_base_that_was_run_for_one_model_serves_the_next(folder: Path):
+    rows, kept = make_rows(), Forgetting(make_rows())
+    for moved in (False, True):
+        model = adapt(folder, moved=moved)
+        assert kept.measure(model, rows[:3]) == Forgetting(rows).measure(model, rows[:3])
 
 
 def test_divergence_equals_the_definition_over_the_whole_vocabulary(folder: Path, model: CausalLM):
@@ -86,7 +93,9 @@ def test_divergence_equals_the_definition_over_the_whole_vocabulary(folder: Path
                     a * math.log(a / b) for a, b in zip(p[at - 1].tolist(), q[at - 1].tolist(), strict=True)
                 )
                 count += 1
-    assert measure_divergence(moved, rows, base=model) == pytest.approx(total / count, rel=1e-4)
+    assert Forgetting([], base=model).measure_divergence(moved, rows) == pytest.approx(
+        total / count, rel=1e-4
+    )
 
 
 def test_general_text_becomes_windows_of_one_length_spread_over_the_text(renderer: Renderer, tmp_path: Path):

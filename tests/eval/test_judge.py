@@ -16,7 +16,7 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared, prepare_data
 from tunesmith.data.render import Renderer
 from tunesmith.eval.doubts import find_doubts
-from tunesmith.eval.forgetting import read_general_text
+from tunesmith.eval.forgetting import Forgetting, read_general_text
 from tunesmith.eval.judge import judge
 from tunesmith.job.spec import EvaluateSpec, Job
 from tunesmith.models.causal_lm import CausalLM
@@ -144,7 +144,7 @@ def test_forgetting_is_measured_where_general_text_is_given(
     windows = read_general_text(path, renderer.tokenizer, window_tokens=64)
     out = RunDir(tmp_path / "out").create()
     spec = EvaluateSpec(max_new_tokens=2)
-    record = judge(model, renderer, tickets, out=out, spec=spec, general=windows, base=model)
+    record = judge(model, renderer, tickets, out=out, spec=spec, forgetting=Forgetting(windows, base=model))
     assert record.forgetting is not None
     assert record.forgetting["kl_from_base"] == 0.0
     assert record.forgetting["general_nll"] == record.forgetting["general_nll_base"]

@@ -28,6 +28,7 @@ from tunesmith.models.headers import check_adapter, check_model
 
 if TYPE_CHECKING:
     from tunesmith.api.tasks import Storage, Weights
+    from tunesmith.eval.forgetting import Forgetting
     from tunesmith.models.causal_lm import CausalLM
 
 
@@ -192,11 +193,16 @@ def _open_scores(out: str | Path) -> Generator[RunDir]:
         yield run
 
 
-def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
-    """Score one arm and seed in this process and write its record."""
+def run_judge_task(
+    task: JudgeTask, on_event: OnEvent, *, bases: dict[str, Forgetting] | None = None
+) -> EvalRecord:
+    """Score one arm and seed in this process and write its record.
+
+    bases: kept from task to task, it saves what forgetting needs of a base from being computed again.
+    """
     from tunesmith.api.devices import pick_device
-    from tunesmith.eval.forgetting import read_general_text
     from tunesmith.eval.judge import judge
+    from tunesmith.models.heap import return_freed_memory
 
     job = Job.model_validate(task.job)
     run = RunDir(Path(task.out)).create()
@@ -212,11 +218,10 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
     prepared = load_prepared(Path(task.prepared))
     on_event(Event("progress", task.label, "loading"))
     model = load_target(target, precision=job.evaluate.precision)
-    general = read_general_text(Path(task.general), tokenizer) if task.general else ()
-    base = None
-    if general and task.weights == "model":
-        base = load_target(Target(task.model_name, target.model_folder), precision=job.evaluate.precision)
-    return judge(
+    forgetting = None
+    if task.general:
+        forgetting = _find_forgetting(task, Path(task.general), tokenizer, {} if bases is None else bases)
+    record = judge(
         model,
         Renderer(tokenizer, job.data),
         prepared,
@@ -226,11 +231,32 @@ def run_judge_task(task: JudgeTask, on_event: OnEvent) -> EvalRecord:
         seed=task.seed,
         model_name=task.model_name,
         adapter=task.weights_folder if task.weights == "adapter" else None,
-        general=general,
-        base=base,
+        forgetting=forgetting,
         task=task.label or pick_device().type,
         on_event=on_event,
     )
+    del model
+    return_freed_memory()
+    return record
+
+
+def _find_forgetting(
+    task: JudgeTask, general: Path, tokenizer: Tokenizer, bases: dict[str, Forgetting]
+) -> Forgetting:
+    """The measure of forgetting for the task's base, made if it is not among `bases`."""
+    from tunesmith.eval.forgetting import Forgetting, read_general_text
+
+    precision = Job.model_validate(task.job).evaluate.precision
+    key = repr((task.model_folder, task.weights, task.storage, task.double_quant, precision, task.general))
+    if key not in bases:
+        whole = task.weights == "model"
+        base = (
+            load_target(Target(task.model_name, Path(task.model_folder)), precision=precision)
+            if whole
+            else None
+        )
+        bases[key] = Forgetting(read_general_text(general, tokenizer), base=base)
+    return bases[key]
 
 
 def load_target(target: Target, *, precision: str = "auto") -> CausalLM:

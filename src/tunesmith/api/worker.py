@@ -10,17 +10,21 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tunesmith.api.tasks import TrainTask, is_finished, mark_finished, mark_started, read_tasks
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.jsonl import dump_json
 
+if TYPE_CHECKING:
+    from tunesmith.eval.forgetting import Forgetting
+
 
 def main(argv: list[str]) -> int:
     channel = _claim_stdout()
     on_event = _write_events(channel)
+    bases: dict[str, Forgetting] = {}
     try:
         for task in read_tasks(Path(argv[1])):
             if is_finished(task):
@@ -33,7 +37,7 @@ def main(argv: list[str]) -> int:
             else:
                 from tunesmith.api.evaluation import run_judge_task
 
-                run_judge_task(task, on_event)
+                run_judge_task(task, on_event, bases=bases)
             mark_finished(task)
     except TunesmithError as error:
         on_event(Event("failed", text=str(error)))

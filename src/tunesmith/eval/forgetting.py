@@ -1,7 +1,7 @@
 """What training cost elsewhere: loss on general text before and after, and how far answers moved from the base.
 
 The base is the same model with its adapters off, or the base's own weights after full fine-tuning.
-K: positions of one chunk, V: vocabulary.
+K: target positions of one batch, D: width.
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tunesmith.core.errors import DataError, JobError
 from tunesmith.core.jsonl import read_jsonl
 from tunesmith.core.types import Origin, TokenRow
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.eval.nll import BUDGET_TOKENS, CHUNK_LOGITS, plan_batches, score_rows, summarize_scores
+from tunesmith.eval.nll import (
+    BUDGET_TOKENS,
+    CHUNK_LOGITS,
+    MIN_CHUNK_ROWS,
+    plan_batches,
+    score_rows,
+    summarize_scores,
+)
 from tunesmith.models.causal_lm import CausalLM
-from tunesmith.models.layout import make_batch
+from tunesmith.models.layout import Batch, make_batch
 from tunesmith.models.lora import set_enabled
 
 WINDOW_TOKENS = 256
@@ -87,55 +95,67 @@ def as_base(model: CausalLM, base: CausalLM | None) -> Iterator[CausalLM]:
         set_enabled(model, True)
 
 
-def measure_forgetting(
-    model: CausalLM,
-    *,
-    windows: Sequence[TokenRow],
-    task_rows: Sequence[TokenRow],
-    base: CausalLM | None = None,
-) -> dict[str, float]:
-    """`general_nll`, `general_nll_base` (nats per token), `general_tokens` and `kl_from_base` (nats per token).
+class Forgetting:
+    """Forgetting of models with one base, whose own numbers are computed once.
 
-    windows:   general text (`read_general_text`).
-    task_rows: rows whose answer positions the divergence is averaged over; the first `MAX_KL_ROWS` are used.
-    base:      the base's weights; None for an adapter, whose base is the model with adapters off.
+    windows: general text (`read_general_text`).
+    base:    the base's weights; None for adapters, whose base is the model with adapters off.
     """
-    after = summarize_scores(score_rows(model, windows))
-    with as_base(model, base) as origin:
-        before = summarize_scores(score_rows(origin, windows))
-    result = {
-        "general_nll": after["nll"],
-        "general_nll_base": before["nll"],
-        "general_tokens": float(sum(row.num_targets for row in windows)),
-    }
-    if task_rows:
-        result["kl_from_base"] = measure_divergence(model, task_rows[:MAX_KL_ROWS], base=base)
-    return result
 
+    def __init__(self, windows: Sequence[TokenRow], *, base: CausalLM | None = None) -> None:
+        self.windows, self.base = windows, base
+        self._base_nll: float | None = None
+        self._base_hidden: dict[tuple[int, ...], Tensor] = {}
 
-@torch.no_grad()
-def measure_divergence(model: CausalLM, rows: Sequence[TokenRow], *, base: CausalLM | None = None) -> float:
-    """KL(model || base) at the target positions of `rows`, exact over the vocabulary: nats, mean over positions.
+    def measure(self, model: CausalLM, task_rows: Sequence[TokenRow]) -> dict[str, float]:
+        """`general_nll`, `general_nll_base` (nats per token), `general_tokens` and `kl_from_base` (nats per token).
 
-    sum_v p(v) (log p(v) - log q(v)) with p the model's and q the base's next-token distribution, in fp32, added up
-    in fp64. Raises ValueError if the rows have no target.
-    """
-    device = model.device
-    rows_per_chunk = max(1, CHUNK_LOGITS // model.config.vocab_size // 2)
-    total, num_positions = 0.0, 0
-    for batch in plan_batches([len(row.ids) for row in rows], budget_tokens=BUDGET_TOKENS):
-        made = make_batch([rows[number] for number in batch], device=device)
-        hidden_KD = model.hidden(made.ids_T, made.layout, made.sources_K)
-        with as_base(model, base) as origin:
-            hidden_base_KD = origin.hidden(made.ids_T, made.layout, made.sources_K)
-        for hidden, hidden_base in zip(
-            hidden_KD.split(rows_per_chunk), hidden_base_KD.split(rows_per_chunk), strict=True
-        ):
-            log_p = model.head(hidden).float().log_softmax(-1)
-            with as_base(model, base) as origin:
-                log_q = origin.head(hidden_base).float().log_softmax(-1)
-            total += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
-        num_positions += made.num_targets
-    if not num_positions:
-        raise ValueError("no target position to measure the divergence at")
-    return total / num_positions
+        task_rows: rows whose answer positions the divergence is averaged over; the first `MAX_KL_ROWS` are used.
+        """
+        result = {
+            "general_nll": summarize_scores(score_rows(model, self.windows))["nll"],
+            "general_nll_base": self._score_base(model),
+            "general_tokens": float(sum(row.num_targets for row in self.windows)),
+        }
+        if task_rows:
+            result["kl_from_base"] = self.measure_divergence(model, task_rows[:MAX_KL_ROWS])
+        return result
+
+    def _score_base(self, model: CausalLM) -> float:
+        if self._base_nll is None:
+            with as_base(model, self.base) as base:
+                self._base_nll = summarize_scores(score_rows(base, self.windows))["nll"]
+        return self._base_nll
+
+    @torch.no_grad()
+    def measure_divergence(self, model: CausalLM, rows: Sequence[TokenRow]) -> float:
+        """KL(model || base) at the target positions of `rows`, exact over the vocabulary: nats, mean over positions.
+
+        sum_v p(v) (log p(v) - log q(v)) with p the model's and q the base's next-token distribution, in fp32, added
+        up in fp64. Raises ValueError if the rows have no target.
+        """
+        rows_per_chunk = max(MIN_CHUNK_ROWS, CHUNK_LOGITS // model.config.vocab_size)
+        total, num_positions = 0.0, 0
+        for numbers in plan_batches([len(row.ids) for row in rows], budget_tokens=BUDGET_TOKENS):
+            batch = make_batch([rows[number] for number in numbers], device=model.device)
+            hidden_KD = model.hidden(batch.ids_T, batch.layout, batch.sources_K)
+            hidden_base_KD = self._run_base(model, batch)
+            for hidden, hidden_base in zip(
+                hidden_KD.split(rows_per_chunk), hidden_base_KD.split(rows_per_chunk), strict=True
+            ):
+                log_p = model.head(hidden).float().log_softmax(-1)
+                with as_base(model, self.base) as base:
+                    log_q = base.head(hidden_base).float().log_softmax(-1)
+                total += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
+            num_positions += batch.num_targets
+        if not num_positions:
+            raise ValueError("no target position to measure the divergence at")
+        return total / num_positions
+
+    def _run_base(self, model: CausalLM, batch: Batch) -> Tensor:
+        """The base's hidden states at the batch's sources, (K, D): kept, as they are far smaller than its logits."""
+        key = (*batch.layout.lengths, *batch.ids_T.tolist(), *batch.sources_K.tolist())
+        if key not in self._base_hidden:
+            with as_base(model, self.base) as base:
+                self._base_hidden[key] = base.hidden(batch.ids_T, batch.layout, batch.sources_K)
+        return self._base_hidden[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +16,11 @@ from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord
 from tunesmith.core.rundir import RunDir
-from tunesmith.core.types import TokenRow
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import Renderer
 from tunesmith.eval import cases as steps
 from tunesmith.eval.doubts import find_doubts
-from tunesmith.eval.forgetting import measure_forgetting
+from tunesmith.eval.forgetting import Forgetting
 from tunesmith.eval.metrics import METRICS
 from tunesmith.eval.prompting import PromptingKind
 from tunesmith.job.spec import EvaluateSpec
@@ -40,27 +39,24 @@ def judge(
     split: str = "test",
     model_name: str = "",
     adapter: str | None = None,
-    general: Sequence[TokenRow] = (),
-    base: CausalLM | None = None,
+    forgetting: Forgetting | None = None,
     task: str = "",
     on_event: OnEvent = ignore_event,
 ) -> EvalRecord:
     """Score one arm and seed; writes `answers.jsonl` and `eval.json` into `out`.
 
     prompting: what stands before each row; examples come from the train split and are drawn with `seed`.
-    general:   windows of general text (`forgetting.read_general_text`); with them, forgetting is measured against
-               `base`, or against the model with its adapters off.
+    forgetting: measures it, where it is wanted; kept over several seeds, it runs the base once.
     Raises DataError if the split has no rows, ArmFailed if a likelihood is not finite.
     """
     clock = _Clock()
     tell = _Teller(task, on_event)
     cases = steps.gather_cases(prepared, renderer, split=split, max_rows=spec.max_rows)
     answers, metrics, warnings = _score(model, renderer, prepared, cases, spec, prompting, seed, tell)
-    forgetting = None
-    if general:
+    forgotten = None
+    if forgetting:
         tell.say("forgetting")
-        task_rows = [row for case in cases for row in case.rows]
-        forgetting = measure_forgetting(model, windows=general, task_rows=task_rows, base=base)
+        forgotten = forgetting.measure(model, [row for case in cases for row in case.rows])
     record = EvalRecord(
         model=model_name,
         adapter=adapter,
@@ -69,7 +65,7 @@ def judge(
         num_rows=len(cases),
         num_target_tokens=sum(answer.num_target_tokens for answer in answers),
         data_sha256=prepared.fingerprints[f"{split}_sha256"],
-        forgetting=forgetting,
+        forgetting=forgotten,
         warnings=warnings,
         wall_seconds=clock.wall_seconds,
         cpu_seconds=clock.cpu_seconds,

@@ -27,3 +27,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _MAPPED_ABOVE)) and bool(mallopt(_TRIM_THRESHOLD, _TRIMMED_ABOVE))
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what the C library keeps, where glibc is that library."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
