@@ -83,12 +83,15 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden_KD.shape[0], rows):
             span = slice(start, start + rows)
             hidden_CD, picked = hidden_KD[span], targets_K[span, None]
-            log_probs = torch.log_softmax(hidden_CD @ weight_VD.t(), -1, dtype=wide)
-            total -= log_probs[: len(picked)].gather(1, picked).sum()
+            logits = (hidden_CD @ weight_VD.t()).to(wide)
+            top_C1, picked_C1 = logits.amax(-1, keepdim=True), logits[: len(picked)].gather(1, picked)
+            probs = torch.softmax(logits, -1)
+            # log softmax = logit - largest logit + log(largest probability): no second pass of exponentials.
+            log_top_C1 = probs.amax(-1, keepdim=True).log_()
+            total -= (picked_C1 - top_C1[: len(picked)] + log_top_C1[: len(picked)]).sum()
             if not (needs_hidden or needs_weight):
                 continue
             # d loss / d logits = probabilities - one_hot(target)
-            probs = log_probs.exp_()
             probs[: len(picked)].scatter_add_(1, picked, probs.new_full((1, 1), -1.0).expand_as(picked))
             probs[len(picked) :] = 0
             grad_logits = probs.to(hidden_KD.dtype)
