@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,34 +20,15 @@ CHATML = (
 )
 
 
-def _load(name: str):
-    path = Path(__file__).with_name("conversions.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Folder of the shared test data: $TUNESMITH_SHARED, or ../shared/data beside the checkout."""
-    root = Path(os.environ.get("TUNESMITH_SHARED") or Path(__file__).parents[3] / "shared" / "data")
-    if not root.is_dir():
-        pytest.skip("the shared test data is not on this machine")
-    return root
-
-
 @pytest.fixture(scope="session")
 def real_tokenizers(shared, tmp_path_factory):
     """The real tokenizers by name, each with BOS and EOS."""
-    conversions = _load("data_conversions")
+    from conversions import write_tokenizer_folder
+
     root = tmp_path_factory.mktemp("tokenizers")
     found = {}
     for name in REAL_TOKENIZERS:
-        folder = conversions.write_tokenizer_folder(shared / "tokenizers" / name, root / name)
+        folder = write_tokenizer_folder(shared / "tokenizers" / name, root / name)
         found[name] = load_tokenizer(folder)
     return found
 

@@ -17,10 +17,6 @@ from tunesmith.eval.choice import ChoiceScore, read_choices, render_choices, sco
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.load import load_model
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-STORIES = SHARED / "models" / "tinystories-656k"
-needs_real = pytest.mark.skipif(not STORIES.is_dir(), reason="the real small models are not here")
-
 
 def ask(choices: object, answer_index: object, *, kind: str = "chat") -> Conversation:
     turns = (Message("user", "Which one?"), Message("assistant", "a"))
@@ -76,14 +72,14 @@ def test_a_row_without_options_has_none():
     assert read_choices(ask(None, None)) is None
 
 
-def open_real() -> tuple[CausalLM, Renderer]:
-    return load_model(STORIES), Renderer(load_tokenizer(STORIES))
+def open_real(shared: Path) -> tuple[CausalLM, Renderer]:
+    folder = shared / "models" / "tinystories-656k"
+    return load_model(folder), Renderer(load_tokenizer(folder))
 
 
-@needs_real
-def test_a_real_model_tells_grammatical_sentences_from_wrong_ones_above_chance():
-    model, renderer = open_real()
-    lines = (SHARED / "eval" / "blimp_6paradigms.jsonl").read_text().strip().split("\n")
+def test_a_real_model_tells_grammatical_sentences_from_wrong_ones_above_chance(shared: Path):
+    model, renderer = open_real(shared)
+    lines = (shared / "eval" / "blimp_6paradigms.jsonl").read_text().strip().split("\n")
     pairs = [json.loads(line) for line in lines[::10]]
     questions = []
     for number, pair in enumerate(pairs):
@@ -96,10 +92,9 @@ def test_a_real_model_tells_grammatical_sentences_from_wrong_ones_above_chance()
     assert right > 300 + 4 * math.sqrt(600 / 4)
 
 
-@needs_real
-def test_a_real_model_knows_nothing_of_mmlu_and_scores_about_chance():
-    model, renderer = open_real()
-    lines = (SHARED / "eval" / "mmlu_val.jsonl").read_text().strip().split("\n")[::8]
+def test_a_real_model_knows_nothing_of_mmlu_and_scores_about_chance(shared: Path):
+    model, renderer = open_real(shared)
+    lines = (shared / "eval" / "mmlu_val.jsonl").read_text().strip().split("\n")[::8]
     questions, truths = [], []
     for number, line in enumerate(lines):
         row = json.loads(line)

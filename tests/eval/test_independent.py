@@ -19,13 +19,13 @@ from tunesmith.eval.judge import judge
 from tunesmith.job.spec import EvaluateSpec, Job
 from tunesmith.models.load import load_model
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
+MODELS = ("tunesmith/tiny", "stories260k", "tinystories-656k")
 
 
-def find_models() -> list[Path]:
-    bundled = bundled_path("tunesmith/tiny")
-    found = [SHARED / "stories260k", SHARED / "tinystories-656k", *([bundled] if bundled else [])]
-    return [folder for folder in found if (folder / "config.json").is_file()]
+@pytest.fixture(params=MODELS)
+def model_folder(request: pytest.FixtureRequest) -> Path:
+    """The bundled model, and the real small ones where they are."""
+    return bundled_path(request.param) or request.getfixturevalue("shared") / "models" / request.param
 
 
 def write_data(folder: Path) -> Path:
@@ -81,8 +81,6 @@ def answer_greedily(reference, prompt: list[int], *, limit: int, stop_ids: tuple
     return ids
 
 
-@pytest.mark.skipif(not find_models(), reason="no real small model is here")
-@pytest.mark.parametrize("model_folder", find_models(), ids=lambda folder: folder.name)
 @pytest.mark.parametrize("prompting", ["zero-shot", "few-shot", "rag"])
 def test_every_row_agrees_with_transformers(model_folder: Path, prompting: str, tmp_path: Path):
     from transformers import AutoModelForCausalLM
@@ -109,7 +107,7 @@ def test_every_row_agrees_with_transformers(model_folder: Path, prompting: str, 
         # The prompt is found again from the text that the arm is known to show.
         shots = find_shots(prepared, renderer, answer.question, prompting=prompting, seed=7)
         text = "\n\n".join([*shots, answer.question])
-        prompt = tokenizer.encode(((tokenizer.bos_token or "") if tokenizer.adds_bos else "") + text)
+        prompt = [tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(text)
         assert answer.num_prompt_tokens == len(prompt)
         assert answer.num_target_tokens == len(targets)
         expected = compute_nll(reference, prompt, targets)

@@ -101,13 +101,9 @@ def test_bf16_masters_are_cast_again_after_an_optimizer_step(hf_folders: Any) ->
     assert losses[-1] < 0.8 * losses[0]
 
 
-_MODELS = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.mark.skipif(not _MODELS.exists(), reason="the real small models are not part of the repository")
-def test_real_weights_give_the_published_log_probabilities() -> None:
-    golden = json.loads((_MODELS / "golden" / "model_reference_shared.json").read_text())["tinystories-656k"]
-    model = load_model(_MODELS / "models" / "tinystories-656k")
+def test_real_weights_give_the_published_log_probabilities(shared: Path) -> None:
+    golden = json.loads((shared / "golden" / "model_reference_shared.json").read_text())["tinystories-656k"]
+    model = load_model(shared / "models" / "tinystories-656k")
     for example in golden["examples"]:
         ids = example["ids"]
         batch = make_batch([make_row(ids, [0] + [1] * (len(ids) - 1))])
