@@ -23,7 +23,7 @@ from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.layout import make_batch
 
-BUDGET_TOKENS = 4096
+BUDGET_TOKENS = 2048
 """Tokens of one forward pass. Never changes a score, only speed and memory."""
 BEHIND_TOKENS = 1536
 """The same behind a shared prefix, where attention to the prefix is what memory and caches are spent on."""

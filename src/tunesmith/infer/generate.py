@@ -22,7 +22,7 @@ from tunesmith.job.spec import SamplingSpec
 from tunesmith.models.causal_lm import CausalLM, DecodeSession
 
 # Keys and values of all sequences at a time, and tokens of one prefill.
-CACHE_BYTES = {"cpu": 128 * 2**20, "cuda": 384 * 2**20}
+CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 384 * 2**20}
 PREFILL_TOKENS, MAX_SEQUENCES = 4096, 192
 
 
