@@ -210,3 +210,18 @@ def test_a_folder_with_other_peoples_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(RunDirError, match="holds no run of ours"):
         tunesmith.train(job(), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "device", "shared"), [(0.0, "cpu", True), (0.1, "cpu", False), (0.0, "cuda", False)]
+)
+def test_rows_share_their_beginning_unless_dropout_or_a_gpu_kernel_forbids(
+    dropout: float, device: str, shared: bool
+) -> None:
+    import torch
+
+    from tunesmith.api.training import shares_prefix
+    from tunesmith.job.spec import Job
+
+    described = job() | {"method": {"name": "lora", "dropout": dropout}}
+    assert shares_prefix(Job.model_validate(described), torch.device(device)) is shared

@@ -61,3 +61,36 @@ def test_one_batch_of_eight_is_eight_batches_of_one(hf_folders: Any) -> None:
 def test_a_batch_without_targets_is_a_broken_call(hf_folders: Any) -> None:
     with pytest.raises(ValueError, match="without target tokens"):
         sft_loss(load_model(hf_folders("llama")[0]), make_batch([make_row([5, 6], [0, 0])]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_shared_beginning_changes_no_loss_and_no_gradient(hf_folders: Any, name: str, full: bool) -> None:
+    begin = list(range(3, 23))
+    rows = [
+        make_row([*begin, *row.ids], [0] * len(begin) + [0, *row.mask[1:]])
+        for row in make_rows([20, 31, 5, 9, 140, 40, 2, 17])
+    ]
+    losses, gradients = [], []
+    for share in (False, True):
+        model = load_model(hf_folders(name)[0], trainable=full)
+        if not full:
+            add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
+        batch = make_batch(rows, round_tokens=64, share_prefix=share)
+        assert batch.layout.num_shared == share * len(begin)
+        total = sft_loss(model, batch).total
+        (total / 7).backward()
+        losses.append(total.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters()]))
+    assert losses[0] == losses[1]
+    assert relative_error(gradients[1], gradients[0]) < 2e-6
+
+
+def test_what_rows_share_ends_before_the_first_source() -> None:
+    rows = [make_row([*range(3, 23), 30 + number], [0] * 15 + [1] * 6) for number in range(3)]
+    batch = make_batch(rows, share_prefix=True)
+    assert batch.layout.num_shared == 14
+    assert batch.layout.num_tokens == 14 + 3 * 7
+    assert batch.sources_K.tolist()[::6] == [14, 21, 28]
+    for alone in (rows[:1], [make_row([4, 5, 6], [0, 0, 1]), *rows]):
+        assert make_batch(alone, share_prefix=True).layout.num_shared == 0

@@ -178,7 +178,9 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         _training_rows(job, rejects, prepared, tokenizer),
         job.train.model_copy(update={"learning_rate": rate}),
         run,
-        make_batch=lambda rows, where: make_batch(rows, device=where, round_tokens=ROUND_TOKENS),
+        make_batch=lambda rows, where: make_batch(
+            rows, device=where, round_tokens=ROUND_TOKENS, share_prefix=shares_prefix(job, where)
+        ),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
         on_step=_report_steps(task.label, on_event),
@@ -209,6 +211,12 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     write_json(run.record, record.to_json())
     return record
+
+
+def shares_prefix(job: Job, device: torch.device) -> bool:
+    """Whether what all rows of a step begin with is computed once. Dropout draws anew for every row."""
+    method = job.method_spec
+    return device.type == "cpu" and not (isinstance(method, LoraSpec) and method.dropout)
 
 
 def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:

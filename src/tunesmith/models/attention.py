@@ -79,7 +79,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: floa
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int) -> Tensor:
-    """Variable-length flash attention (CUDA, 16-bit). Arguments as `attend_plain`."""
+    """Variable-length flash attention (CUDA, 16-bit). Arguments as `attend_plain`; documents share nothing."""
+    assert not layout.num_shared
     longest = layout.max_length
     left = window - 1 if window else None
     out = torch.ops.aten._flash_attention_forward(
@@ -131,9 +132,9 @@ class _FoldedAttention(torch.autograd.Function):
         blocks, cos_Pd, sin_Pd, *all_probs = ctx.saved_tensors
         groups = ctx.shape[1] // ctx.num_kv_heads - 2
         whole, queries = ctx.layout.fold(ctx.num_kv_heads, groups)
-        # Empty slots repeat a real token, so what flows into them must be nothing.
+        # Foreign slots repeat a token of another place, so what flows into their outputs must be nothing.
         grad_mixed = grad.reshape(-1, ctx.shape[2]).index_select(0, queries.into)
-        grad_mixed.index_fill_(0, queries.empty, 0)
+        grad_mixed.index_fill_(0, queries.foreign, 0)
         grads = torch.empty_like(blocks)
         pairs = zip(
             _split_blocks(blocks, ctx.layout, ctx.num_kv_heads, groups),
@@ -148,7 +149,11 @@ class _FoldedAttention(torch.autograd.Function):
             torch.bmm(grad_scores, block.k, out=into.q)
             torch.bmm(grad_scores.transpose(1, 2), block.q, out=into.k)
             rotate_(into.turned.mul_(ctx.scale), cos_Pd[:size], sin_Pd[:size], inverse=True)
-        return grads.index_select(0, whole.back).view(ctx.shape), None, None, None, None, None, None
+        grad_qkv = grads.index_select(0, whole.back)
+        if len(whole.copies):
+            copies = grads.index_select(0, whole.copies.flatten()).view(*whole.copies.shape, -1)
+            grad_qkv[: whole.copies.shape[1]] += copies.sum(0, dtype=torch.float32)
+        return grad_qkv.view(ctx.shape), None, None, None, None, None, None
 
 
 class _Block(NamedTuple):
@@ -188,10 +193,10 @@ def _tabulate(cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor]
 
     x * cos + swap_halves(x) * sin is `rotate_plain(x)`. Rows past the document's end are for empty slots.
     """
-    longest = layout.lengths.index(layout.max_length)
-    document = slice(layout.starts[longest], layout.starts[longest] + layout.max_length)
-    beyond = (0, 0, 0, layout.buckets[-1].padded_length - layout.max_length)
-    cos_P, sin_P = F.pad(cos[document, 0], beyond), F.pad(sin[document, 0], beyond)
+    bucket = layout.buckets[-1]
+    lengths = [layout.lengths[document] for document in bucket.documents]
+    longest_P = bucket.gather_BS.view(bucket.num_documents, -1)[lengths.index(max(lengths))]
+    cos_P, sin_P = cos[:, 0].index_select(0, longest_P), sin[:, 0].index_select(0, longest_P)
     return torch.cat((cos_P, cos_P), -1), torch.cat((-sin_P, sin_P), -1)
 
 

@@ -4,6 +4,10 @@ All linear layers run on the flat stream (T, D) without padding. Only attention 
 into buckets of one padded length each. The padded length of a document follows from its own length alone, so what else
 is in the batch never changes the shapes its numbers are computed with.
 
+Documents that begin alike (one system prompt for all) may share what they begin with: those tokens lie in the stream
+once, at the start of document 0, and every document's attention reads them there. Causal attention gives them the same
+hidden states in each document, so no number changes; only their gradients are added up before, not after, the layers.
+
 T: flat tokens  N: documents  B: documents of a bucket  S: padded length  K: target tokens
 """
 
@@ -33,6 +37,10 @@ def _make_rungs() -> list[int]:
 _RUNGS = _make_rungs()
 
 
+# Fewer common tokens than this are not worth sharing.
+MIN_SHARED = 8
+
+
 def pad_length(length: int) -> int:
     """Length to which attention pads a document."""
     return _RUNGS[bisect_left(_RUNGS, length)]
@@ -42,46 +50,56 @@ def pad_length(length: int) -> int:
 class Bucket:
     """Documents of one padded length.
 
+    documents:  their numbers, B of them.
     gather_BS:  flat position of every padded slot; empty slots repeat the document's first token, (B*S,).
-    inside_n:   slots that hold a token, in the order of `flat_n`, (n,).
+    inside_n:   slots that hold a token of the document's own, in the order of `flat_n`, (n,).
     flat_n:     their flat positions, (n,).
-    empty_e:    slots without a token, (B*S - n,).
+    empty_e:    slots without a token. The others, neither inside nor empty, hold tokens shared from document 0.
     """
 
-    num_documents: int
+    documents: tuple[int, ...]
     padded_length: int
     gather_BS: Tensor
     inside_n: Tensor
     flat_n: Tensor
     empty_e: Tensor
 
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents)
+
 
 @dataclass(frozen=True)
 class Fold:
     """Rows of heads between the flat stream (row = token * heads per token + head) and padded blocks of documents.
 
-    into:   stream row of every block row; rows of empty slots repeat the document's first token, (R,).
-    back:   block row of every stream row, (T * heads,).
-    empty:  block rows without a token.
+    into:    stream row of every block row; rows of empty slots repeat the document's first token, (R,).
+    back:    block row of every stream row, (T * heads,).
+    foreign: block rows without a token of the document's own: empty, or shared from document 0.
+    copies:  block rows of the shared tokens in every document but the first, (documents - 1, shared * heads).
     """
 
     into: Tensor
     back: Tensor
-    empty: Tensor
+    foreign: Tensor
+    copies: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """Documents laid end to end.
 
-    lengths:       tokens per document, N of them, T in all.
+    lengths:       tokens per document, N of them, shared ones included.
     positions_T:   position of each token in its own document, int64.
-    cumulative_N1: starts of the documents and T at the end, int32, (N + 1,).
+    cumulative_N1: starts of the documents' own tokens and T at the end, int32, (N + 1,).
+    num_shared:    tokens that the first `num_sharing` documents begin with and that only document 0 stores.
     """
 
     lengths: tuple[int, ...]
     positions_T: Tensor
     cumulative_N1: Tensor
+    num_shared: int = 0
+    num_sharing: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -94,14 +112,6 @@ class Layout:
     @property
     def device(self) -> torch.device:
         return self.positions_T.device
-
-    @cached_property
-    def starts(self) -> list[int]:
-        starts, at = [], 0
-        for length in self.lengths:
-            starts.append(at)
-            at += length
-        return starts
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -138,35 +148,46 @@ class Layout:
     def _folds(self) -> dict[tuple[int, int], tuple[Fold, Fold]]:
         return {}
 
+    def shares(self, document: int) -> int:
+        """How many of a document's first tokens lie in document 0."""
+        return self.num_shared if 0 < document < self.num_sharing else 0
+
     def _make_fold(self, blocks: Sequence[Tensor]) -> Fold:
         """blocks: numbers of the heads of each block of a bucket, (N, G)."""
         num_heads = sum(heads_NG.numel() for heads_NG in blocks)
-        rows, held = [], []
+        rows, owned, documents = [], [], []
         for bucket in self.buckets:
             shape = (bucket.num_documents, 1, 1, bucket.padded_length)
             tokens = bucket.gather_BS.view(shape) * num_heads
-            inside = torch.ones_like(bucket.gather_BS, dtype=torch.bool).index_fill_(0, bucket.empty_e, False)
+            own = torch.zeros_like(bucket.gather_BS).index_fill_(0, bucket.inside_n, 1)
+            own.index_fill_(0, bucket.empty_e, -1)
             for heads_NG in blocks:
                 block = tokens + heads_NG[None, :, :, None]
                 rows.append(block.flatten())
-                held.append(inside.view(shape).expand_as(block).flatten())
-        into, inside = torch.cat(rows), torch.cat(held)
-        slots = inside.nonzero().flatten()
+                owned.append(own.view(shape).expand_as(block).flatten())
+                documents.append(torch.tensor(bucket.documents).view(-1, 1, 1, 1).expand_as(block).flatten())
+        into, own = torch.cat(rows), torch.cat(owned)
+        slots, copied = (own == 1).nonzero().flatten(), (own == 0).nonzero().flatten()
         back = torch.empty(self.num_tokens * num_heads, dtype=torch.int64)
         back[into[slots]] = slots
-        return Fold(into, back, (~inside).nonzero().flatten())
+        copies = torch.empty(max(0, self.num_sharing - 1), self.num_shared * num_heads, dtype=torch.int64)
+        copies[torch.cat(documents)[copied] - 1, into[copied]] = copied
+        return Fold(into, back, (own != 1).nonzero().flatten(), copies)
 
     def _make_bucket(self, size: int, documents: list[int]) -> Bucket:
-        starts_B = torch.tensor([self.starts[document] for document in documents])
-        lengths_B = torch.tensor([self.lengths[document] for document in documents])
-        offsets_S = torch.arange(size)
-        inside_BS = offsets_S[None] < lengths_B[:, None]
-        gather_BS = torch.where(inside_BS, starts_B[:, None] + offsets_S[None], starts_B[:, None]).flatten()
-        slots_n = inside_BS.flatten().nonzero().flatten()
+        starts = self.cumulative_N1.tolist()
+        starts_B1 = torch.tensor([starts[document] for document in documents])[:, None]
+        lengths_B1 = torch.tensor([self.lengths[document] for document in documents])[:, None]
+        shared_B1 = torch.tensor([self.shares(document) for document in documents])[:, None]
+        offsets_S = torch.arange(size)[None]
+        flat_BS = torch.where(offsets_S < shared_B1, offsets_S, starts_B1 + offsets_S - shared_B1)
+        inside_BS = offsets_S < lengths_B1
+        gather_BS = torch.where(inside_BS, flat_BS, flat_BS[:, :1]).flatten()
+        slots_n = (inside_BS & (offsets_S >= shared_B1)).flatten().nonzero().flatten()
         empty_e = (~inside_BS).flatten().nonzero().flatten()
         move = self.device
         return Bucket(
-            len(documents),
+            tuple(documents),
             size,
             gather_BS.to(move),
             slots_n.to(move),
@@ -175,13 +196,21 @@ class Layout:
         )
 
 
-def make_layout(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> Layout:
-    """Layout of documents of the given lengths (tokens, each at least 1). Raises ValueError for empty ones."""
+def make_layout(
+    lengths: Sequence[int], *, device: torch.device | str = "cpu", num_shared: int = 0, num_sharing: int = 0
+) -> Layout:
+    """Layout of documents of the given lengths (tokens, each at least 1). Raises ValueError for empty ones.
+
+    num_shared: tokens that the first `num_sharing` documents have in common at their start; fewer than any of them has.
+    """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a layout needs documents of at least one token, got lengths {list(lengths)[:8]}")
-    positions_T = torch.cat([torch.arange(length) for length in lengths])
-    cumulative_N1 = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Layout(tuple(lengths), positions_T.to(device), cumulative_N1.to(device))
+    firsts = [num_shared if 0 < document < num_sharing else 0 for document in range(len(lengths))]
+    spans = list(zip(firsts, lengths, strict=True))
+    positions_T = torch.cat([torch.arange(first, length) for first, length in spans])
+    own = [0, *(length - first for first, length in spans)]
+    cumulative_N1 = torch.tensor(own, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Layout(tuple(lengths), positions_T.to(device), cumulative_N1.to(device), num_shared, num_sharing)
 
 
 @dataclass(frozen=True)
@@ -210,9 +239,15 @@ class Batch:
 
 
 def make_batch(
-    rows: Sequence[TokenRow], *, device: torch.device | str = "cpu", round_tokens: int = 1
+    rows: Sequence[TokenRow],
+    *,
+    device: torch.device | str = "cpu",
+    round_tokens: int = 1,
+    share_prefix: bool = False,
 ) -> Batch:
     """Batch of rendered rows.
+
+    share_prefix: compute tokens that all rows begin with once. Not for variable-length kernels, nor with dropout.
 
     round_tokens: fill the stream up to a multiple of this many tokens with documents that nothing reads or scores.
         Kernels are compiled and kept per shape; of round lengths there are few, and each comes back.
@@ -221,26 +256,42 @@ def make_batch(
         ids 5 6 7, mask 0 1 1  ->  sources 0 1, targets 6 7
     Raises ValueError if a row's first token is a target: nothing precedes it.
     """
+    num_shared = _count_shared(rows) if share_prefix else 0
     ids, mask, row = [], [], []
     for number, token_row in enumerate(rows):
         if token_row.mask[0]:
             raise ValueError(
                 f"{token_row.origin.place}: the first token is a target, but nothing precedes it"
             )
-        ids.extend(token_row.ids)
-        mask.extend(token_row.mask)
-        row.extend([number] * len(token_row.ids))
+        own = slice(num_shared if number else 0, None)
+        ids.extend(token_row.ids[own])
+        mask.extend(token_row.mask[own])
+        row.extend([number] * len(token_row.ids[own]))
     fillers = _split_filler(-len(ids) % round_tokens)
     ids.extend([0] * sum(fillers))
     ids_T = torch.tensor(ids, dtype=torch.int64)
     places_K = torch.tensor(mask, dtype=torch.uint8).nonzero().flatten()
     return Batch(
         ids_T=ids_T.to(device),
-        layout=make_layout([*(len(token_row.ids) for token_row in rows), *fillers], device=device),
+        layout=make_layout(
+            [*(len(token_row.ids) for token_row in rows), *fillers],
+            device=device,
+            num_shared=num_shared,
+            num_sharing=len(rows) if num_shared else 0,
+        ),
         sources_K=(places_K - 1).to(device),
         targets_K=ids_T[places_K].to(device),
         row_K=torch.tensor(row, dtype=torch.int64)[places_K].to(device),
     )
+
+
+def _count_shared(rows: Sequence[TokenRow]) -> int:
+    """Tokens that all rows begin with, if they are worth it. Every source of a target stays its row's own."""
+    first_targets = [next((at for at, kept in enumerate(row.mask) if kept), len(row.ids)) for row in rows]
+    most = max(0, min(first_targets) - 1)
+    begins = zip(*(row.ids[:most] for row in rows), strict=True)
+    alike = next((at for at, tokens in enumerate(begins) if len(set(tokens)) > 1), most)
+    return alike if len(rows) > 1 and alike >= MIN_SHARED else 0
 
 
 def _split_filler(num_tokens: int) -> list[int]:
