@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,9 @@ def test_schema_is_json(folder: Path) -> None:
         (["check", "job.yaml", "--bogus"], "--bogus"),
         (["check", "job.yaml", "--on-bad-row", "maybe"], "maybe"),
         (["train", "job.yaml"], "--out"),
+        (["eval", "tunesmith/tiny"], "--data or --tasks"),
+        (["eval", "tunesmith/tiny", "--data", "x", "--tasks", "blimp"], "--data or --tasks"),
+        (["eval", "tunesmith/tiny", "--tasks", "blimp", "--no-generate"], "--no-generate"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(folder: Path, arguments: list[str], finding: str) -> None:
@@ -154,4 +158,13 @@ def test_a_base_for_what_is_no_adapter_is_refused(folder: Path) -> None:
     assert run.returncode == 2
     assert run.stderr == (
         "error: tunesmith/tiny: is no adapter folder; --base names the model under an adapter. Leave --base out\n"
+    )
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_tasks_without_lm_eval_say_what_to_install(folder: Path) -> None:
+    run = tunesmith("eval", "tunesmith/tiny", "--tasks", "blimp", "--json", cwd=folder)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: lm-eval: is not installed; its tasks need the extra. Run: pip install 'tunesmith[lm-eval]'\n"
     )

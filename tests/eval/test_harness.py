@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
@@ -10,7 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
+from tunesmith import api
 from tunesmith.core.bundled import BUNDLED
+from tunesmith.core.errors import JobError
 from tunesmith.eval.harness import HarnessModel, cut_at
 
 TINY = BUNDLED["tunesmith/tiny"]
@@ -62,3 +67,28 @@ def test_a_text_is_cut_at_the_earliest_stop_string():
     assert cut_at("one. two\nthree", ["\n", "."]) == "one"
     assert cut_at("nothing here", [".", ""]) == "nothing here"
     assert cut_at("a;b", ";") == "a"
+
+
+def test_a_model_is_scored_on_tasks_of_a_file(tmp_path: Path):
+    rows = [{"text": "The dog", "good": " ran to the park.", "bad": " xq zz vv."}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dogs.yaml").write_text(
+        f"""task: dogs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{[good, bad]}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+    )
+    out = tmp_path / "scores"
+    record = api.evaluate_tasks("tunesmith/tiny", [str(tmp_path / "dogs.yaml")], out=out, max_rows=2)
+    assert record["tasks"]["dogs"]["acc"] == 1.0
+    assert json.loads((out / "harness.json").read_text()) == record
+    with pytest.raises(
+        JobError, match=r"--tasks blimb: is no task of lm-eval and no file; .* Did you mean blimp"
+    ):
+        api.evaluate_tasks("tunesmith/tiny", ["blimb"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
-    from tunesmith.api.evaluation import evaluate, evaluation_json, generate
+    from tunesmith.api.evaluation import evaluate, evaluate_tasks, evaluation_json, generate
     from tunesmith.api.inspection import check, preview
     from tunesmith.api.training import train
     from tunesmith.job.load import job_from, load_job
@@ -27,6 +27,7 @@ __all__ = [
     "comparison_json",
     "demo_job",
     "evaluate",
+    "evaluate_tasks",
     "evaluation_json",
     "generate",
     "job_from",
@@ -39,7 +40,7 @@ __all__ = [
 
 _HOMES = {
     "tunesmith.api.comparing": ("compare", "comparison_json", "demo_job", "report", "report_markdown"),
-    "tunesmith.api.evaluation": ("evaluate", "evaluation_json", "generate"),
+    "tunesmith.api.evaluation": ("evaluate", "evaluate_tasks", "evaluation_json", "generate"),
     "tunesmith.api.inspection": ("check", "preview"),
     "tunesmith.api.training": ("train",),
     "tunesmith.job.load": ("job_from", "load_job"),

@@ -13,7 +13,7 @@ from tunesmith.api.opening import writing_to
 from tunesmith.api.tasks import JudgeTask
 from tunesmith.core.errors import DataError, ModelError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
-from tunesmith.core.jsonl import read_json, read_settings
+from tunesmith.core.jsonl import read_json, read_settings, write_json
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import Message
@@ -175,6 +175,40 @@ def evaluate(
             double_quant=found.double_quant,
         )
         return run_judge_task(task, on_event)
+
+
+def evaluate_tasks(
+    target: str | Path,
+    tasks: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    max_rows: int | None = None,
+    template: str | None = None,
+    base: str | None = None,
+    on_event: OnEvent = ignore_event,
+) -> dict[str, Any]:
+    """Scores of lm-eval tasks (extra `lm-eval`), by task and metric, and what they were measured on.
+
+    target: as in `evaluate`. tasks: names in lm-eval, or YAML files of that format. out: folder that keeps
+    `harness.json`. max_rows: only the first rows of each task.
+    """
+    from tunesmith.eval.harness import find_tasks, run_harness
+
+    found = find_target(str(target), base=base)
+    tokenizer = check_target(found)
+    renderer = Renderer(tokenizer, DataSpec(train="", template=template or found.template))
+    wanted = find_tasks(tasks)
+    with tempfile.TemporaryDirectory() as scratch, _open_scores(out or scratch) as run:
+        on_event(Event("stage", text=f"Running {', '.join(tasks)} of lm-eval"))
+        record = {
+            "schema": 1,
+            "model": found.model_name,
+            "adapter": str(found.weights_folder) if found.weights == "adapter" else None,
+            "max_rows": max_rows,
+            "tasks": run_harness(load_target(found), renderer, wanted, limit=max_rows),
+        }
+        write_json(run.harness, record)
+    return record
 
 
 @contextmanager

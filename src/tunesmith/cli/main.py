@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so `--help` and bad job files answ
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import JobError, TunesmithError
 from tunesmith.core.jsonl import dump_json
 
 app = typer.Typer(
@@ -137,7 +138,13 @@ def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter folder, model folder or name.")
     ],
-    data: Annotated[str, typer.Option("--data", help="Rows to score: file, folder, bundled name or hub id.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to score: file, folder, bundled name or hub id.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="A,B", help="Tasks of lm-eval instead, by name or YAML file."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Keep answers.jsonl and eval.json here.")
     ] = None,
@@ -152,10 +159,35 @@ def evaluate(
     on_bad_row: OnBadRow = "refuse",
     as_json: AsJson = False,
 ) -> None:
-    """Score any model, adapter or run on rows with answers."""
+    """Score any model, adapter or run on rows with answers, or on tasks of lm-eval (extra tunesmith[lm-eval])."""
     from tunesmith import api
     from tunesmith.cli.progress import watch
 
+    if (data is None) == (tasks is None):
+        raise JobError("eval", "takes --data or --tasks, one of them", cure="See: tunesmith eval --help")
+    if tasks is not None:
+        if not generate or on_bad_row != "refuse":
+            raise JobError(
+                "eval --tasks", "takes neither --no-generate nor --on-bad-row", rule="those are for --data"
+            )
+        # Results own stdout; lm-eval prints what it likes.
+        with watch() as on_event, contextlib.redirect_stdout(sys.stderr):
+            scores = api.evaluate_tasks(
+                target,
+                tasks.split(","),
+                out=out,
+                max_rows=max_rows,
+                template=template,
+                base=base,
+                on_event=on_event,
+            )
+        if as_json:
+            _print_json(scores)
+        else:
+            for task, metrics in scores["tasks"].items():
+                print("\n".join(f"{task}  {name}  {value:.4g}" for name, value in metrics.items()))
+        return
+    assert data is not None
     with watch() as on_event:
         record = api.evaluate(
             target, data=data, out=out, generate=generate, max_rows=max_rows, template=template, base=base,

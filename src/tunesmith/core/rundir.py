@@ -7,7 +7,7 @@ DIR/
   prepared/           token rows and conversations of each split (data/prepare.py)
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
-  eval.json, answers.jsonl
+  eval.json, answers.jsonl; harness.json for lm-eval's tasks
   report.html
 """
 
@@ -64,6 +64,10 @@ class RunDir:
     @property
     def answers(self) -> Path:
         return self.root / "answers.jsonl"
+
+    @property
+    def harness(self) -> Path:
+        return self.root / "harness.json"
 
     @property
     def tasks(self) -> Path:

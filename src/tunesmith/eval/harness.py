@@ -1,5 +1,6 @@
 """lm-eval tasks on our engine: a model class for EleutherAI's lm-evaluation-harness (extra `lm-eval`).
 
+    tunesmith eval FOLDER --tasks blimp,arc_easy
     lm_eval --model tunesmith --model_args model=FOLDER,adapter=FOLDER --tasks blimp,arc_easy
 
 Importing this module registers the name `tunesmith`; nothing else in the package imports it. Tokens are split between
@@ -8,13 +9,16 @@ context and continuation as the harness's own Hugging Face class does, so its pu
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from tunesmith.core.errors import SetupError
+from tunesmith.core.errors import DataError, JobError, SetupError
 from tunesmith.core.types import Message, Origin, TokenRow
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokenizer import load_tokenizer
@@ -33,12 +37,13 @@ try:
         get_rolling_token_windows,
         make_disjoint_window,
     )
-except ImportError:
+except ImportError as error:
+    missing = error.name or "a part of it"
     raise SetupError(
         "lm-eval",
-        "is not installed",
+        "is not installed" if missing == "lm_eval" else f"lacks {missing}",
         rule="its tasks need the extra",
-        cure="pip install 'tunesmith[lm-eval]'",
+        cure="Run: pip install 'tunesmith[lm-eval]'",
     ) from None
 
 DEFAULT_NEW_TOKENS = 256
@@ -210,14 +215,63 @@ def _read_sampling(settings: Mapping[str, Any]) -> SamplingSpec:
     )
 
 
+def find_tasks(names: Sequence[str]) -> list[str | dict[str, Any]]:
+    """Tasks by their names in lm-eval, or from YAML files of that format. Raises JobError for one that there is not."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    known: set[str] | None = None
+    found: list[str | dict[str, Any]] = []
+    for name in names:
+        if Path(name).is_file():
+            found.append(_read_task(Path(name)))
+            continue
+        known = set(TaskManager().all_tasks) if known is None else known
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise JobError(
+                f"--tasks {name}",
+                "is no task of lm-eval and no file",
+                rule="tasks are lm-eval's names, groups, or YAML files",
+                cure=f"Did you mean {near[0]}?" if near else "See: lm_eval --tasks list",
+            )
+        found.append(name)
+    return found
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    """A task that is one YAML file; those that call functions or include others must be lm-eval's own."""
+    try:
+        task = YAML(typ="safe").load(path)
+    except YAMLError as error:
+        raise JobError(str(path), f"cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(task, dict) or "task" not in task:
+        raise JobError(str(path), "has no `task`", rule="a task file has lm-eval's YAML format")
+    return task
+
+
 def run_harness(
-    model: CausalLM, renderer: Renderer, tasks: Sequence[str], *, limit: int | None = None
+    model: CausalLM, renderer: Renderer, tasks: Sequence[str | dict[str, Any]], *, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Scores of lm-eval tasks by task and metric; downloads a task's data where the harness does."""
+    """Scores of lm-eval tasks by task and metric; downloads a task's data where the harness does.
+
+    limit: rows of each task, the first ones. Raises DataError if a task's rows cannot be had.
+    """
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
 
-    outcome: Any = simple_evaluate(model=HarnessModel(model, renderer), tasks=list(tasks), limit=limit)
+    try:
+        outcome: Any = simple_evaluate(
+            model=HarnessModel(model, renderer), tasks=list(tasks), limit=limit, log_samples=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            "lm-eval",
+            f"its tasks cannot be run ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            rule="it fetches their rows from the Hub",
+            cure="Check the network and HF_HUB_OFFLINE",
+        ) from None
     return {
-        task: {name: value for name, value in scores.items() if isinstance(value, float)}
+        task: {
+            name.removesuffix(",none"): value for name, value in scores.items() if isinstance(value, float)
+        }
         for task, scores in outcome["results"].items()
     }
