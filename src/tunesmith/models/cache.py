@@ -184,8 +184,8 @@ class LayerCache:
         for first in range(0, size, _QUERY_BLOCK):
             last = min(first + _QUERY_BLOCK, size)
             query = q[:, :, first:last].flatten(1, 2)
-            scores = torch.bmm(query, k[:, :last].transpose(1, 2)).mul_(scale)
-            scores.view(len(q), -1, last - first, last).add_(mask[first:last, :last])
+            ahead = mask[first:last, :last].repeat(q.shape[1], 1)
+            scores = torch.baddbmm(ahead, query, k[:, :last].transpose(1, 2), alpha=scale)
             mixed = self._mix(query.view(count, -1, query.shape[1], width), scores, v[:, :last], scale)
             pieces.append(mixed.view(len(q), -1, last - first, width))
         return torch.cat(pieces, 2).flatten(1, 2)
