@@ -173,8 +173,9 @@ def _split_blocks(blocks: Tensor, layout: Layout, kv: int, groups: int) -> Itera
     for bucket in layout.buckets:
         size, pairs = bucket.padded_length, bucket.num_documents * kv
         rows = pairs * size
-        q, k, v = blocks[at * (groups + 2) :][: rows * (groups + 2)].split((rows * groups, rows, rows))
-        turned = blocks[at * (groups + 2) :][: rows * (groups + 1)].view(-1, size, blocks.shape[1])
+        chunk = blocks.narrow(0, at * (groups + 2), rows * (groups + 2))
+        q, k, v = chunk.split((rows * groups, rows, rows))
+        turned = chunk[: rows * (groups + 1)].view(-1, size, blocks.shape[1])
         yield (
             size,
             _Block(
