@@ -91,7 +91,9 @@ class Stock:
 def draw_thing(draw: random.Random, stock: Stock) -> str:
     """A thing by name, mostly adjective and noun or two nouns, sometimes arbitrary words or a made-up first part."""
     nouns, adjectives = stock.nouns or stock.words, stock.adjectives or stock.words
-    if draw.random() < 0.45:
+    if (
+        draw.random() < 0.75
+    ):  # mostly real objects: what else is named in a note is then not taken for the thing
         nouns, adjectives = TABLES["objects"], (adjectives if draw.random() < 0.4 else TABLES["looks"])
     style = draw.random()
     if style < 0.15:

@@ -177,11 +177,14 @@ class Prepared:
     stock: Stock
 
 
-def prepare(folder: Path, *, vocab_size: int) -> Prepared:
-    """Read the texts of `folder` without the held-out ones, train the tokenizer, encode."""
+def prepare(folder: Path, *, vocab_size: int, start: Path | None = None) -> Prepared:
+    """Read the texts of `folder` without the held-out ones, train the tokenizer (or take that of `start`), encode."""
     texts = [document.text for document in read_documents(folder) if not document.is_held_out]
     stock = gather_stock(texts)
-    tokenizer = train_tokenizer(texts, stock, vocab_size=vocab_size)
+    if start:
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(texts, stock, vocab_size=vocab_size)
     return Prepared(tokenizer, encode_texts(tokenizer, texts), stock)
 
 
@@ -197,6 +200,6 @@ def load_prepared(folder: Path) -> Prepared:
     stock = Stock(**json.loads((folder / "stock.json").read_text(encoding="utf-8")))
     return Prepared(
         Tokenizer.from_file(str(folder / "tokenizer.json")),
-        np.load(folder / "text.npy", mmap_mode="r"),
+        np.load(folder / "text.npy"),
         stock,
     )
