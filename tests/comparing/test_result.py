@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.comparing.result import compare_run, read_comparison, to_public_json
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import ArmResult, Comparison
 from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.jsonl import read_json, write_json, write_jsonl
@@ -104,7 +104,7 @@ def test_values_are_those_of_the_answers(example: Example) -> None:
 
 def test_it_is_read_back_as_written(example: Example) -> None:
     run_dir, _, comparison = example
-    assert read_comparison(run_dir) == comparison
+    assert Comparison.from_json(read_json(run_dir.comparison), place="x") == comparison
 
 
 def test_it_can_be_judged_again_with_the_same_result(example: Example) -> None:
@@ -131,12 +131,12 @@ def test_a_damaged_comparison_is_refused(
     change(value)
     write_json(RunDir(tmp_path).comparison, value)
     with pytest.raises(DataError) as caught:
-        read_comparison(RunDir(tmp_path))
+        Comparison.from_json(read_json(RunDir(tmp_path).comparison), place="x")
     assert finding in str(caught.value)
 
 
 def test_the_public_json_has_every_promised_field(example: Example) -> None:
-    public = json.loads(json.dumps(to_public_json(example[2], report="out/report.html"), allow_nan=False))
+    public = json.loads(json.dumps(example[2].public_json(report="out/report.html"), allow_nan=False))
     assert public["schema"] == 1
     assert public["metric"] == "exact_match"
     assert public["report"] == "out/report.html"

@@ -12,7 +12,7 @@ from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
 from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
-from tunesmith.comparing.result import compare_run, to_public_json
+from tunesmith.comparing.result import compare_run
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.errors import ArmFailed, DataError, JobError, RunDirError
@@ -89,7 +89,7 @@ def report_markdown(comparison: Comparison) -> str:
 
 def comparison_json(comparison: Comparison, out: str | Path) -> dict[str, Any]:
     """The stable object that `compare --json` prints."""
-    return to_public_json(comparison, report=str(RunDir(Path(out)).report))
+    return comparison.public_json(report=str(RunDir(Path(out)).report))
 
 
 @dataclass(frozen=True, slots=True)

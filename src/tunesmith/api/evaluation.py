@@ -27,8 +27,9 @@ from tunesmith.job.spec import DataSpec, Job, LoraSpec, ModelSpec, SamplingSpec,
 from tunesmith.models.headers import check_adapter, check_model
 
 if TYPE_CHECKING:
-    from tunesmith.api.tasks import Storage, Weights
+    from tunesmith.api.tasks import Weights
     from tunesmith.eval.forgetting import Forgetting
+    from tunesmith.job.spec import Storage
     from tunesmith.models.causal_lm import CausalLM
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.rundir import RunDir
+from tunesmith.job.spec import Storage
 
-Storage = Literal["full", "int8", "nf4"]
 Weights = Literal["base", "adapter", "model"]
 
 

@@ -275,7 +275,10 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point: faults of the user's making end in one line and their exit code, never in a traceback."""
+    """Entry point: faults of the user's making end in one line and their exit code, never in a traceback.
+
+    Ctrl-C and a closed pipe are typer's: exit codes 130 and 1.
+    """
     try:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:  # typer itself would draw a frame of five lines
@@ -287,12 +290,6 @@ def main() -> None:
     except TunesmithError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("error: interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tunesmith.comparing.verdict import write_verdict
 from tunesmith.comparing.warnings import list_warnings
 from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, MetricInfo, Table
 from tunesmith.core.errors import ArmFailed
-from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.jsonl import write_json
 from tunesmith.core.records import AnswerRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
@@ -53,11 +53,6 @@ def compare_run(run_dir: RunDir, job: Job, *, failures: Mapping[str, str] | None
     comparison = judge_arms(arms, job, failures=failures or {})
     write_json(run_dir.comparison, comparison.to_json())
     return comparison
-
-
-def read_comparison(run_dir: RunDir) -> Comparison:
-    """Read `comparison.json`. Raises DataError if it is missing, damaged or of another schema."""
-    return Comparison.from_json(read_json(run_dir.comparison), place=str(run_dir.comparison))
 
 
 def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str]) -> Comparison:
@@ -329,8 +324,3 @@ def _collect_record(arms: Sequence[ArmFiles], job: Job) -> dict[str, Any]:
         for name, run in runs.items()
     }
     return record
-
-
-def to_public_json(comparison: Comparison, *, report: str | None = None) -> dict[str, Any]:
-    """The stable object that `compare --json` prints; see `Comparison.public_json`."""
-    return comparison.public_json(report=report)

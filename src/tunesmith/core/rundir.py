@@ -74,10 +74,6 @@ class RunDir:
         return self.root / "tasks.json"
 
     @property
-    def log(self) -> Path:
-        return self.root / "log.txt"
-
-    @property
     def rejects(self) -> Path:
         return self.root / "rejected_rows.jsonl"
 

@@ -20,7 +20,6 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.types import Conversation, Message, Origin, Role
 
 FormatName = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
-FORMATS: tuple[FormatName, ...] = ("messages", "prompt_completion", "alpaca", "sharegpt", "text")
 
 SKIP_CURE = "Repair the row, or pass --on-bad-row skip"
 _ROLES: dict[str, Role] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.core.errors import DataError, SetupError
+from tunesmith.job.resolve import is_offline
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
@@ -51,7 +51,7 @@ def read_hub(name: str, split: str, *, revision: str | None) -> Iterator[dict[st
     except Exception as error:
         raise _unreachable(name, error) from None
     for row in rows:
-        yield _drop_nulls(row)
+        yield drop_nulls(row)
 
 
 def resolve_commit(name: str, revision: str | None) -> str | None:
@@ -66,10 +66,6 @@ def resolve_commit(name: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(name, revision=revision).sha
     except Exception as error:
         raise _unreachable(name, error) from None
-
-
-def is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _import_datasets(place: str) -> Any:
@@ -98,9 +94,10 @@ def _unreachable(place: str, error: Exception) -> DataError:
     )
 
 
-def _drop_nulls(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
+    """A row without nulls: tables fill the absent keys of nested objects with them."""
     if isinstance(value, Mapping):
-        return {k: _drop_nulls(v) for k, v in cast("Mapping[str, Any]", value).items() if v is not None}
+        return {k: drop_nulls(v) for k, v in cast("Mapping[str, Any]", value).items() if v is not None}
     if isinstance(value, list):
-        return [_drop_nulls(item) for item in cast("list[Any]", value)]
+        return [drop_nulls(item) for item in cast("list[Any]", value)]
     return value

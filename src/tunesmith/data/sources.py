@@ -22,7 +22,7 @@ from tunesmith.core.errors import DataError, SetupError
 from tunesmith.core.jsonl import MAX_ROW_BYTES, parse_json, read_jsonl
 from tunesmith.core.types import Origin
 from tunesmith.data.formats import RawRow
-from tunesmith.data.hub import is_hub_id, list_hub_splits, read_hub
+from tunesmith.data.hub import drop_nulls, is_hub_id, list_hub_splits, read_hub
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SPLIT_WORDS = {
@@ -298,20 +298,11 @@ def _read_parquet(path: Path, label: str) -> _Numbered:
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
-                yield number, _drop_nulls(row), None
+                yield number, drop_nulls(row), None
     except (OSError, ValueError) as error:
         raise DataError(
             label, str(error).splitlines()[0], rule="the file is Parquet", cure="Fetch the file again"
         ) from None
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Parquet fills absent keys of nested objects with null; drop them again."""
-    if isinstance(value, dict):
-        return {k: _drop_nulls(v) for k, v in cast("dict[str, Any]", value).items() if v is not None}
-    if isinstance(value, list):
-        return [_drop_nulls(item) for item in cast("list[Any]", value)]
-    return value
 
 
 def mix_rows(keys: Sequence[str], *, weight: float, seed: int) -> list[int]:

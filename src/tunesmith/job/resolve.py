@@ -56,6 +56,11 @@ def resolve_model(spec: ModelSpec) -> ResolvedModel:
     return _download_model(spec)
 
 
+def is_offline() -> bool:
+    """Whether the user keeps us from the Hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
 def _check_model_folder(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
@@ -83,7 +88,7 @@ def _download_model(spec: ModelSpec) -> ResolvedModel:
     )
 
     place = f"{spec.name}@{spec.revision}" if spec.revision else spec.name
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    offline = is_offline()
     try:
         folder = Path(
             snapshot_download(

@@ -13,6 +13,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
+Storage = Literal["full", "int8", "nf4"]
 
 
 class Spec(BaseModel):
@@ -117,7 +118,7 @@ class LoraSpec(Spec):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
-    def storage(self) -> Literal["full", "int8", "nf4"]:
+    def storage(self) -> Storage:
         if self.base == "auto":
             return "nf4" if self.name == "qlora" else "full"
         return self.base
@@ -142,7 +143,6 @@ MethodSpec: TypeAlias = Annotated[
     Annotated[FullSpec, Tag("full")] | Annotated[LoraSpec, Tag("lora")],
     Discriminator(_choose_method),
 ]
-METHODS = ("full", "lora", "qlora")
 
 
 class TrainSpec(Spec):
@@ -214,8 +214,8 @@ class SamplingSpec(Spec):
 
 class EvaluateSpec(Spec):
     metrics: list[MetricName] | Auto = "auto"
-    """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON. An answer's reasoning, up to
-    and including the last `</think>`, is cut before it is measured, unless the true answer has some too."""
+    """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON. An answer's reasoning, up
+    to and including the last `</think>`, is cut before it is measured, unless the true answer has some too."""
     max_new_tokens: PositiveInt = 256
     """Longest generated answer; how often it is reached is reported."""
     sampling: SamplingSpec = SamplingSpec()

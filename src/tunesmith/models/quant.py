@@ -13,8 +13,6 @@ Embeddings, head, norms and biases stay in the compute dtype.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -154,61 +152,6 @@ class Nf4Matrix(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantize_nf4(self.packed, self.scales(), dtype).view(self.shape)
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Keys and tensors under which bitsandbytes stores this matrix, `name` being its key."""
-        device = self.packed.device
-        fields: dict[str, Any] = {
-            "quant_type": "nf4",
-            "blocksize": BLOCK,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": self.shape,
-        }
-        tensors = {
-            name: self.packed,
-            f"{name}.absmax": self.absmax,
-            f"{name}.quant_map": _nf4_levels(device).clone(),
-        }
-        if self.outer_absmax is not None and self.offset is not None:
-            tensors[f"{name}.nested_absmax"] = self.outer_absmax
-            tensors[f"{name}.nested_quant_map"] = dynamic_levels(device).clone()
-            fields |= {
-                "nested_blocksize": OUTER_BLOCK,
-                "nested_dtype": "float32",
-                "nested_offset": self.offset.item(),
-            }
-        text = json.dumps(fields).encode()
-        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
-            list(text), dtype=torch.uint8, device=device
-        )
-        return tensors
-
-    @staticmethod
-    def from_state(tensors: Mapping[str, Tensor], name: str) -> Nf4Matrix:
-        """The matrix that bitsandbytes stored under `name`. Raises ModelError for other block sizes or kinds."""
-        try:
-            fields = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].cpu().tolist()))
-            supported = (
-                fields["blocksize"] == BLOCK and fields.get("nested_blocksize", OUTER_BLOCK) == OUTER_BLOCK
-            )
-            if not supported:
-                raise ModelError(
-                    name,
-                    f"is quantised in blocks of {fields['blocksize']}",
-                    rule=f"blocks of {BLOCK} are read",
-                )
-            matrix = Nf4Matrix.__new__(Nf4Matrix)
-            nn.Module.__init__(matrix)
-            matrix.shape, matrix.dtype = tuple(fields["shape"]), getattr(torch, fields["dtype"])
-            nested = tensors.get(f"{name}.nested_absmax")
-            matrix.register_buffer("packed", tensors[name].view(torch.uint8).view(-1, 1))
-            matrix.register_buffer("absmax", tensors[f"{name}.absmax"])
-            matrix.register_buffer("outer_absmax", nested)
-            offset = None if nested is None else torch.tensor(fields["nested_offset"], device=nested.device)
-            matrix.register_buffer("offset", offset)
-            return matrix
-        except (KeyError, ValueError, AttributeError) as error:
-            raise ModelError(name, f"is not stored as bitsandbytes NF4 ({error})") from None
-
 
 class Int8Matrix(nn.Module):
     """One (O, I) matrix in int8 with a scale per row."""
@@ -227,9 +170,6 @@ class Int8Matrix(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.float().mul_((self.absmax / 127.0)[:, None]).to(dtype)
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        return {name: self.codes, f"{name.removesuffix('weight')}SCB": self.absmax}
 
 
 class PackedRows(nn.Module):
@@ -259,13 +199,3 @@ def pack_model(model: CausalLM, base: str, *, double_quant: bool, device: torch.
             except ModelError as error:
                 raise ModelError(f"{name}.weight", error.finding, cure=error.cure) from None
         projection.weight, projection.packed = None, PackedRows(parts)
-
-
-def packed_state(model: CausalLM) -> dict[str, Tensor]:
-    """Keys and tensors of all packed matrices as bitsandbytes stores them."""
-    tensors: dict[str, Tensor] = {}
-    for projection in model.projections():
-        if isinstance(projection.packed, PackedRows):
-            for (name, _), part in zip(projection.rows(), projection.packed.parts, strict=True):
-                tensors |= part.state(f"{name}.weight")  # pyright: ignore[reportCallIssue]
-    return tensors

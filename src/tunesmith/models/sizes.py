@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunesmith.models.causal_lm import CausalLM
 
@@ -27,8 +26,3 @@ def count_parameters(model: CausalLM) -> ParameterCount:
     adapters += sum(table.tuned.numel() for table in model.tables() if table.tuned is not None)
     total = sum(seen.values()) + packed
     return ParameterCount(sum(p.numel() for p in model.trainable_parameters()), total, total - adapters)
-
-
-def count_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder: what shipping it takes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
