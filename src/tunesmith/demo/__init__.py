@@ -1,0 +1,1 @@
+"""The bundled model and data, and the scripts that make them."""
