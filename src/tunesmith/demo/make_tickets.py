@@ -1,9 +1,9 @@
 """Make the bundled data set `tunesmith/tickets`: customer messages and the JSON a support desk needs.
 
-Frames come from `ticket_families.toml` and `ticket_families_test.toml`; a family (a kind of writer) belongs to one
-split, so the sealed test is worded unlike anything in train. What the splits share is the plain core of a trouble
-("it is cracked", in `ticket_cores.toml`).
-Part of the test's names and products occur in no other split.
+Frames come from `ticket_families.toml` (train only) and `ticket_writers.toml`, whose families (kinds of writers) were
+written together and are dealt to the splits by a hash of their names: the sealed test is worded unlike anything in
+train, and differs from it by nothing but chance. What the splits share is the plain core of a trouble ("it is
+cracked", in `ticket_cores.toml`). Part of the names and products of validation and test occur in no other split.
 The same seed gives the same bytes on every machine and Python version: only `random.Random.random` is used, whose
 sequence Python guarantees.
 
@@ -13,6 +13,8 @@ sequence Python guarantees.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import random
 import re
@@ -25,11 +27,8 @@ from tunesmith.demo.ticket_values import (
     CURRENCIES,
     MONTHS,
     NAMES,
-    NAMES_TEST,
     PRODUCT_KINDS,
-    PRODUCT_KINDS_TEST,
     PRODUCT_STYLES,
-    PRODUCT_STYLES_TEST,
     STAFF,
 )
 
@@ -38,7 +37,14 @@ WANTS = ("refund", "replacement", "repair", "cancel", "update")
 URGENCIES = ("low", "normal", "high")
 SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants, urgency."
 OWN_CLAUSE_SHARE = 0.03  # of labels said by a clause of the split's own instead of a shared core
-NEW_VALUE_SHARE = {"name": 0.5, "item": 0.2}  # of sealed-test values that no other split holds
+POOL_SHARE = 0.3  # of a training family's frames that come from the training pool
+# How many writers, names and product words belong to the sealed test and to validation alone; train has the rest.
+NUM_WRITERS = {"test": 30, "validation": 12}
+NUM_OWN_VALUES = {"test": 30, "validation": 20}
+OWN_VALUE_SHARE = {
+    "name": 0.5,
+    "item": 0.2,
+}  # of the test's and of validation's values that no other split holds
 # Everyday words that any writer may use before a further trouble.
 CONNECTIVES = (
     "also ",
@@ -51,10 +57,8 @@ CONNECTIVES = (
     "on top of that ",
     "moreover, ",
 )
-# How often a message tells of one, two or three troubles; training sees the harder ones more often.
-ISSUE_COUNTS = {"train": (0.4, 0.38, 0.22)}
-USUAL_ISSUE_COUNTS = (0.6, 0.32, 0.08)
-ROWS = {"train": 1914, "validation": 160, "test": 300}
+ISSUE_COUNTS = (0.55, 0.33, 0.12)  # how often a message tells of one, two or three troubles
+ROWS = {"train": 2880, "validation": 240, "test": 300}
 
 Family = dict[str, Any]
 T = TypeVar("T")
@@ -99,27 +103,41 @@ def split_dated(family: Family) -> dict[str, list[str]]:
     return {"context": [re.sub(r"\[[^]]*\]", "", frame) for frame in family["context"]], "dated": dated}
 
 
+def deal(names: Sequence[str], counts: dict[str, int]) -> dict[str, str]:
+    """Name -> split: in the order of a hash the first go to the test, the next to validation, the rest to train."""
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    return {name: splits[at] if at < len(splits) else "train" for at, name in enumerate(shuffled)}
+
+
+@functools.cache
+def choose_values(values: tuple[str, ...], split: str, *, own: bool) -> list[str]:
+    """The values that `split` shares with train, or those that it alone holds."""
+    dealt = deal(values, NUM_OWN_VALUES)
+    return [value for value in values if dealt[value] == (split if own else "train")]
+
+
 def load_families() -> list[Family]:
-    """All families, in file order, each joined with its split's clauses and pool and the shared cores."""
-    cores = read_wordings("cores")
+    """All families, in file order, each joined with its split, its split's clauses and pool, and the shared cores."""
+    cores, only_train, writers = (read_wordings(name) for name in ("cores", "families", "writers"))
     shared = {"cores": cores["issue"] | cores["want"] | cores["urgency"]}
+    clauses = writers["clauses"] | {"train": only_train["clauses"]}
+    dealt = deal([family["name"] for family in writers["family"]], NUM_WRITERS)
     joined = []
-    for wordings in (read_wordings("families"), read_wordings("families_test")):
-        for family in wordings["family"]:
-            flowing = family.get("style") not in ("lines", "bullets")
-            pool = wordings["pool"] if family["split"] == "train" and flowing else {}
-            clauses = {"clauses": wordings["clauses"][family["split"]], "pool": pool}
-            joined.append(
-                family | split_dated(family) | {"layout": family["layout"].split()} | clauses | shared
-            )
+    for family in only_train["family"] + writers["family"]:
+        split = dealt.get(family["name"], "train")
+        flowing = family.get("style") not in ("lines", "bullets")
+        own = {"split": split, "clauses": clauses[split], "layout": family["layout"].split()}
+        own["pool"] = only_train["pool"] if split == "train" and flowing else {}
+        joined.append(family | split_dated(family) | own | shared)
     return joined
 
 
 def pick_frame(family: Family, part: str, draw: Draw) -> str:
-    """A frame of the family itself, or (training families, half the time) of the training pool."""
+    """A frame of the family itself, or (training families, now and then) of the training pool."""
     own = family[part]
     pool = family["pool"].get(part, ()) if any(own) else ()
-    if not pool or not draw.chance(0.5):
+    if not pool or not draw.chance(POOL_SHARE):
         return draw.pick(own)
     frame = draw.pick(pool)
     return frame.lower() if family.get("style") == "lower" else frame
@@ -183,11 +201,11 @@ def misspell(text: str, draw: Draw, *, rate: float) -> str:
 
 def draw_answer(draw: Draw, *, split: str) -> tuple[dict[str, Any], dict[str, str]]:
     """(the answer object without absent keys, the slot values for the sentences)."""
-    is_test = split == "test"
-    names = NAMES_TEST if is_test and draw.chance(NEW_VALUE_SHARE["name"]) else NAMES
-    is_new_item = is_test and draw.chance(NEW_VALUE_SHARE["item"])
-    styles = PRODUCT_STYLES_TEST if is_new_item else PRODUCT_STYLES
-    kinds = PRODUCT_KINDS_TEST if is_new_item else PRODUCT_KINDS
+    has_own = split in NUM_OWN_VALUES
+    names = choose_values(NAMES, split, own=has_own and draw.chance(OWN_VALUE_SHARE["name"]))
+    is_own_item = has_own and draw.chance(OWN_VALUE_SHARE["item"])
+    styles = choose_values(PRODUCT_STYLES, split, own=is_own_item)
+    kinds = choose_values(PRODUCT_KINDS, split, own=is_own_item)
     written, amount = draw_amount(draw)
     order, other = draw_order_id(draw), draw_order_id(draw)
     style = draw.pick(styles)
@@ -204,8 +222,7 @@ def draw_answer(draw: Draw, *, split: str) -> tuple[dict[str, Any], dict[str, st
     answer["item"] = product
     if draw.chance(0.5):
         answer["date"] = slots["date"]
-    counts = ISSUE_COUNTS.get(split, USUAL_ISSUE_COUNTS)
-    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), counts))
+    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), ISSUE_COUNTS))
     if draw.chance(0.45):
         answer["amount"] = amount
     answer["wants"] = draw.pick(WANTS)
