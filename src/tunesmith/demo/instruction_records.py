@@ -353,6 +353,7 @@ def write_note(
             (
                 draw.choice(TABLES["decoys"]).format(draw_code(draw)),
                 draw.choice(TABLES["decoy_people"]).format(draw_name(draw)),
+                draw.choice(TABLES["decoy_dates"]).format(draw_date(draw)),
                 draw.choice(sentences)[:90],
             )
         )
