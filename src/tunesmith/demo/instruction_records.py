@@ -18,15 +18,44 @@ TABLES: dict[str, Any] = tomllib.loads(
 )
 KEYS: dict[str, list[str]] = TABLES["keys"]
 FRAMES: dict[str, list[str]] = TABLES["frames"]
+VOWELS = ("a", "a", "e", "e", "i", "i", "o", "u", "ia", "ea", "ee", "au", "ai", "oa", "y")
+ONSETS = tuple(
+    "b c d f g h j k l m n p r s t v w z br ch cl dr gr kl kr ph pr qu sh st th tr ll nd ng rt ss tt".split()
+)
+CODAS = (
+    "",
+    "",
+    "",
+    "n",
+    "l",
+    "s",
+    "r",
+    "m",
+    "d",
+    "th",
+    "ck",
+    "na",
+    "ta",
+    "ne",
+    "lle",
+    "rd",
+    "x",
+    "ger",
+    "us",
+)
 MEANT_KINDS = (("label", 0.7), ("label", 0.35), ("labels", 0.65), ("level", 0.5))  # kind, share of schemas
 
 
 def draw_name(draw: random.Random) -> str:
-    return (
-        draw.choice(TABLES["given"])
-        if draw.random() < 0.5
-        else draw.choice(TABLES["starts"]) + draw.choice(TABLES["ends"])
-    )
+    """A given name: a known one, or one made up of syllables, which can only be copied."""
+    style = draw.random()
+    if style < 0.4:
+        return draw.choice(TABLES["given"])
+    if style < 0.6:
+        return draw.choice(TABLES["starts"]) + draw.choice(TABLES["ends"])
+    start = draw.choice(("", *ONSETS)) + draw.choice(VOWELS)
+    middle = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(draw.choice((0, 1, 1, 2))))
+    return (start + middle + draw.choice(CODAS)).capitalize()
 
 
 def draw_place(draw: random.Random) -> str:
@@ -331,7 +360,7 @@ def fill_record(
 def join_note(draw: random.Random, clauses: list[str], style: str) -> str:
     """One note out of its clauses, in one of four ways of writing."""
     if style == "lower":
-        return ", ".join(clauses)
+        return ", ".join(clause.rstrip(",") for clause in clauses)
     if style == "lines":
         return "\n".join(clause[0].upper() + clause[1:] for clause in clauses)
     if style == "bullets":
