@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its markup would swallow what stands in square brackets
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,7 +40,7 @@ OutDir = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 OnBadRow = Annotated[
     Literal["refuse", "skip"],
-    typer.Option("--on-bad-row", help="Stop at a bad row, or skip it and write it to rejected_rows.jsonl."),
+    typer.Option("--on-bad-row", help="Stop at a bad row, or skip it; a folder given by --out keeps it."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming what DIR holds.")]
 
@@ -271,7 +272,9 @@ def _print_json(value: Any) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    from tunesmith.report.visible import make_visible
+
+    print(make_visible(text), file=sys.stderr)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -21,7 +20,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tunesmith.cli.console import open_console, style_text
 from tunesmith.core.events import Event, OnEvent
+from tunesmith.report.visible import make_visible
 
 PLAIN_SECONDS = 10.0
 
@@ -29,7 +30,7 @@ PLAIN_SECONDS = 10.0
 @contextmanager
 def watch() -> Iterator[OnEvent]:
     """A function that draws the events given to it while the block runs."""
-    console = Console(file=sys.stderr)
+    console = open_console(stderr=True)
     if console.is_terminal:
         with _Bars(console) as bars:
             yield bars.draw
@@ -49,10 +50,10 @@ class _Bars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
+            SpinnerColumn(finished_text=Text("✓", style="green")),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
             _Figures(),
             TimeElapsedColumn(),
             console=console,
@@ -68,24 +69,23 @@ class _Bars:
 
     def draw(self, event: Event) -> None:
         if event.kind in ("note", "warning", "stage"):
-            style = {"warning": "[yellow]warning:[/] ", "stage": "[bold]", "note": ""}[event.kind]
-            self._console.print(f"{style}{escape(_told(event))}", highlight=False)
+            told = (_told(event), "bold" if event.kind == "stage" else "")
+            mark = (("warning: ", "yellow"),) if event.kind == "warning" else ()
+            self._console.print(style_text(*mark, told))
             return
         if event.task not in self._ids:
-            self._ids[event.task] = self._progress.add_task(
-                escape(event.task or "working"), total=event.total or 1
-            )
+            self._ids[event.task] = self._progress.add_task(event.task or "working", total=event.total or 1)
         bar = self._ids[event.task]
         if event.kind in ("done", "failed"):
             # A finished task leaves one plain line, so the live part stays short.
             self._progress.remove_task(bar)
             del self._ids[event.task]
-            mark = "[green]✓[/]" if event.kind == "done" else "[red]✗[/]"
-            self._console.print(f"{mark} {escape(_told(event))}", highlight=False)
+            mark = ("✓ ", "green") if event.kind == "done" else ("✗ ", "red")
+            self._console.print(style_text(mark, _told(event)))
         else:
             label = f"{event.task} · {event.text}" if event.text else event.task
             self._progress.update(
-                bar, completed=event.done, total=event.total or 1, event=event, description=escape(label)
+                bar, completed=event.done, total=event.total or 1, event=event, description=label
             )
 
 
@@ -102,7 +102,7 @@ class _Lines:
             text = f"{event.task} {event.text} {event.done}/{event.total} {_figures(event)}"
         else:
             text = f"{'warning: ' if event.kind == 'warning' else ''}{_told(event)}"
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(make_visible(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def _told(event: Event) -> str:

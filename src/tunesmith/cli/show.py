@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cli.console import open_console, style_text
 from tunesmith.core.comparison import Cell, Comparison
 from tunesmith.core.quantities import format_bytes, format_count, format_seconds
 from tunesmith.core.records import EvalRecord, RunRecord
@@ -23,24 +21,16 @@ from tunesmith.data.preview import RowPreview
 TONES = {"better": "green", "best": "bold green", "worse": "red", "muted": "dim"}
 
 
-def harmless(text: str) -> str:
-    """Text without control, escape and direction-changing characters, so that it cannot drive the terminal."""
-    return "".join(
-        letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co") else "�"
-        for letter in text
-    )
-
-
 def print_comparison(comparison: Comparison, out: Path) -> None:
     """Table, verdict, warnings, and where the report lies."""
-    console = Console()
+    console = open_console()
     console.print(_comparison_table(comparison, console.width))
-    console.print(f"\n[bold]{escape(comparison.verdict)}[/]", highlight=False)
+    console.print(style_text("\n", (comparison.verdict, "bold")))
     for detail in comparison.details:
-        console.print(escape(detail), highlight=False)
+        console.print(style_text(detail))
     for warning in comparison.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
-    console.print(f"\nReport: {escape(str(RunDir(out).report))}", highlight=False, soft_wrap=True)
+        console.print(style_text(("warning: ", "yellow"), warning))
+    console.print(style_text(f"\nReport: {RunDir(out).report}"), soft_wrap=True)
 
 
 def _comparison_table(comparison: Comparison, width: int) -> Table:
@@ -71,11 +61,9 @@ def _cell_width(cell: Cell) -> int:
     return max(len(cell.text), len(cell.detail))
 
 
-def _cell_text(cell: Cell) -> str:
-    text = escape(harmless(cell.text))
-    if tone := TONES.get(cell.tone):
-        text = f"[{tone}]{text}[/]"
-    return f"{text}\n[dim]{escape(harmless(cell.detail))}[/]" if cell.detail else text
+def _cell_text(cell: Cell) -> Text:
+    text = (cell.text, TONES.get(cell.tone, ""))
+    return style_text(text, "\n", (cell.detail, "dim")) if cell.detail else style_text(text)
 
 
 def print_run(record: RunRecord, out: Path) -> None:
@@ -95,7 +83,7 @@ def print_run(record: RunRecord, out: Path) -> None:
         "size on disk": format_bytes(record.size_bytes),
     }
     _print_pairs(rows, record.warnings)
-    Console().print(f"\nRun: {escape(str(out))}", highlight=False, soft_wrap=True)
+    open_console().print(style_text(f"\nRun: {out}"), soft_wrap=True)
 
 
 def print_evaluation(record: EvalRecord) -> None:
@@ -108,26 +96,24 @@ def print_evaluation(record: EvalRecord) -> None:
 
 
 def _print_pairs(rows: dict[str, Any], warnings: list[str]) -> None:
-    console = Console()
+    console = open_console()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows.items():
-        table.add_row(name, escape(harmless(str(value))))
-    console.print(table, highlight=False)
+        table.add_row(name, style_text(str(value)))
+    console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]warning:[/] {escape(harmless(warning))}", highlight=False)
+        console.print(style_text(("warning: ", "yellow"), warning))
 
 
 def print_check(report: CheckReport) -> None:
     """What is in the data, split by split, then what to know about it."""
-    console = Console()
+    console = open_console()
     for source in report.sources:
         rejected = f", {source.num_rejected:,} rejected" if source.num_rejected else ""
-        console.print(
-            f"{escape(source.name)}: {source.num_rows:,} rows as {source.format}{rejected} -> {source.split}",
-            highlight=False,
-        )
+        facts = f"{source.num_rows:,} rows as {source.format}{rejected} -> {source.split}"
+        console.print(style_text(f"{source.name}: {facts}"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in report.splits:
@@ -139,10 +125,8 @@ def print_check(report: CheckReport) -> None:
             table.add_row(title, *(_overlap(report, name, key) for name in report.splits))
     console.print(table)
     for finding in report.findings:
-        style = {"error": "[red]error:[/] ", "warning": "[yellow]warning:[/] ", "note": "[dim]note:[/] "}[
-            finding.level
-        ]
-        console.print(f"{style}{escape(harmless(finding.message))}", highlight=False)
+        style = {"error": "red", "warning": "yellow", "note": "dim"}[finding.level]
+        console.print(style_text((f"{finding.level}: ", style), finding.message))
 
 
 def _lengths(facts: SplitFacts) -> str:
@@ -191,14 +175,9 @@ _PIECES = {"trained": "black on green", "stop": "bold white on blue", "masked": 
 
 def print_previews(previews: Sequence[RowPreview]) -> None:
     """Rows piece by piece: trained, masked and stop tokens in colour, and what each colour means."""
-    console = Console()
-    console.print(" ".join(f"[{style}] {kind} [/]" for kind, style in _PIECES.items()))
+    console = open_console()
+    console.print(Text(" ").join(style_text((f" {kind} ", style)) for kind, style in _PIECES.items()))
     for item in previews:
-        console.print(
-            f"\n[bold]{escape(item.place)}[/] {item.num_tokens} tokens, {item.num_targets} trained",
-            highlight=False,
-        )
-        line = Text()
-        for text, kind in item.segments:
-            line.append(harmless(text), style=_PIECES[kind])
-        console.print(line, highlight=False)
+        facts = f" {item.num_tokens} tokens, {item.num_targets} trained"
+        console.print(style_text("\n", (item.place, "bold"), facts))
+        console.print(style_text(*((text, _PIECES[kind]) for text, kind in item.segments)))
