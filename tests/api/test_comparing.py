@@ -188,7 +188,7 @@ def test_a_streamed_comparison_trains_again_when_its_stream_changes(tmp_path: Pa
         return sorted(event.task for event in events if event.kind == "done")
 
     assert run() == ["lora judged", "lora seed 0", "zero-shot judged"]
-    rejected = out / "arms" / "lora" / "seed-0" / "rejected_rows.jsonl"
+    rejected = out / "arms" / "lora" / "seed-0" / "rejected_stream_rows.jsonl"
     assert [row["place"] for _, row in read_jsonl(rejected)] == ["train.jsonl:10"]
     assert run() == []
     train.write_text("\n".join(lines[:19]))

@@ -28,6 +28,10 @@ def job(**train: Any) -> dict[str, Any]:
     }
 
 
+def places_in(rejects: Path) -> list[str]:
+    return [row["place"] for _, row in read_jsonl(rejects)]
+
+
 def test_a_run_leaves_an_adapter_that_peft_loads_with_our_logits(tmp_path: Path) -> None:
     import peft
     import torch
@@ -198,12 +202,51 @@ def test_a_streamed_run_sets_bad_rows_aside(tmp_path: Path) -> None:
     assert [row.place for row in preview] == ["rows.jsonl:1", "rows.jsonl:2"]
     report = tunesmith.check(job() | {"data": data}, on_bad_row="skip")
     assert (report.splits["train"].num_rows, report.sources[0].num_rejected) == (38, 1)
-    assert [row["place"] for _, row in read_jsonl(tmp_path / "run" / "rejected_rows.jsonl")] == [
-        "rows.jsonl:6"
-    ]
+    assert places_in(tmp_path / "run" / "rejected_stream_rows.jsonl") == ["rows.jsonl:6"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:5] + lines[6:20]) + "\n")
     with pytest.raises(RunDirError, match="was trained when stream was different"):
         tunesmith.train(job(steps=4) | {"data": data}, out=tmp_path / "run")
+
+
+def test_bad_rows_of_a_stream_and_of_its_held_out_rows_are_both_kept(tmp_path: Path) -> None:
+    good = [json.dumps({"prompt": f"Count to {n}:", "completion": f" {n}"}) for n in range(20)]
+    bad = '{"prompt": "no completion", "completion": null}'
+    for name, at in (("train", 2), ("held", 4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("\n".join([*good[:at], bad, *good[at:]]))
+    split = {"validation": str(tmp_path / "held" / "rows.jsonl"), "test": 0.0}
+    data = {"train": str(tmp_path / "train" / "rows.jsonl"), "streaming": True, "split": split}
+    out = tmp_path / "run"
+    record = tunesmith.train(job(steps=4) | {"data": data}, out=out, on_bad_row="skip")
+    for _ in range(2):
+        assert places_in(out / "rejected_rows.jsonl") == ["rows.jsonl:5"]
+        assert places_in(out / "rejected_stream_rows.jsonl") == ["rows.jsonl:3"]
+        tunesmith.train(job(steps=4) | {"data": data}, out=out, on_bad_row="skip")
+    assert record.warnings == [
+        "1 bad rows of the stream were skipped (rejected_stream_rows.jsonl holds them)"
+    ]
+
+
+def test_train_and_compare_do_not_share_a_folder(tmp_path: Path) -> None:
+    trained, compared = tmp_path / "trained", tmp_path / "compared"
+    compare = job() | {
+        "evaluate": {"max_rows": 2, "max_new_tokens": 2},
+        "compare": {"arms": ["zero-shot"], "seeds": [0]},
+    }
+    tunesmith.train(job(), out=trained)
+    tunesmith.compare(compare, out=compared)
+    with pytest.raises(
+        RunDirError, match="trained: holds what train wrote; compare wants a folder of its own"
+    ):
+        tunesmith.compare(compare, out=trained)
+    with pytest.raises(
+        RunDirError, match="compared: holds what compare wrote; train wants a folder of its own"
+    ):
+        tunesmith.train(job(), out=compared)
+    assert not (trained / "arms").exists()
+    assert not (compared / "run.json").exists()
+    assert tunesmith.train(job(), out=compared, fresh=True).status == "done"
+    assert not (compared / "comparison.json").exists()
 
 
 def test_a_folder_with_other_peoples_files_is_refused(tmp_path: Path) -> None:

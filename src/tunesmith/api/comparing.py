@@ -49,7 +49,7 @@ def compare(
     job = job if isinstance(job, Job) else job_from(job)
     arms = plan_arms(job)
     base = open_base(job)
-    with open_run(out, fresh=fresh) as run:
+    with open_run(out, fresh=fresh, verb="compare") as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if "test" not in prepared.splits:
             raise DataError(

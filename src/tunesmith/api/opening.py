@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
@@ -23,11 +24,14 @@ def open_base(job: Job) -> ResolvedModel:
 
 
 @contextmanager
-def open_run(out: str | Path, *, fresh: bool) -> Generator[RunDir]:
+def open_run(
+    out: str | Path, *, fresh: bool, verb: Literal["train", "compare"] = "train"
+) -> Generator[RunDir]:
     """Own the folder `out` while the block runs; a failed write inside it (disk full) becomes one line.
 
     fresh: delete what an earlier run of ours left there.
-    Raises RunDirError if it is in use, cannot be written, or holds other people's files.
+    verb:  what is to run; the results of the other verb are not mixed with its own.
+    Raises RunDirError if it is in use, cannot be written, or holds other people's files or another verb's results.
     """
     run = RunDir(Path(out)).create()
     with run.lock(), writing_to(run):
@@ -40,6 +44,13 @@ def open_run(out: str | Path, *, fresh: bool) -> Generator[RunDir]:
             )
         if fresh:
             run.clear()
+        if run.verb not in (None, verb):
+            raise RunDirError(
+                str(run.root),
+                f"holds what {run.verb} wrote",
+                rule=f"{verb} wants a folder of its own",
+                cure="Give another --out, or --fresh to delete it and start over",
+            )
         yield run
 
 

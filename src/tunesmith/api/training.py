@@ -172,7 +172,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, job, prepared)
-    rejects = Rejects(run.rejects if task.skip_bad_rows else None)
+    rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
     outcome = run_loop(
         model,
         _training_rows(job, rejects, prepared, tokenizer),
@@ -191,8 +191,9 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             **{k: v for k, v in fingerprints.items() if k != "code"},
         },
     )
-    if job.data.streaming:
-        rejects.write()
+    if job.data.streaming and (skipped := rejects.write()):
+        text = f"{skipped} bad rows of the stream were skipped ({run.stream_rejects.name} holds them)"
+        outcome.warnings.append(text)
     size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0
     record = RunRecord(
         status="done",

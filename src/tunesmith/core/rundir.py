@@ -5,6 +5,7 @@ DIR/
   run.json            RunRecord
   steps.jsonl         StepRecord a line
   prepared/           token rows and conversations of each split (data/prepare.py)
+  rejected_rows.jsonl, rejected_stream_rows.jsonl    what --on-bad-row skip set aside
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
@@ -21,6 +22,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tunesmith.core.errors import RunDirError
 
@@ -78,6 +80,10 @@ class RunDir:
         return self.root / "rejected_rows.jsonl"
 
     @property
+    def stream_rejects(self) -> Path:
+        return self.root / "rejected_stream_rows.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -93,6 +99,7 @@ class RunDir:
             "answers.jsonl",
             "tasks.json",
             "rejected_rows.jsonl",
+            "rejected_stream_rows.jsonl",
             "comparison.json",
             "report.html",
         )
@@ -109,6 +116,13 @@ class RunDir:
             or not self.root.is_dir()
             or {path.name for path in self.root.iterdir()} <= {".lock"}
         )
+
+    @property
+    def verb(self) -> Literal["train", "compare"] | None:
+        """The verb that has left results here, or None if none has got that far."""
+        if self.comparison.is_file() or (self.root / "arms").is_dir():
+            return "compare"
+        return "train" if any(path.exists() for path in (self.record, self.steps, self.checkpoints)) else None
 
     def holds_run(self) -> bool:
         """True where a training, a comparison or one of its arms was begun."""

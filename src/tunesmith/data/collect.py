@@ -40,11 +40,13 @@ class Rejects:
         text = raw[:2000].decode("utf-8", errors="replace")
         self.rows.append({"place": origin.place, "source": origin.source, "reason": str(error), "row": text})
 
-    def write(self) -> None:
-        """Write the file, if there is anything to write."""
-        if self.path is not None and self.rows:
-            # A stream meets a bad row again in every pass.
-            write_jsonl(self.path, {row["place"]: row for row in self.rows}.values())
+    def write(self) -> int:
+        """Write the file, if there is anything to write; returns its number of rows."""
+        # A stream meets a bad row again in every pass. Files of different folders can share name and line.
+        different = {tuple(row.values()): row for row in self.rows}
+        if self.path is not None and different:
+            write_jsonl(self.path, different.values())
+        return len(different)
 
 
 def read_conversations(
