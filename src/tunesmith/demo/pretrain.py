@@ -8,23 +8,22 @@ On a GPU this takes minutes; on a CPU use small settings, such as `--rows 2 --st
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 from tunesmith.demo import model_folder
-from tunesmith.demo.instruction_tasks import Stock
 from tunesmith.demo.pretrain_model import Decoder, Layout, Shape, make_optimizers, make_rope
 from tunesmith.demo.pretrain_text import (
     BOS,
@@ -37,72 +36,11 @@ from tunesmith.demo.pretrain_text import (
     save_prepared,
 )
 
-PROMPT_WEIGHT = 0.1  # a task's prompt is mostly noise to predict, its answer is the lesson
-ANSWER_WEIGHT = 2.0
-POOL_ROWS = 300_000
-
-
-def make_rows_forever(tokenizer_text: str, stock: Stock, seed: int, row_tokens: int, out: Any) -> None:
-    """Worker process: put packs of task rows on the queue until killed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker per core already
-    tokenizer = Tokenizer.from_str(tokenizer_text)
-    pack = 0
-    while True:
-        out.put(
-            pack_task_rows(tokenizer, stock, seed=seed * 1_000_003 + pack, num_rows=64, row_tokens=row_tokens)
-        )
-        pack += 1
-
-
-class TaskPool:
-    """Task rows made by worker processes; each is used when fresh, and again only if the workers fall behind."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stock: Stock, *, workers: int, row_tokens: int, seed: int
-    ) -> None:
-        context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
-        self._queue: Any = context.Queue(maxsize=4 * workers)
-        self._packs: list[tuple[np.ndarray, np.ndarray]] = []
-        self._rest: list[tuple[np.ndarray, np.ndarray]] = []
-        self._used, self.num_repeats = 0, 0
-        self._draw = np.random.default_rng(seed)
-        arguments = (tokenizer.to_str(), stock)
-        self._workers = [
-            context.Process(
-                target=make_rows_forever,
-                args=(*arguments, seed * 1000 + at, row_tokens, self._queue),
-                daemon=True,
-            )
-            for at in range(workers)
-        ]
-        for worker in self._workers:
-            worker.start()
-        threading.Thread(target=self._collect, daemon=True).start()
-
-    def _collect(self) -> None:
-        while len(self._packs) * 64 < POOL_ROWS:
-            self._packs.append(self._queue.get())
-
-    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, is_answer) of `count` rows."""
-        began = time.perf_counter()
-        while not self._packs:
-            time.sleep(0.05)
-            if time.perf_counter() - began > 120:
-                raise RuntimeError("no task rows after 120 s; are the worker processes running?")
-        while sum(len(ids) for ids, _ in self._rest) < count:
-            is_fresh = self._used < len(self._packs)
-            at = self._used if is_fresh else int(self._draw.integers(len(self._packs)))
-            self._rest.append(self._packs[at])
-            self._used += is_fresh
-            self.num_repeats += 0 if is_fresh else len(self._packs[at][0])
-        ids, answers = (np.concatenate(parts) for parts in zip(*self._rest, strict=True))
-        self._rest = [(ids[count:], answers[count:])]
-        return ids[:count], answers[:count]
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.terminate()
+IGNORED, TEXT, PROMPT, ANSWER = range(4)
+# The weight in the loss of each kind of token: a task's prompt is mostly noise to predict, its answer is the lesson.
+WEIGHTS = (0.0, 1.0, 0.1, 2.0)
+MOST_DOCUMENTS = 40  # in a row, on average over a step
+SLOTS_EACH = 3  # steps that a worker makes ahead
 
 
 def draw_text_rows(
@@ -120,57 +58,162 @@ def draw_text_rows(
     return rows
 
 
-def make_step(
-    text: np.ndarray, pool: TaskPool, tokenizer: Tokenizer, arguments: argparse.Namespace, task_share: float,
-    draw: np.random.Generator,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The tensors of one step, on the CPU: flat ids, targets, weights, positions and document starts."""
-    bos, pad = find_token(tokenizer, BOS), find_token(tokenizer, PAD)
-    num_tasks = round(arguments.rows * task_share)
-    size = arguments.row_tokens
-    texts = draw_text_rows(text, bos, count=arguments.rows - num_tasks, row_tokens=size, draw=draw)
-    tasks, answers = pool.take(num_tasks)
-    ids = np.concatenate((texts, tasks)).astype(np.int64).reshape(-1)
-    weights = np.ones((arguments.rows, size), dtype=np.float32)
-    weights[len(texts) :] = np.where(answers, ANSWER_WEIGHT, PROMPT_WEIGHT)
-    targets = np.roll(ids, -1)
-    weights = np.roll(weights.reshape(-1), -1)
-    weights[(targets == pad) | (targets == bos)] = 0.0
-    is_start = ids == bos
-    is_start[::size] = True
-    starts = np.flatnonzero(is_start)
-    positions = np.arange(len(ids)) - np.repeat(starts, np.diff(np.append(starts, len(ids))))
-    # A fixed number of (partly empty) documents keeps one compiled graph.
-    padded = np.full(arguments.rows * 40 + 1, len(ids), dtype=np.int32)
-    padded[: min(len(starts), len(padded) - 1)] = starts[: len(padded) - 1]
-    arrays = {"ids": ids, "targets": targets, "weights": weights, "positions": positions, "starts": padded}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+class StepMaker:
+    """Makes the arrays of one step after another; every worker process has its own, with its own seed."""
+
+    def __init__(self, prepared: Prepared, *, rows: int, row_tokens: int, seed: int) -> None:
+        self._prepared, self._rows, self._row_tokens = prepared, rows, row_tokens
+        self._bos, self._pad = (find_token(prepared.tokenizer, token) for token in (BOS, PAD))
+        self._draw = np.random.default_rng(seed)
+        self._ids = np.empty((0, row_tokens), dtype=np.uint16)  # task rows made and not yet used
+        self._answers = np.empty((0, row_tokens), dtype=bool)
+
+    def _take_tasks(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        while len(self._ids) < count:
+            ids, answers = pack_task_rows(
+                self._prepared.tokenizer, self._prepared.stock, seed=int(self._draw.integers(2**62)),
+                num_rows=64, row_tokens=self._row_tokens,
+            )  # fmt: skip
+            self._ids = np.concatenate((self._ids, ids))
+            self._answers = np.concatenate((self._answers, answers))
+        taken = self._ids[:count], self._answers[:count]
+        self._ids, self._answers = self._ids[count:], self._answers[count:]
+        return taken
+
+    def make(self, task_share: float) -> dict[str, np.ndarray]:
+        """ids, kinds (a token's weight in WEIGHTS) and positions, flat, and the padded starts of documents."""
+        num_tasks = round(self._rows * task_share)
+        texts = draw_text_rows(
+            self._prepared.text, self._bos, count=self._rows - num_tasks, row_tokens=self._row_tokens,
+            draw=self._draw,
+        )  # fmt: skip
+        tasks, answers = self._take_tasks(num_tasks)
+        ids = np.concatenate((texts, tasks)).reshape(-1)
+        kinds = np.full((self._rows, self._row_tokens), TEXT, dtype=np.uint8)
+        kinds[len(texts) :] = np.where(answers, ANSWER, PROMPT)
+        kinds = kinds.reshape(-1)
+        kinds[(ids == self._pad) | (ids == self._bos)] = IGNORED
+        is_start = ids == self._bos
+        is_start[:: self._row_tokens] = True
+        starts = np.flatnonzero(is_start)
+        positions = np.arange(len(ids)) - np.repeat(starts, np.diff(np.append(starts, len(ids))))
+        # A fixed number of (partly empty) documents keeps one compiled graph.
+        padded = np.full(self._rows * MOST_DOCUMENTS + 1, len(ids), dtype=np.int32)
+        padded[: min(len(starts), len(padded) - 1)] = starts[: len(padded) - 1]
+        return {"ids": ids, "kinds": kinds, "positions": positions.astype(np.int32), "starts": padded}
 
 
-def feed_steps(steps: queue.Queue[Any], share: dict[str, float], seed: int, *parts: Any) -> None:
-    """Thread: keep a few steps ready."""
-    draw = np.random.default_rng(seed)
-    text, pool, tokenizer, arguments = parts
-    while True:
-        steps.put(make_step(text, pool, tokenizer, arguments, share["tasks"], draw))
+class Slots:
+    """Room for steps in memory that processes share; through a queue's pipe they come slower than a GPU trains."""
+
+    def __init__(self, rows: int, row_tokens: int, count: int, memory: SharedMemory | None = None) -> None:
+        tokens = rows * row_tokens
+        # Widest first, so that every array is aligned.
+        self._fields = (
+            ("positions", np.dtype(np.int32), tokens), ("starts", np.dtype(np.int32), rows * MOST_DOCUMENTS + 1),
+            ("ids", np.dtype(np.uint16), tokens), ("kinds", np.dtype(np.uint8), tokens),
+        )  # fmt: skip
+        self._size = sum(dtype.itemsize * length for _, dtype, length in self._fields)
+        self._size += -self._size % 64
+        self.memory = memory or SharedMemory(create=True, size=self._size * count)
+
+    def view(self, slot: int) -> dict[str, np.ndarray]:
+        """The arrays of one slot, not copied."""
+        offset, arrays = slot * self._size, {}
+        for name, dtype, length in self._fields:
+            arrays[name] = np.ndarray(length, dtype, self.memory.buf, offset)
+            offset += dtype.itemsize * length
+        return arrays
+
+
+def make_steps_forever(
+    folder: Path, rows: int, row_tokens: int, seed: int, memory: SharedMemory, own: list[int],
+    is_free: Any, task_share: Any, ready: Any,
+) -> None:  # fmt: skip
+    """Worker process: fill its `own` slots in turn and name them on the queue, until killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker per core already
+    maker = StepMaker(load_prepared(folder), rows=rows, row_tokens=row_tokens, seed=seed)
+    slots = Slots(rows, row_tokens, 0, memory)
+    for slot in itertools.cycle(own):
+        step = maker.make(task_share.value)
+        is_free.acquire()
+        for name, array in slots.view(slot).items():
+            array[:] = step[name]
+        ready.put(slot)
+
+
+class Feed:
+    """Worker processes that make steps; the trainer only moves them."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace, *, seed: int) -> None:
+        context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
+        self.task_share = context.Value("d", task_share_at(0.0, arguments.task_share), lock=False)
+        count = arguments.workers * SLOTS_EACH
+        self._slots = Slots(arguments.rows, arguments.row_tokens, count)
+        self._ready: Any = context.Queue()
+        self._are_free = [context.Semaphore(SLOTS_EACH) for _ in range(arguments.workers)]
+        self._workers = [
+            context.Process(
+                target=make_steps_forever,
+                args=(
+                    folder,
+                    arguments.rows,
+                    arguments.row_tokens,
+                    seed * 1000 + at,
+                    self._slots.memory,
+                    list(range(at * SLOTS_EACH, (at + 1) * SLOTS_EACH)),
+                    is_free,
+                    self.task_share,
+                    self._ready,
+                ),
+                daemon=True,
+            )
+            for at, is_free in enumerate(self._are_free)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def take(self, *, pinned: bool) -> dict[str, torch.Tensor]:
+        """Copies of a step's arrays, in pinned memory if asked, from which a GPU reads without anyone waiting."""
+        slot = self._ready.get(timeout=180)
+        step = {}
+        for name, array in self._slots.view(slot).items():
+            shared = torch.from_numpy(array)
+            step[name] = torch.empty_like(shared, pin_memory=pinned).copy_(shared)
+        self._are_free[slot // SLOTS_EACH].release()
+        return step
+
+    @property
+    def num_ready(self) -> int:
+        return self._ready.qsize()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.terminate()
+            worker.join()
+        self._slots.memory.close()
+        self._slots.memory.unlink()
 
 
 def lay_out(
-    step: dict[str, torch.Tensor], shape: Shape, device: torch.device, row_tokens: int
+    step: dict[str, torch.Tensor], shape: Shape, table: torch.Tensor, row_tokens: int
 ) -> tuple[Any, ...]:
-    """Move a step to the device: (ids, targets, weights, layout)."""
-    moved = {name: part.to(device, non_blocking=True) for name, part in step.items()}
-    on_gpu = device.type == "cuda"
-    cos, sin = make_rope(shape, moved["positions"], torch.bfloat16 if on_gpu else torch.float32)
+    """Move a step to the device of `table`, which holds WEIGHTS: (ids, targets, weights, layout)."""
+    device, on_gpu = table.device, table.is_cuda
+    ids, kinds, positions, starts = (
+        step[name].to(device, non_blocking=True) for name in ("ids", "kinds", "positions", "starts")
+    )
+    ids = ids.to(torch.int64)
+    weights = table[torch.roll(kinds, -1).to(torch.int64)]
+    cos, sin = make_rope(shape, positions, torch.bfloat16 if on_gpu else torch.float32)
     mask = None
     if not on_gpu:
         # Document number of each token: how many starts lie at or before it.
-        number = torch.cumsum(moved["positions"] == 0, 0)
-        mask = (number[:, None] == number[None]) & torch.ones(
-            len(number), len(number), dtype=torch.bool
-        ).tril()
-    layout = Layout(cos, sin, moved["starts"] if on_gpu else None, mask, row_tokens)
-    return moved["ids"], moved["targets"], moved["weights"], layout
+        number = torch.cumsum(positions == 0, 0)
+        causal = torch.ones(len(number), len(number), dtype=torch.bool).tril()
+        mask = (number[:, None] == number[None]) & causal
+    layout = Layout(cos, sin, starts if on_gpu else None, mask, row_tokens)
+    return ids, torch.roll(ids, -1), weights, layout
 
 
 def task_share_at(progress: float, final_share: float) -> float:
@@ -183,52 +226,80 @@ def rate_at(progress: float) -> float:
     return min(1.0, progress / 0.01 + 0.02, max(0.0, (1.0 - progress) / 0.45))
 
 
-def find_prepared(arguments: argparse.Namespace) -> Prepared:
-    """What an earlier call left under --prepared, or made anew from --text (and left there)."""
-    if arguments.prepared and (arguments.prepared / "stock.json").is_file():
-        return load_prepared(arguments.prepared)
-    if arguments.text is None:
-        raise SystemExit("pretrain: nothing is prepared, so --text must name a folder of texts")
-    prepared = prepare(arguments.text, vocab_size=arguments.vocab, start=arguments.start)
-    if arguments.prepared:
-        save_prepared(prepared, arguments.prepared)
-    return prepared
+def find_prepared(arguments: argparse.Namespace) -> Path:
+    """The folder that an earlier call filled, or fill it from --text."""
+    folder = arguments.prepared or arguments.out / "prepared"
+    if not (folder / "stock.json").is_file():
+        if arguments.text is None:
+            raise SystemExit("pretrain: nothing is prepared, so --text must name a folder of texts")
+        save_prepared(prepare(arguments.text, vocab_size=arguments.vocab, start=arguments.start), folder)
+    return folder
+
+
+@dataclass
+class Run:
+    """Everything that training goes on from: what it has learnt, and how far it has come."""
+
+    model: Decoder
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0  # of training, compilation not counted
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        state = {
+            "model": self.model.state_dict(), "optimizers": [one.state_dict() for one in self.optimizers],
+            "step": self.step, "seconds": self.seconds, "curve": self.curve,
+        }  # fmt: skip
+        torch.save(state, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Tokenizer, model, loop; writes the model folder, `curve.jsonl` and `pretraining.json` under --out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
-    began = time.perf_counter()
-    prepared = find_prepared(arguments)
-    tokenizer, text, stock = prepared.tokenizer, prepared.text, prepared.stock
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    folder = find_prepared(arguments)
     if arguments.prepare_only:
         return
+    tokenizer = load_prepared(folder).tokenizer
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
-    pool = TaskPool(
-        tokenizer, stock, workers=arguments.workers, row_tokens=arguments.row_tokens, seed=arguments.seed
-    )
-    print(f"{len(text):,} text tokens after {time.perf_counter() - began:.0f} s", flush=True)
     model = Decoder(shape).to(device)
     if arguments.start:
         model.load_state_dict(load_file(arguments.start / "model.safetensors"))
-    optimizers = make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
-    steps: queue.Queue[Any] = queue.Queue(maxsize=6)
-    share = {"tasks": task_share_at(0.0, arguments.task_share)}
-    parts = (text, pool, tokenizer, arguments)
-    threading.Thread(target=feed_steps, args=(steps, share, arguments.seed, *parts), daemon=True).start()
+    run = Run(
+        model, make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
+    )
+    state = arguments.out / "state.pt"
+    if state.is_file():
+        run.load(state)
+        print(f"going on after step {run.step:,}", flush=True)
+    # Steps after a pause are new ones, drawn with other seeds.
+    feed = Feed(folder, arguments, seed=arguments.seed * 100_003 + run.step)
 
     def save() -> None:
+        run.save(state)
         model_folder.write_model_folder(arguments.out / "tiny", model, tokenizer)
+        lines = "".join(json.dumps(point) + "\n" for point in run.curve)
+        (arguments.out / "curve.jsonl").write_text(lines, encoding="utf-8")
 
-    curve = run_loop(model, optimizers, steps, share, save, arguments, device)
-    pool.close()
-    (arguments.out / "curve.jsonl").write_text(
-        "".join(json.dumps(point) + "\n" for point in curve), encoding="utf-8"
-    )
+    try:
+        run_loop(run, feed, save, arguments, device)
+    finally:
+        feed.close()
     record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()} | {
-        "steps": curve[-1]["step"], "tokens": curve[-1]["tokens"], "seconds": round(time.perf_counter() - began),
-        "text_tokens": len(text), "repeated_task_rows": pool.num_repeats, "torch": torch.__version__,
+        "steps": run.step, "tokens": run.step * arguments.rows * arguments.row_tokens,
+        "seconds": round(run.seconds), "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
@@ -238,49 +309,55 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def run_loop(
-    model: Decoder, optimizers: list[torch.optim.Optimizer], steps: queue.Queue[Any], share: dict[str, float],
-    save: Callable[[], None], arguments: argparse.Namespace, device: torch.device,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Train until the time or step budget is spent, saving at every fifth; returns the loss curve (nats per token)."""
-    forward = torch.compile(model) if device.type == "cuda" else model
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    curve: list[dict[str, float]] = []
-    started = began = mark = time.perf_counter()
-    progress, at, sums = 0.0, 0, torch.zeros(4, device=device)
-    while progress < 1.0:
-        ids, targets, weights, layout = lay_out(steps.get(), model.shape, device, arguments.row_tokens)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
+    run: Run, feed: Feed, save: Callable[[], None], arguments: argparse.Namespace, device: torch.device
+) -> None:
+    """Train until the time or step budget is spent, or --pause; saves at every tenth of the budget and at the end."""
+    forward = torch.compile(run.model) if device.type == "cuda" else run.model
+    rates = [optimizer.defaults["lr"] for optimizer in run.optimizers]
+    step_tokens = arguments.rows * arguments.row_tokens
+    before_call, first = run.seconds, run.step + 1
+    started = began = time.perf_counter()
+    mark, mark_step = began, run.step
+    sums, table = torch.zeros(4, device=device), torch.tensor(WEIGHTS, device=device)
+    is_last = False
+    while not is_last:
+        progress = run.step / arguments.steps if arguments.steps else run.seconds / 60 / arguments.minutes
+        feed.task_share.value = task_share_at(progress, arguments.task_share)
+        ids, targets, weights, layout = lay_out(
+            feed.take(pinned=table.is_cuda), run.model.shape, table, arguments.row_tokens
+        )
+        for optimizer, rate in zip(run.optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * rate_at(progress)
         loss, text_nats, answer_nats = forward(ids, targets, weights, layout)
         loss.backward()
-        for optimizer in optimizers:
+        for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sums += torch.stack((text_nats, (weights == 1).sum(), answer_nats, (weights == ANSWER_WEIGHT).sum()))
-        at += 1
-        if at <= 3:
-            print(f"step {at} after {time.perf_counter() - started:.0f} s", flush=True)
-        if at == 3:  # compilation is not training time
+        sums += torch.stack(
+            (text_nats, (weights == WEIGHTS[TEXT]).sum(), answer_nats, (weights == WEIGHTS[ANSWER]).sum())
+        )
+        run.step += 1
+        if run.step < first + 3:  # compilation is not training time
+            print(f"step {run.step} after {time.perf_counter() - started:.0f} s", flush=True)
             began = mark = time.perf_counter()
-        before = progress
-        spent = (time.perf_counter() - began) / 60 / arguments.minutes
-        progress = at / arguments.steps if arguments.steps else spent
-        share["tasks"] = task_share_at(progress, arguments.task_share)
-        if int(progress * 5) > int(before * 5):
-            save()
-        if at in (1, 20) or at % arguments.log_every == 0 or progress >= 1.0:
-            numbers = sums.tolist()
+        run.seconds = before_call + time.perf_counter() - began
+        after = run.step / arguments.steps if arguments.steps else run.seconds / 60 / arguments.minutes
+        is_paused = 0 < arguments.pause * 60 < time.perf_counter() - began
+        is_last = after >= 1.0 or is_paused
+        if run.step in (1, 20) or run.step % arguments.log_every == 0 or is_last:
+            text, texts, answer, answers = sums.tolist()
             sums.zero_()
-            seconds, mark = time.perf_counter() - mark, time.perf_counter()
-            done = at * arguments.rows * arguments.row_tokens
             point = {
-                "step": at, "tokens": done, "text_nats": round(numbers[0] / max(1, numbers[1]), 4),
-                "answer_nats": round(numbers[2] / max(1, numbers[3]), 4), "progress": round(progress, 4),
+                "step": run.step, "tokens": run.step * step_tokens, "text_nats": round(text / max(1, texts), 4),
+                "answer_nats": round(answer / max(1, answers), 4), "progress": round(after, 4),
             }  # fmt: skip
-            curve.append(point)
-            speed = arguments.log_every * arguments.rows * arguments.row_tokens / seconds
-            print(json.dumps(point), f"{speed:,.0f} tokens/s, {steps.qsize()} ready", flush=True)
-    return curve
+            run.curve.append(point)
+            now = time.perf_counter()
+            speed = (run.step - mark_step) * step_tokens / (now - mark)
+            mark, mark_step = now, run.step
+            print(json.dumps(point), f"{speed:,.0f} tokens/s, {feed.num_ready} ready", flush=True)
+        if int(after * 10) > int(progress * 10) or is_last:
+            save()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -294,6 +371,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="go on from this model folder, with its tokenizer")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compilation")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="stop after so many minutes; the same command goes on"
+    )
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
     parser.add_argument("--rows", type=int, default=32, help="rows of --row-tokens in a step")
     parser.add_argument("--row-tokens", type=int, default=2048)
