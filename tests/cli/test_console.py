@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
 import typer
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from tunesmith.cli.main import app
-from tunesmith.cli.progress import watch
-from tunesmith.cli.show import print_previews
+from tunesmith.cli.progress import _Bars, watch
+from tunesmith.cli.show import print_comparison, print_previews
 from tunesmith.core.events import Event
-from tunesmith.data.preview import RowPreview
+from tunesmith.data.preview import RowPreview, Segment
 
 TEXT = "rows.jsonl:100: [INST] and tunesmith[hub], \\[/bold]"
 
@@ -25,7 +30,7 @@ def test_every_help_text_is_shown_as_it_is_written() -> None:
 
 
 def test_square_brackets_and_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    segments = ((TEXT, "masked"), ("[/s]\x1b[2J", "stop"))
+    segments = (Segment(TEXT, "masked"), Segment("[/s]\x1b[2J", "stop"))
     print_previews([RowPreview("rows.jsonl:100", "id", 5, 1, segments)])
     shown = capsys.readouterr().out
     assert "rows.jsonl:100 5 tokens" in shown
@@ -47,3 +52,41 @@ def test_progress_is_printed_as_it_is(
     for text in (f"warning: {TEXT} one", f"[x] seed 0: {TEXT} three"):
         assert text in shown
     assert ("✗" in shown) == bool(terminal)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_bar_is_one_line_with_what_is_known(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    bars = _Bars(console)
+
+    def show() -> str:
+        with console.capture() as capture:
+            console.print(bars._progress.get_renderable(), style="none", no_wrap=False)
+        return Text.from_ansi(capture.get()).plain.rstrip()
+
+    step = {"loss": 0.2, "tokens_per_second": 12345.0, "eta_seconds": 4000.0, "memory_bytes": 3 << 30}
+    bars.draw(Event("step", "lora seed 0", done=26, total=400, **step))
+    assert show().count("\n") == 0
+    for text in ("lora seed 0 ", "26/400", "loss 0.200", "12,345 tok/s", "1:06:40 left"):
+        assert text in show()
+    assert ("3,072 MB" in show()) == (width == 140)
+    bars.draw(Event("stage", "lora seed 0", "a part of unknown length"))
+    assert "400" not in show()
+    bars.draw(Event("step", "a-name-much-longer-than-its-column seed 0", done=26, total=400, **step))
+    assert show().count("\n") == 1
+    assert show().endswith("1:06:40 left")
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_table_fits_without_cutting_a_cell(
+    example: Any, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _, comparison = example
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_comparison(comparison, run_dir.root)
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= width
+    assert table.count("inconclusive") == sum(
+        cell.text == "inconclusive" for row in comparison.table.rows for cell in row
+    )

@@ -110,9 +110,9 @@ class _Comparing:
         failures: dict[str, str] = {}
         if self.job.compare.tune.trials:
             arms = self._tune(arms, failures, parallel=parallel, threads=threads)
-        count = sum(len(arm.seeds) for arm in arms)
-        self.on_event(Event("stage", text=f"Comparing {len(arms)} arms, {count} runs, {parallel} at a time"))
         works = self._plan_works([arm for arm in arms if arm.trained_by not in failures])
+        text = f"Comparing {len(arms)} arms in {len(works)} jobs, {parallel} at a time"
+        self.on_event(Event("stage", text=text))
         failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
         return failures | _by_arm(failed, arms)
 

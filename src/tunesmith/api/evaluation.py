@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -268,11 +269,16 @@ def run_judge_task(
         adapter=task.weights_folder if task.weights == "adapter" else None,
         forgetting=forgetting,
         task=task.label or pick_device().type,
-        on_event=on_event,
+        on_event=_name_seed(task.seed, on_event) if task.label else on_event,
     )
     del model
     return_freed_memory()
     return record
+
+
+def _name_seed(seed: int, on_event: OnEvent) -> OnEvent:
+    """One worker judges all seeds of an arm under one name."""
+    return lambda event: on_event(dataclasses.replace(event, text=f"seed {seed}, {event.text}"))
 
 
 def _find_forgetting(

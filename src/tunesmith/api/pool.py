@@ -57,6 +57,9 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
                 error = future.exception()
                 if error is None:
                     done.add(work.name)
+                    # SIGTERM ends a worker on purpose; only a worker that ran to its end has finished its tasks.
+                    if not stop.is_set():
+                        tell(Event("done", work.name, "done", done=len(done), total=len(works)))
                 elif isinstance(error, TunesmithError):
                     # Wherever the reason is shown, the work's name stands before it already.
                     failures[work.name] = str(error).removeprefix(f"{work.name}: ")
@@ -85,9 +88,6 @@ def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent
         stop=stop,
         threads=threads,
     )
-    # SIGTERM ends a worker on purpose; only a worker that ran to its end has finished its tasks.
-    if not stop.is_set():
-        on_event(Event("done", work.name, "done"))
 
 
 def _serialise(on_event: OnEvent) -> OnEvent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,19 @@ def _comparison_table(comparison: Comparison, width: int) -> Table:
     """As many columns as fit, from the left: what decides stands first."""
     source = comparison.table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    used = 0
+    used = 1
     shown: list[int] = []
     for index, column in enumerate(source.columns):
         cells = [row[index] for row in source.rows]
-        needed = 2 + max(
-            [*(len(word) for word in column.title.split()), *(_cell_width(cell) for cell in cells)]
-        )
-        if used + needed > width and index > 2:
+        longest = max([*(len(word) for word in column.title.split()), *(_cell_width(cell) for cell in cells)])
+        # A space on either side, and one between columns.
+        if used + longest + 3 > width and index > 2:
             continue
-        used += needed
+        used += longest + 3
         shown.append(index)
-        table.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=index == 0)
+        # Folded here: rich would rather cut cells short than fold a title.
+        title = "\n".join(textwrap.wrap(column.title, longest))
+        table.add_column(title, justify="right" if column.numeric else "left", no_wrap=index == 0)
     for row in source.rows:
         table.add_row(*(_cell_text(row[index]) for index in shown))
     if len(shown) < len(source.columns):
