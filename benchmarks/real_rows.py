@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, here and in the workers: one thread a process, sums in one order.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported, here and in the workers: one thread a process, whatever the environment says.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 from tunesmith.api import compare, comparison_json, report_markdown
 from tunesmith.core.events import Event
@@ -46,7 +46,7 @@ def make_job(model: Path, rows: Path) -> dict[str, Any]:
             # The base has no chat template of its own, and no vocabulary to waste on markers.
             "template": "alpaca",
         },
-        "train": {"epochs": 3, "batch_rows": 16, "precision": "fp32"},
+        "train": {"epochs": 2, "batch_rows": 16, "precision": "fp32"},
         "evaluate": {"metrics": [], "precision": "fp32"},
         "compare": {
             "arms": ["zero-shot", {"method": {"name": "lora", "rank": 16}}, "full"],
