@@ -26,6 +26,21 @@ def shared() -> Path:
     return root
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that needs a GPU is skipped without one, whatever `-m` selects."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU on this machine")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The same test on both: "cpu" everywhere, which proves the test, and "cuda" under the marker `gpu`."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """name -> (folder, transformers model): a random model of each family, made once."""

@@ -1,6 +1,7 @@
 """The whole path on real rows and real weights: job file, check, training, scores, and the result in other tools.
 
-The models are too small to know anything; that the loss falls, on rows they saw and on others, is the point. `pytest -rP` prints the figures.
+The models are too small to know anything; that the loss falls, on rows they saw and on others, is the point.
+`pytest -rP` prints the figures.
 """
 
 from __future__ import annotations

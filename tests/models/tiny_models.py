@@ -113,16 +113,17 @@ def make_rows(lengths: list[int], *, seed: int = 0, vocab: int = VOCAB) -> list[
 
 def hf_loss(model: Any, rows: list[TokenRow]) -> torch.Tensor:
     """Sum of target losses row by row, each alone, through transformers."""
-    total = torch.zeros((), dtype=torch.float64)
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for row in rows:
-        ids = torch.tensor([list(row.ids)])
+        ids = torch.tensor([list(row.ids)], device=device)
         logits = model(ids).logits[0].double()
         log_probs = logits[:-1].log_softmax(-1)
-        picked = log_probs[torch.arange(len(row.ids) - 1), ids[0, 1:]]
-        total = total - (picked * torch.tensor(list(row.mask)[1:])).sum()
+        picked = log_probs[torch.arange(len(row.ids) - 1, device=device), ids[0, 1:]]
+        total = total - (picked * torch.tensor(list(row.mask)[1:], device=device)).sum()
     return total
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.detach().double(), expected.detach().double()
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.job.spec import Storage
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.config import load_config
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.headers import check_tensors, find_tensors, list_expected
 from tunesmith.models.heap import keep_freed_memory
 from tunesmith.models.weights import check_tied, read_tensors
+
+if TYPE_CHECKING:
+    from tunesmith.job.spec import Storage
 
 
 def load_model(

@@ -11,15 +11,18 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ModelError
-from tunesmith.job.spec import LoraSpec
 from tunesmith.models.adapter_files import AdapterConfig, load_adapter, save_adapter
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.projection import LoraPart
+
+if TYPE_CHECKING:
+    from tunesmith.job.spec import LoraSpec
 
 __all__ = ["add_lora", "load_adapter", "merge", "save_adapter", "set_enabled"]
 
