@@ -20,9 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, here and in the workers: one thread a process, whatever the environment says.
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 from tunesmith.api import compare, comparison_json, report_markdown
 from tunesmith.core.events import Event
 from tunesmith.core.fingerprint import describe_hardware, describe_versions, hash_bytes
@@ -53,7 +50,6 @@ def make_job(model: Path, rows: Path) -> dict[str, Any]:
             "seeds": SEEDS,
             "metric": "nll",
             "tune": {"trials": 3, "factor": 3.0},
-            "parallel": 1,
         },
     }
 
