@@ -9,8 +9,8 @@ from tiny_models import relative_error
 from tunesmith.models.attention import attend, attend_plain
 from tunesmith.models.config import RopeConfig
 from tunesmith.models.elementwise import (
-    gate_silu,
-    gate_silu_plain,
+    gate,
+    gate_plain,
     make_inverse_frequencies,
     make_rotation,
     norm_rms,
@@ -34,7 +34,7 @@ def test_norm_and_gate_equal_plain_ops(dtype: torch.dtype, tolerance: float) -> 
     x, weight = torch.randn(40, 64).to(dtype), torch.rand(64).to(dtype)
     pairs = [
         (lambda a, w: norm_rms(a, w, 1e-5), lambda a, w: norm_rms_plain(a, w, 1e-5), (x, weight)),
-        (gate_silu, gate_silu_plain, (x,)),
+        (gate, gate_plain, (x,)),
     ]
     for fast, plain, inputs in pairs:
         exact = _gradients(plain, *(tensor.double() for tensor in inputs))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("name", OTHER)
 def test_losses_and_generations_equal_transformers(hf_folders: Any, name: str) -> None:
     folder, reference = hf_folders(name)
-    model = load_model(folder)
+    model = load_model(folder, own_decoder=False)
     assert isinstance(model, Fallback)
     rows = make_rows([20, 7, 33])
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_adapters_and_merged_models_are_what_peft_and_transformers_load(
     folder, _ = hf_folders(name)
     rows = make_rows([20, 7])
     batch = make_batch(rows)
-    model = load_model(folder)
+    model = load_model(folder, own_decoder=False)
     before = float(sft_loss(model, batch).total.detach())
     add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
     assert float(sft_loss(model, batch).total.detach()) == pytest.approx(before, rel=1e-6)
@@ -73,7 +73,7 @@ def test_adapters_and_merged_models_are_what_peft_and_transformers_load(
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     with torch.no_grad():
         assert float(hf_loss(theirs, rows)) == pytest.approx(after, rel=1e-5)
-    again = load_model(folder)
+    again = load_model(folder, own_decoder=False)
     load_adapter(again, tmp_path / "adapter")
     assert float(sft_loss(again, batch).total.detach()) == after
     merge(model)
@@ -100,7 +100,7 @@ def test_our_decoder_and_the_fallback_agree_also_when_training_whole(hf_folders:
 
 
 def test_packed_bases_work_in_the_fallback(hf_folders: Any) -> None:
-    model = load_model(hf_folders("gemma2")[0], base="nf4")
+    model = load_model(hf_folders("gemma2")[0], base="nf4", own_decoder=False)
     add_lora(model, LoraSpec(name="qlora", rank=4), seed=0)
     sft_loss(model, make_batch(make_rows([20]))).total.backward()
     assert all(p.grad is not None for p in model.trainable_parameters())

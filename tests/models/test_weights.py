@@ -175,7 +175,7 @@ def test_old_and_new_rope_fields_mean_the_same() -> None:
     old = parse_config(shape | {"rope_theta": 5e5, "rope_scaling": llama3}, place="c")
     new = parse_config(shape | {"rope_parameters": llama3 | {"rope_theta": 5e5}}, place="c")
     assert old == new
-    assert old.rope.theta == 5e5
+    assert old.ropes[0].theta == 5e5
     assert old.num_kv_heads == 4
     yarn = parse_config(shape | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, place="c")
     assert (yarn.own, yarn.why_not) == (False, "rope type 'yarn'")

@@ -36,28 +36,44 @@ def make_mask(size: int, window: int, dtype: torch.dtype, device: torch.device) 
     return torch.zeros(size, size, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
 
 
+def cap_scores(scores: Tensor, cap: float) -> Tensor:
+    """cap * tanh(scores / cap); with cap 0, the scores."""
+    return torch.tanh(scores / cap) * cap if cap else scores
+
+
 def attend(
-    qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, num_kv_heads: int, scale: float, window: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: Layout,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    cap: float = 0.0,
 ) -> Tensor:
     """Rotate queries and keys, attend inside each document.
 
     qkv: (T, H + 2N, d), queries first, then keys, then values. cos, sin: (T, 1, d/2). Returns (T, H * d).
     """
     if runs_eager_cpu(qkv) and pad_fits(layout, qkv.dtype):
-        return _FoldedAttention.apply(qkv, cos, sin, layout, num_kv_heads, scale, window)
+        return _FoldedAttention.apply(qkv, cos, sin, layout, num_kv_heads, scale, window, cap)
     heads = qkv.shape[1] - 2 * num_kv_heads
     turned = rotate_plain(qkv[:, : heads + num_kv_heads], cos, sin)
     q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, heads + num_kv_heads :]
-    if qkv.device.type == "cuda" and qkv.dtype in (torch.bfloat16, torch.float16):
+    # Torch's variable-length kernel has no softcap.
+    if not cap and qkv.device.type == "cuda" and qkv.dtype in (torch.bfloat16, torch.float16):
         return attend_varlen(q, k, v, layout, scale=scale, window=window)
-    return attend_plain(q, k, v, layout, scale=scale, window=window)
+    return attend_plain(q, k, v, layout, scale=scale, window=window, cap=cap)
 
 
 def pad_fits(layout: Layout, dtype: torch.dtype) -> bool:
     return layout.buckets[-1].padded_length <= FOLDED_MAX[dtype]
 
 
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int) -> Tensor:
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int, cap: float = 0.0
+) -> Tensor:
     """Plain reference on any device. q: (T, H, d), already rotated; k, v: (T, N, d). Returns (T, H * d)."""
     pieces = []
     for bucket in layout.buckets:
@@ -68,14 +84,26 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: floa
                 x.index_select(0, bucket.gather_BS).unflatten(0, (bucket.num_documents, size)).transpose(1, 2)
             )
 
-        mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
-        out = F.scaled_dot_product_attention(
-            pad(q), pad(k), pad(v), attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        mask = make_mask(size, window, q.dtype, q.device) if cap or 0 < window < size else None
+        if mask is not None and cap:
+            out = _attend_capped(pad(q), pad(k), pad(v), mask, scale, cap)
+        else:
+            out = F.scaled_dot_product_attention(
+                pad(q), pad(k), pad(v), attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
         pieces.append(out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, bucket.inside_n))
     order_T = layout.order_T
     out = torch.cat(pieces)
     return out if order_T is None else out.index_select(0, order_T)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """q: (B, H, S, d), k and v: (B, N, S, d). Softmax in fp32 (fp64 stays). Returns (B, H, S, d)."""
+    queries = q.unflatten(1, (k.shape[1], -1))
+    scores = cap_scores(queries @ k[:, :, None].transpose(-1, -2) * scale, cap) + mask
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    probs = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
+    return (probs @ v[:, :, None]).flatten(1, 2)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int) -> Tensor:
@@ -101,13 +129,20 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: flo
     return out.flatten(1)
 
 
+def make_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Masked scores of folded queries (B*N, M, d) and keys (B*N, S, d), (B*N, M, S)."""
+    if cap:
+        return cap_scores(torch.bmm(q, k.transpose(1, 2)) * scale, cap) + mask
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+
+
 class _FoldedAttention(torch.autograd.Function):
     """Rotation and attention as one node, backward by hand. One gather brings the heads of all documents into padded
     blocks, one gather brings the results back (`Layout.fold`). Sums and softmax run in fp32 inside the kernels; scores
     and probabilities are stored in the compute dtype."""
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, layout, num_kv_heads, scale, window):
+    def forward(ctx, qkv, cos, sin, layout, num_kv_heads, scale, window, cap):
         tokens, all_heads, width = qkv.shape
         groups = all_heads // num_kv_heads - 2
         whole, queries = layout.fold(num_kv_heads, groups)
@@ -118,12 +153,18 @@ class _FoldedAttention(torch.autograd.Function):
         for size, block in _split_blocks(blocks, layout, num_kv_heads, groups):
             rotate_(block.turned, cos_Pd[:size], sin_Pd[:size])
             mask = make_mask(size, window, qkv.dtype, qkv.device).repeat(groups, 1)
-            scores = torch.baddbmm(mask, block.q, block.k.transpose(1, 2), alpha=scale)
+            scores = make_scores(block.q, block.k, mask, scale, cap)
             all_probs.append(torch.softmax(scores, -1))
             torch.bmm(all_probs[-1], block.v, out=mixed[block.queries].view_as(block.q))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(blocks, cos_Pd, sin_Pd, *all_probs)
-        ctx.layout, ctx.num_kv_heads, ctx.scale, ctx.shape = layout, num_kv_heads, scale, qkv.shape
+        ctx.layout, ctx.num_kv_heads, ctx.scale, ctx.cap, ctx.shape = (
+            layout,
+            num_kv_heads,
+            scale,
+            cap,
+            qkv.shape,
+        )
         return mixed.index_select(0, queries.back).view(tokens, -1)
 
     @staticmethod
@@ -146,6 +187,10 @@ class _FoldedAttention(torch.autograd.Function):
             torch.bmm(probs.transpose(1, 2), grad_out, out=into.v)
             grad_probs = torch.bmm(grad_out, block.v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            if ctx.cap:
+                # d cap * tanh(s / cap) / d s = 1 - tanh^2
+                raw = torch.bmm(block.q, block.k.transpose(1, 2)).mul_(ctx.scale / ctx.cap)
+                grad_scores = grad_scores * raw.tanh_().square_().neg_().add_(1)
             torch.bmm(grad_scores, block.k, out=into.q)
             torch.bmm(grad_scores.transpose(1, 2), block.q, out=into.k)
             rotate_(into.turned.mul_(ctx.scale), cos_Pd[:size], sin_Pd[:size], inverse=True)
@@ -153,7 +198,7 @@ class _FoldedAttention(torch.autograd.Function):
         if len(whole.copies):
             copies = grads.index_select(0, whole.copies.flatten()).view(*whole.copies.shape, -1)
             grad_qkv[: whole.copies.shape[1]] += copies.sum(0, dtype=torch.float32)
-        return grad_qkv.view(ctx.shape), None, None, None, None, None, None
+        return grad_qkv.view(ctx.shape), *[None] * 7
 
 
 class _Block(NamedTuple):

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.models.attention import FOLDED_MAX, fold_heads, make_mask, unfold_heads
+from tunesmith.models.attention import (
+    FOLDED_MAX,
+    cap_scores,
+    fold_heads,
+    make_mask,
+    make_scores,
+    unfold_heads,
+)
 from tunesmith.models.layout import Layout, make_layout, pad_length
 
 if TYPE_CHECKING:
@@ -125,7 +132,15 @@ class LayerCache:
     prefix: tuple[Tensor, Tensor] | None = None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, view: CacheView, *, scale: float, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        view: CacheView,
+        *,
+        scale: float,
+        window: int,
+        cap: float = 0.0,
     ) -> Tensor:
         """Store k and v (T, N, d), attend q (T, H, d) over what its sequence has. Returns (T, H * d).
 
@@ -134,11 +149,11 @@ class LayerCache:
         if isinstance(view, dict):  # layers of one model with different windows
             view = view[window]
         if isinstance(view, StepView):
-            return self._attend_step(q, k, v, view, scale)
-        return self._attend_prompt(q, k, v, view.layout, scale, window)
+            return self._attend_step(q, k, v, view, scale, cap)
+        return self._attend_prompt(q, k, v, view.layout, scale, window, cap)
 
     def _attend_prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int, cap: float
     ) -> Tensor:
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         stream, kv = torch.cat((q, k, v), 1), k.shape[1]
@@ -149,19 +164,21 @@ class LayerCache:
             group.store[1, self.layer, :count] = vf.view(count, kv, size, -1)
             q_split, k_split, v_split = (x.view(count, kv, -1, x.shape[-1]) for x in (qf, kf, vf))
             rows = [
-                self._attend_documents(q_split[span], k_split[span], v_split[span], scale, window)
+                self._attend_documents(q_split[span], k_split[span], v_split[span], scale, window, cap)
                 for span in _split_powers(count)
             ]
             unfolded = unfold_heads(torch.cat(rows), bucket, kv)
             out.index_copy_(0, bucket.flat_n, unfolded.index_select(0, bucket.inside_n))
         return out
 
-    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    def _attend_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, cap: float
+    ) -> Tensor:
         """q: (n, N, G * S, d), k and v: (n, N, S, d). Returns (n * N, G * S, d)."""
         count, kv, size, width = k.shape
-        if self.prefix is not None or size <= FOLDED_MAX[q.dtype]:
+        if cap or self.prefix is not None or size <= FOLDED_MAX[q.dtype]:
             queries = q.reshape(count * kv, -1, size, width)
-            return self._attend_folded(queries, k.flatten(0, 1), v.flatten(0, 1), count, scale, window)
+            return self._attend_folded(queries, k.flatten(0, 1), v.flatten(0, 1), count, scale, window, cap)
         mask = make_mask(size, window, q.dtype, q.device) if 0 < window < size else None
         return F.scaled_dot_product_attention(
             q.reshape(count, -1, size, width),
@@ -174,7 +191,7 @@ class LayerCache:
         ).reshape(count * kv, -1, width)
 
     def _attend_folded(
-        self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int
+        self, q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, window: int, cap: float
     ) -> Tensor:
         """q: (n * N, G, S, d), k and v: (n * N, S, d). Blocks of queries see only the keys up to their own end, which
         saves almost half of the work on long prompts. Returns (n * N, G * S, d)."""
@@ -185,12 +202,14 @@ class LayerCache:
             last = min(first + _QUERY_BLOCK, size)
             query = q[:, :, first:last].flatten(1, 2)
             ahead = mask[first:last, :last].repeat(q.shape[1], 1)
-            scores = torch.baddbmm(ahead, query, k[:, :last].transpose(1, 2), alpha=scale)
-            mixed = self._mix(query.view(count, -1, query.shape[1], width), scores, v[:, :last], scale)
+            scores = make_scores(query, k[:, :last], ahead, scale, cap)
+            mixed = self._mix(query.view(count, -1, query.shape[1], width), scores, v[:, :last], scale, cap)
             pieces.append(mixed.view(len(q), -1, last - first, width))
         return torch.cat(pieces, 2).flatten(1, 2)
 
-    def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, view: StepView, scale: float) -> Tensor:
+    def _attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, view: StepView, scale: float, cap: float
+    ) -> Tensor:
         kv, width, at = k.shape[1], k.shape[2], 0
         queries = q.view(len(q), kv, -1, width)
         out = q.new_zeros(queries.shape)
@@ -203,13 +222,14 @@ class LayerCache:
             # The rows that fill up a group borrow the queries of the next one, or of what fills up the stream.
             query = queries[at : at + rows]
             scores = torch.bmm(query.flatten(0, 1), store[0].flatten(0, 1).transpose(1, 2)).mul_(scale)
+            scores = cap_scores(scores, cap)
             scores.view(rows, -1, size).masked_fill_(hidden, float("-inf"))
-            mixed = self._mix(query, scores, store[1].flatten(0, 1), scale)
+            mixed = self._mix(query, scores, store[1].flatten(0, 1), scale, cap)
             out[at : at + used] = mixed.view(rows, kv, -1, width)[:used]
             at += used
         return out.view(len(q), -1)
 
-    def _mix(self, query: Tensor, scores: Tensor, own_v: Tensor, scale: float) -> Tensor:
+    def _mix(self, query: Tensor, scores: Tensor, own_v: Tensor, scale: float, cap: float) -> Tensor:
         """Softmax over the shared prefix and the own keys together; values mixed. query: (n, N, M, d),
         scores of the own keys: (n * N, M, size). Returns (n * N, M, d)."""
         if self.prefix is None:
@@ -218,7 +238,7 @@ class LayerCache:
         prefix_k, prefix_v = self.prefix
         shared = prefix_k.shape[1]
         by_head = query.transpose(0, 1).reshape(kv, count * rows, width)
-        early = torch.bmm(by_head, prefix_k.transpose(1, 2)).mul_(scale)
+        early = cap_scores(torch.bmm(by_head, prefix_k.transpose(1, 2)).mul_(scale), cap)
         early = early.view(kv, count, rows, shared).transpose(0, 1).reshape(count * kv, rows, shared)
         probs = torch.softmax(torch.cat((early, scores), -1), -1)
         late = torch.bmm(probs[..., shared:], own_v)

@@ -1,6 +1,7 @@
-"""Our own decoder for the dense families (Llama, Mistral, Qwen2, Qwen3): merged QKV and gate/up, packed documents.
+"""Our own decoder for the dense families of families.py: merged QKV and gate/up, packed documents.
 
-A block reads tensors and shapes only: no layer number, no cache object, nothing that would make a compiler start again.
+What families differ in is in their `DecoderConfig`, as numbers and tables. A block reads tensors and shapes only: no
+layer number, no cache object, nothing that would make a compiler start again.
 
 T: flat tokens  K: kept tokens  D: width  H: query heads  N: key/value heads  d: head width  F: feed-forward width
 """
@@ -13,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.attention import attend
+from tunesmith.models.attention import attend, cap_scores
 from tunesmith.models.cache import CacheView, LayerCache, Session, SharedPrefix
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.config import DecoderConfig
 from tunesmith.models.elementwise import (
-    gate_silu,
+    gate,
     make_inverse_frequencies,
     make_rotation,
     norm_rms,
@@ -31,14 +32,24 @@ from tunesmith.models.projection import MasterCast, Projection
 class Norm(nn.Module):
     """RMSNorm with its checkpoint name."""
 
-    def __init__(self, name: str, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype,
+        storage: torch.dtype,
+    ) -> None:
         super().__init__()
-        self.name, self.eps, self.dtype = name, eps, dtype
+        self.name, self.eps, self.offset = name, config.norm_eps, config.norm_offset
+        self.dtype = dtype
+        weight = tensors[f"{name}.weight"].to(storage, copy=True)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._cast = MasterCast()
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_rms(x, self._cast.of(self.weight, self.dtype), self.eps)
+        return norm_rms(x, self._cast.of(self.weight, self.dtype), self.eps, self.offset)
 
 
 class Block(nn.Module):
@@ -54,7 +65,8 @@ class Block(nn.Module):
         super().__init__()
         at = f"model.layers.{layer}."
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.scale, self.window = config.rotary_scale, config.windows[layer]
+        self.scale, self.cap, self.window = config.score_scale, config.score_cap, config.windows[layer]
+        self.gate = config.gate
 
         def project(*names: str, bias: bool) -> Projection:
             full = [at + name for name in names]
@@ -69,15 +81,20 @@ class Block(nn.Module):
             )
 
         def norm(name: str) -> Norm:
-            return Norm(
-                at + name, tensors[f"{at}{name}.weight"].to(storage, copy=True), config.norm_eps, dtype
-            )
+            return Norm(at + name, tensors, config, dtype=dtype, storage=storage)
 
-        self.qkv = project("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
+        qkv = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
+        gate_up = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+        self.qkv = project(*(f"self_attn.{name}" for name in qkv), bias=config.qkv_bias)
         self.out = project("self_attn.o_proj", bias=config.o_bias)
-        self.gate_up = project("mlp.gate_proj", "mlp.up_proj", bias=config.mlp_bias)
+        self.gate_up = project(*(f"mlp.{name}" for name in gate_up), bias=config.mlp_bias)
         self.down = project("mlp.down_proj", bias=config.mlp_bias)
-        self.norm_in, self.norm_mlp = norm("input_layernorm"), norm("post_attention_layernorm")
+        # With post-norms, `post_attention_layernorm` is what its name says; without, it is the second half's first.
+        post = config.post_norms
+        self.norm_in = norm("input_layernorm")
+        self.norm_out = norm("post_attention_layernorm") if post else None
+        self.norm_mlp = norm("pre_feedforward_layernorm" if post else "post_attention_layernorm")
+        self.norm_down = norm("post_feedforward_layernorm") if post else None
         self.norm_q = norm("self_attn.q_norm") if config.qk_norm else None
         self.norm_k = norm("self_attn.k_norm") if config.qk_norm else None
 
@@ -90,6 +107,7 @@ class Block(nn.Module):
             num_kv_heads=self.num_kv_heads,
             scale=self.scale,
             window=self.window,
+            cap=self.cap,
         )
         if keep_K is not None:
             attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
@@ -109,6 +127,7 @@ class Block(nn.Module):
             view,
             scale=self.scale,
             window=self.window,
+            cap=self.cap,
         )
         if keep_K is not None:
             attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
@@ -123,8 +142,10 @@ class Block(nn.Module):
         return torch.cat((self.norm_q(q), self.norm_k(k), v), 1)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended)
-        return x + self.down(gate_silu(self.gate_up(self.norm_mlp(x))))
+        added = self.out(attended)
+        x = x + (added if self.norm_out is None else self.norm_out(added))
+        added = self.down(gate(self.gate_up(self.norm_mlp(x)), self.gate))
+        return x + (added if self.norm_down is None else self.norm_down(added))
 
 
 class Decoder(CausalLM):
@@ -153,26 +174,26 @@ class Decoder(CausalLM):
                 for layer in range(config.num_layers)
             ]
         )
-        self.norm = Norm(
-            "model.norm", tensors["model.norm.weight"].to(storage, copy=True), config.norm_eps, dtype
-        )
+        self.norm = Norm("model.norm", tensors, config, dtype=dtype, storage=storage)
         self.untied_head = (
             None
             if config.tied
             else TokenTable("lm_head", tensors["lm_head.weight"].to(storage, copy=True), dtype=dtype)
         )
-        self.register_buffer(
-            "inverse", make_inverse_frequencies(config.rope, config.head_dim), persistent=False
-        )
+        ropes = list(dict.fromkeys(config.ropes))
+        self.rope_of = [ropes.index(rope) for rope in config.ropes]
+        inverse = torch.stack([make_inverse_frequencies(rope, config.head_dim) for rope in ropes])
+        self.register_buffer("inverse", inverse, persistent=False)
         self.inverse: Tensor
+        # Rounded as the embeddings are, or a bf16 model would not be the one that was trained.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._prefix: tuple[tuple[int, ...], SharedPrefix] | None = None
 
     def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
-        x = self.embedding.look_up(ids_T)
-        cos, sin = make_rotation(self.inverse, layout.positions_T, self.dtype)
+        x, rotations = self._begin(ids_T, layout.positions_T)
         last = len(self.layers) - 1
-        for number, block in enumerate(self.layers):
-            x = block(x, cos, sin, layout, keep_K if number == last else None)
+        for number, (block, rope) in enumerate(zip(self.layers, self.rope_of, strict=True)):
+            x = block(x, *rotations[rope], layout, keep_K if number == last else None)
         return self.norm(x)
 
     def step(
@@ -183,13 +204,26 @@ class Decoder(CausalLM):
         view: CacheView,
         keep_K: Tensor | None = None,
     ) -> Tensor:
-        x = self.embedding.look_up(ids_T)
-        cos, sin = make_rotation(self.inverse, positions_T, self.dtype)
+        x, rotations = self._begin(ids_T, positions_T)
         last = len(self.layers) - 1
-        for number, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        for number, (block, cache, rope) in enumerate(zip(self.layers, caches, self.rope_of, strict=True)):
             assert isinstance(block, Block)
-            x = block.step(x, cos, sin, cache, view, keep_K if number == last else None)
+            x = block.step(x, *rotations[rope], cache, view, keep_K if number == last else None)
         return self.norm(x)
+
+    def _begin(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Embeddings, and (cos, sin) of each of the model's rotary embeddings."""
+        x = self.embedding.look_up(ids_T)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        return x, [make_rotation(inverse, positions_T, self.dtype) for inverse in self.inverse]
+
+    @property
+    def has_plain_head(self) -> bool:
+        return not self.config.logit_cap
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return cap_scores(super().head(hidden), self.config.logit_cap)
 
     def open_session(self, prompts: Sequence[Sequence[int]], *, prefix: Sequence[int] = ()) -> Session:
         if not prefix:

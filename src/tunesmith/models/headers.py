@@ -265,22 +265,22 @@ def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (config.vocab_size, d),
         "model.norm.weight": (d,),
     }
-    linears = {
-        "self_attn.q_proj": (q, d, config.qkv_bias),
-        "self_attn.k_proj": (kv, d, config.qkv_bias),
-        "self_attn.v_proj": (kv, d, config.qkv_bias),
-        "self_attn.o_proj": (d, q, config.o_bias),
-        "mlp.gate_proj": (ff, d, config.mlp_bias),
-        "mlp.up_proj": (ff, d, config.mlp_bias),
-        "mlp.down_proj": (d, ff, config.mlp_bias),
-    }
+    qkv = {"qkv": q + 2 * kv} if config.fused else {"q": q, "k": kv, "v": kv}
+    gate_up = {"gate_up": 2 * ff} if config.fused else {"gate": ff, "up": ff}
+    linears = {f"self_attn.{name}_proj": (rows, d, config.qkv_bias) for name, rows in qkv.items()}
+    linears["self_attn.o_proj"] = (d, q, config.o_bias)
+    linears |= {f"mlp.{name}_proj": (rows, d, config.mlp_bias) for name, rows in gate_up.items()}
+    linears["mlp.down_proj"] = (d, ff, config.mlp_bias)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for layer in range(config.num_layers):
         at = f"model.layers.{layer}."
         for name, (rows, columns, bias) in linears.items():
             shapes[f"{at}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{at}{name}.bias"] = (rows,)
-        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
+        shapes |= {f"{at}{name}.weight": (d,) for name in norms}
         if config.qk_norm:
             shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (
                 config.head_dim,
