@@ -168,3 +168,23 @@ def test_a_real_model_answers_held_out_rows_and_is_measured(shared: Path, tmp_pa
     assert {"nll", "perplexity", "exact_match", "token_f1"} <= record.metrics.keys()
     answers = [row["answer"] for _, row in read_jsonl(tmp_path / "out" / "answers.jsonl")]
     assert all(isinstance(answer, str) for answer in answers)
+
+
+def test_rows_beyond_the_context_are_told_before_training_and_when_scored(
+    shared: Path, tmp_path: Path
+) -> None:
+    model = shared / "models" / "stories260k"
+    rows = _read(shared / "sft" / "sgd_chat_1500.jsonl")[:6]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(source), "template": "chatml", "split": {"validation": 0.0, "test": 0.0}}
+    for limit, told in ((8192, True), (512, False)):
+        job = {"model": str(model), "data": {**data, "max_tokens": limit, "too_long": "truncate"}}
+        warnings = tunesmith.check(job).warnings
+        assert (
+            any("beyond the model's context (512); set data.max_tokens to 512" in w for w in warnings) is told
+        )
+    scored = tunesmith.evaluate(model, data=source, template="chatml", generate=False)
+    assert any(
+        w.startswith("6 of 6 scored rows are longer than the model's context") for w in scored.warnings
+    )

@@ -15,7 +15,7 @@ from tunesmith.core.records import AnswerRecord, EvalRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared, prepare_data
 from tunesmith.data.render import Renderer
-from tunesmith.eval.doubts import find_doubts
+from tunesmith.eval.doubts import doubt_lengths, find_doubts
 from tunesmith.eval.forgetting import Forgetting, read_general_text
 from tunesmith.eval.judge import judge
 from tunesmith.job.spec import EvaluateSpec, Job
@@ -194,6 +194,11 @@ def test_an_easy_perplexity_is_doubted_on_prose_but_not_on_json():
     assert doubts[0].startswith("perplexity 1.22 on prose")
     json_rows = [make_answer('{"a": "the quick brown fox jumps over the lazy dog"}')]
     assert find_doubts(json_rows, {"nll": 0.2}, vocab_size=1000, max_new_tokens=8) == []
+
+
+def test_rows_beyond_the_context_are_doubted():
+    assert doubt_lengths([512, 3], max_positions=512) == []
+    assert doubt_lengths([513, 512], max_positions=512)[0].startswith("1 of 2 scored rows are longer")
 
 
 def test_one_cut_answer_in_a_hundred_is_no_cause_for_doubt():

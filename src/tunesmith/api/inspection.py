@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.api.opening import open_base
+from tunesmith.api.opening import note_long_rows, open_base
 from tunesmith.api.training import load_job_tokenizer
 from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
@@ -28,8 +28,10 @@ def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"]
     job = job if isinstance(job, Job) else job_from(job)
     if job.compare.arms != CompareSpec().arms:
         plan_arms(job)
-    tokenizer = load_job_tokenizer(job, open_base(job).folder)
-    return check_data(job, tokenizer=tokenizer, on_bad_row=on_bad_row)
+    base = open_base(job)
+    report = check_data(job, tokenizer=load_job_tokenizer(job, base.folder), on_bad_row=on_bad_row)
+    note_long_rows(report, job, base)
+    return report
 
 
 def preview(

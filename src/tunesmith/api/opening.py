@@ -9,8 +9,10 @@ from typing import Literal
 
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.models.config import load_config
 from tunesmith.models.headers import check_adapter, check_model
 
 
@@ -21,6 +23,19 @@ def open_base(job: Job) -> ResolvedModel:
     if isinstance(job.method_spec, LoraSpec) and job.method_spec.adapter:
         check_adapter(Path(job.method_spec.adapter), config)
     return base
+
+
+def note_long_rows(report: CheckReport, job: Job, base: ResolvedModel) -> None:
+    """Add a finding for each split with rows beyond the model's context that `data.max_tokens` lets through."""
+    context, limit = load_config(base.folder).max_positions, job.data.max_tokens
+    for name, split in report.splits.items():
+        longest = min(split.length_percentiles.get("100", 0), limit)
+        if longest > context:
+            message = (
+                f"{name}: rows of up to {longest} tokens go beyond the model's context ({context}); "
+                f"set data.max_tokens to {context}"
+            )
+            report.findings.append(Finding("warning", "longer_than_context", message, split=name))
 
 
 @contextmanager

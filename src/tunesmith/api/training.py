@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.api.opening import open_base, open_run
+from tunesmith.api.opening import note_long_rows, open_base, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.errors import DataError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
@@ -144,6 +144,7 @@ def prepare(
     on_event(Event("stage", text="Preparing data"))
     tokenizer = load_job_tokenizer(job, base.folder)
     prepared = prepare_data(job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row)
+    note_long_rows(prepared.report, job, base)
     for finding in prepared.report.findings:
         if finding.level == "error":
             raise DataError("data", finding.message, cure="See it with: tunesmith check")

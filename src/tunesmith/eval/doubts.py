@@ -39,6 +39,16 @@ def find_doubts(
     return doubts
 
 
+def doubt_lengths(lengths: Sequence[int], *, max_positions: int) -> list[str]:
+    """A warning if scored rows, of so many tokens, go beyond the model's context."""
+    if not (long := sum(length > max_positions for length in lengths)):
+        return []
+    return [
+        f"{long} of {len(lengths)} scored rows are longer than the model's context ({max_positions} tokens): what lies "
+        "beyond it counts in nll, at places the model has not learned"
+    ]
+
+
 def is_prose(answers: Sequence[AnswerRecord]) -> bool:
     """Whether the true answers are running text: not JSON, and eight words or more on average."""
     if not answers or any(parse_answer(answer.truth) is not NOT_JSON for answer in answers):

@@ -19,7 +19,7 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import Renderer
 from tunesmith.eval import cases as steps
-from tunesmith.eval.doubts import find_doubts
+from tunesmith.eval.doubts import doubt_lengths, find_doubts
 from tunesmith.eval.forgetting import Forgetting
 from tunesmith.eval.metrics import METRICS
 from tunesmith.eval.prompting import PromptingKind
@@ -98,6 +98,8 @@ def _score(
         seed=seed,
         max_prompt_tokens=model.config.max_positions - reserved,
     )
+    lengths = [len(row.ids) for case in cases for row in case.scored]
+    warnings += doubt_lengths(lengths, max_positions=model.config.max_positions)
     if any(METRICS[name].generates for name in names):
         steps.score_and_answer_cases(model, renderer, cases, spec=spec, count=tell.count)
     else:
