@@ -44,27 +44,37 @@ def tunesmith(*arguments: str, cwd: Path, device: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("method", "precision"), [("{name: lora, rank: 4}", "fp32"), ("qlora", "auto")])
-def test_training_and_scoring_end_to_end(tmp_path: Path, device: str, method: str, precision: str) -> None:
-    (tmp_path / "job.yaml").write_text(JOB.format(method=method, precision=precision))
-    tunesmith("train", "job.yaml", "--out", "run", cwd=tmp_path, device=device)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+def train(method: str, precision: str, *, folder: Path, device: str) -> Path:
+    """Four steps as a process; the record is checked, the run's folder returned."""
+    (folder / "job.yaml").write_text(JOB.format(method=method, precision=precision))
+    printed = tunesmith("train", "job.yaml", "--out", "run", cwd=folder, device=device)
+    record = json.loads((folder / "run" / "run.json").read_text())
+    assert printed == record
     assert record["status"] == "done"
     assert ("gpu" in record["hardware"]) is (device == "cuda")
-    # So few steps are of rows too different for their losses to be compared: tests/training/test_devices.py learns.
-    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert all(0 < step["loss"] < 8 and step["grad_norm"] > 0 for step in steps)
     assert record["peak_bytes"] > 1 << 20
+    # So few steps are of rows too different for their losses to be compared; tests/training/test_devices.py learns.
+    steps = [json.loads(line) for line in (folder / "run" / "steps.jsonl").read_text().splitlines()]
+    assert all(0 < step["loss"] < 8 and step["grad_norm"] > 0 for step in steps)
+    return folder / "run"
 
-    rows = ("eval", "run", "--data", "tunesmith/tickets", "--max-rows", "6")
+
+def test_training_and_scoring_end_to_end(tmp_path: Path, device: str) -> None:
+    train("{name: lora, rank: 4}", "fp32", folder=tmp_path, device=device)
+    rows = ("eval", "run", "--data", "tunesmith/tickets", "--max-rows", "3")
     found = tunesmith(*rows, cwd=tmp_path, device=device)
-    assert found["num_rows"] == 6
+    assert found["num_rows"] == 3
     expected = found if device == "cpu" else tunesmith(*rows, cwd=tmp_path, device="cpu")
     assert found["nll"] == pytest.approx(expected["nll"], rel=TOLERANCE)
     assert found["num_target_tokens"] == expected["num_target_tokens"]
 
 
-def test_full_fine_tuning_in_the_machines_own_precision(tmp_path: Path, device: str) -> None:
-    (tmp_path / "job.yaml").write_text(JOB.format(method="full", precision="auto"))
-    tunesmith("train", "job.yaml", "--out", "run", cwd=tmp_path, device=device)
-    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_size > 1 << 20
+@pytest.mark.parametrize(
+    ("method", "result"),
+    [("qlora", "adapter/adapter_model.safetensors"), ("full", "model/model.safetensors")],
+)
+def test_training_in_the_machines_own_precision(
+    tmp_path: Path, device: str, method: str, result: str
+) -> None:
+    run = train(method, "auto", folder=tmp_path, device=device)
+    assert (run / result).stat().st_size > 1 << 20
