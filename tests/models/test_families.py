@@ -357,4 +357,6 @@ def test_published_configs_are_read_as_transformers_reads_them(folders: Any) -> 
     assert parse_config(raw, place="c").windows == (WINDOW, WINDOW, 0, WINDOW, WINDOW, 0, WINDOW)
     raw = json.loads((folders("smollm3")[0] / "config.json").read_text())
     del raw["no_rope_layers"]
+    raw["pretraining_tp"] = 2  # how it was trained; transformers does not read it
+    assert parse_config(raw, place="c").own
     assert [rope.kind for rope in parse_config(raw, place="c").ropes] == ["default"] * 3 + ["none"]

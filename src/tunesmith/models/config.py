@@ -228,8 +228,6 @@ def _why_not_own(raw: Mapping[str, Any], model_type: str, family: Family) -> str
         return "attn_logit_softcapping"
     if raw.get("use_bidirectional_attention"):
         return "use_bidirectional_attention"
-    if raw.get("pretraining_tp", 1) not in (None, 1):
-        return "pretraining_tp"
     return ""
 
 
