@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.main import app
 from tunesmith.cli.progress import _Bars, watch
-from tunesmith.cli.show import print_comparison, print_previews
+from tunesmith.cli.show import print_check, print_comparison, print_previews
 from tunesmith.core.events import Event
+from tunesmith.data.checks import CheckReport, Overlap, SplitFacts
 from tunesmith.data.preview import RowPreview, Segment
 
 TEXT = "rows.jsonl:100: [INST] and tunesmith[hub], \\[/bold]"
@@ -90,3 +91,21 @@ def test_the_table_fits_without_cutting_a_cell(
     assert table.count("inconclusive") == sum(
         cell.text == "inconclusive" for row in comparison.table.rows for cell in row
     )
+
+
+def test_what_check_finds_in_three_splits_is_a_line_each_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = ("train", "validation", "test")
+    facts = {
+        name: SplitFacts(
+            num_tokens=12_345_678, length_percentiles={"5": 12, "50": 345, "95": 1024, "100": 4096}
+        )
+        for name in splits
+    }
+    monkeypatch.setenv("COLUMNS", "80")
+    print_check(CheckReport(splits=facts, overlap={name: Overlap() for name in splits[1:]}))
+    shown = capsys.readouterr().out
+    assert shown.count("1024 / 4096") == 3
+    for line in ("whose stop token is not trained ", "also in train: near duplicates "):
+        assert line in shown
