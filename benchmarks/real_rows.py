@@ -49,8 +49,8 @@ def make_job(model: Path, rows: Path) -> dict[str, Any]:
             # The rates that `auto` knows are for wider models: on this one the search ended at its upper edge.
             "arms": [
                 "zero-shot",
-                {"method": {"name": "lora", "rank": 16}, "learning_rate": 0.02},
-                {"method": "full", "learning_rate": 0.002},
+                {"name": "lora", "method": {"name": "lora", "rank": 16}, "learning_rate": 0.02},
+                {"name": "full", "method": "full", "learning_rate": 0.006},
             ],
             "seeds": SEEDS,
             "metric": "nll",
