@@ -66,7 +66,7 @@ def test_in_sixteen_bits_a_batch_moves_hidden_states_by_rounding_only(
                 pairs, (single.prefill(), single.step(torch.tensor([slot], device=device))), strict=True
             ):
                 assert relative_error(together[slot], expected[slot]) < 0.05
-                assert relative_error(alone[0], together[slot]) < 0.02
+                assert relative_error(alone[0], together[slot]) < 0.05
 
 
 def test_a_shared_prefix_changes_no_answer_on_each_device(hf_folders: Any, device: str) -> None:

@@ -117,8 +117,8 @@ def test_steps_in_fp32_equal_the_cpus(folder: Path, device: str, method: str, bu
         assert found.num_target_tokens == expected.num_target_tokens
     weights = read_weights(there)
     assert all(p.device.type == device for _, p in there.model.named_trainable())
-    # Adam divides by a gradient's own size: where that is nothing but rounding, a weight moves by up to the rate.
-    assert_close(weights, read_weights(here), rtol=1e-3, atol=1e-3)
+    # Adam divides by a gradient's own size: where that is nothing but rounding, a weight may go either way.
+    assert_close(weights, read_weights(here), rtol=1e-3, atol=3e-3)
     moved = torch.cat([(weights[n] - w).abs().flatten() for n, w in read_weights(here).items()])
     assert float(moved.mean()) < 2e-5
 
