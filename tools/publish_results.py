@@ -5,6 +5,11 @@
 
 Writes benchmarks/results/demo.json (the public JSON with hardware, versions, commit, seeds) and the text between the
 `results: begin` and `results: end` marks of README.md and docs/which-method.md.
+
+    .venv/bin/tunesmith demo --out rates-run --set compare.tune.trials=3 --set 'compare.seeds=[0]'
+    .venv/bin/python tools/publish_results.py --rates rates-run
+
+Writes benchmarks/results/demo_rates.json: the validation loss of every learning rate tried for every trained arm.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from pathlib import Path
 
 from tunesmith.api import comparison_json, report, report_markdown
 from tunesmith.core.fingerprint import describe_hardware, describe_versions
-from tunesmith.core.jsonl import write_json
+from tunesmith.core.jsonl import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/which-method.md")
@@ -39,7 +44,20 @@ def publish(run: Path) -> None:
         page.write_text(after, encoding="utf-8")
 
 
+def publish_rates(run: Path) -> None:
+    trials: dict[str, list[dict[str, float]]] = {}
+    for path in sorted((run / "arms").glob("*/trials/*/run.json")):
+        record = read_json(path)
+        point = {key: record[key] for key in ("learning_rate", "validation_loss", "seed")}
+        trials.setdefault(path.parents[2].name, []).append(point)
+    record = read_json(run / "comparison.json")["record"]
+    write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", {"trials": trials, "record": record})
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: publish_results.py RUN")
-    publish(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        publish(Path(sys.argv[1]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "--rates":
+        publish_rates(Path(sys.argv[2]))
+    else:
+        sys.exit("usage: publish_results.py [--rates] RUN")
