@@ -58,7 +58,7 @@ CONNECTIVES = (
     "moreover, ",
 )
 ISSUE_COUNTS = (0.55, 0.33, 0.12)  # how often a message tells of one, two or three troubles
-ROWS = {"train": 3120, "validation": 240, "test": 300}
+ROWS = {"train": 2880, "validation": 240, "test": 300}
 
 Family = dict[str, Any]
 T = TypeVar("T")
