@@ -27,11 +27,14 @@ PAGES = ("README.md", "docs/which-method.md")
 _MARKS = re.compile(r"(<!-- results: begin[^>]*-->\n).*?(<!-- results: end -->)", re.DOTALL)
 
 
+def describe_origin(command: str) -> dict[str, object]:
+    return {"command": command, "versions": describe_versions(), "hardware": describe_hardware()}
+
+
 def publish(run: Path) -> None:
     comparison = report(run)
     public = comparison_json(comparison, run) | {"report": None}
-    origin = {"command": "tunesmith demo", "versions": describe_versions(), "hardware": describe_hardware()}
-    write_json(ROOT / "benchmarks" / "results" / "demo.json", public | origin)
+    write_json(ROOT / "benchmarks" / "results" / "demo.json", public | describe_origin("tunesmith demo"))
     text = report_markdown(comparison).strip() + "\n"
     for name in PAGES:
         page = ROOT / name
@@ -50,8 +53,8 @@ def publish_rates(run: Path) -> None:
         record = read_json(path)
         point = {key: record[key] for key in ("learning_rate", "validation_loss", "seed")}
         trials.setdefault(path.parents[2].name, []).append(point)
-    record = read_json(run / "comparison.json")["record"]
-    write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", {"trials": trials, "record": record})
+    origin = describe_origin("tunesmith demo --set compare.tune.trials=3 --set 'compare.seeds=[0]'")
+    write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", {"trials": trials} | origin)
 
 
 if __name__ == "__main__":
