@@ -27,14 +27,11 @@ PAGES = ("README.md", "docs/which-method.md")
 _MARKS = re.compile(r"(<!-- results: begin[^>]*-->\n).*?(<!-- results: end -->)", re.DOTALL)
 
 
-def describe_origin(command: str) -> dict[str, object]:
-    return {"command": command, "versions": describe_versions(), "hardware": describe_hardware()}
-
-
 def publish(run: Path) -> None:
     comparison = report(run)
     public = comparison_json(comparison, run) | {"report": None}
-    write_json(ROOT / "benchmarks" / "results" / "demo.json", public | describe_origin("tunesmith demo"))
+    origin = {"command": "tunesmith demo", "versions": describe_versions(), "hardware": describe_hardware()}
+    write_json(ROOT / "benchmarks" / "results" / "demo.json", public | origin)
     text = report_markdown(comparison).strip() + "\n"
     for name in PAGES:
         page = ROOT / name
@@ -49,12 +46,15 @@ def publish(run: Path) -> None:
 
 def publish_rates(run: Path) -> None:
     trials: dict[str, list[dict[str, float]]] = {}
+    origin: dict[str, object] = {}
     for path in sorted((run / "arms").glob("*/trials/*/run.json")):
         record = read_json(path)
         point = {key: record[key] for key in ("learning_rate", "validation_loss", "seed")}
         trials.setdefault(path.parents[2].name, []).append(point)
-    origin = describe_origin("tunesmith demo --set compare.tune.trials=3 --set 'compare.seeds=[0]'")
-    write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", {"trials": trials} | origin)
+        origin = {key: record[key] for key in ("versions", "hardware", "train_tokens")}
+    command = "tunesmith demo --set compare.tune.trials=3 --set 'compare.seeds=[0]'"
+    result = {"command": command, "trials": trials} | origin
+    write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", result)
 
 
 if __name__ == "__main__":
