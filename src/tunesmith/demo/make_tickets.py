@@ -1,8 +1,8 @@
 """Make the bundled data set `tunesmith/tickets`: customer messages and the JSON a support desk needs.
 
 Frames come from `ticket_families.toml` (train only) and `ticket_writers.toml`, whose families (kinds of writers) were
-written together and are dealt to the splits by a hash of their names: the sealed test is worded unlike anything in
-train, and differs from it by nothing but chance. What the splits share is the plain core of a trouble ("it is
+written together and are dealt to the splits by a hash of their names: no frame of the sealed test stands in train, and
+nothing but chance chose which writers it got. What the splits share is the plain core of a trouble ("it is
 cracked", in `ticket_cores.toml`). Part of the names and products of validation and test occur in no other split.
 The same seed gives the same bytes on every machine and Python version: only `random.Random.random` is used, whose
 sequence Python guarantees.
