@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,16 +47,21 @@ CODAS = (
 MEANT_KINDS = (("label", 0.7), ("label", 0.35), ("labels", 0.65), ("level", 0.5))  # kind, share of schemas
 
 
+def draw_syllables(draw: random.Random) -> str:
+    """A made-up word, which can only be copied."""
+    start = draw.choice(("", *ONSETS)) + draw.choice(VOWELS)
+    middle = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(draw.choice((0, 1, 1, 2))))
+    return start + middle + draw.choice(CODAS)
+
+
 def draw_name(draw: random.Random) -> str:
-    """A given name: a known one, or one made up of syllables, which can only be copied."""
+    """A given name: a known one, or one made up of known parts or of syllables."""
     style = draw.random()
     if style < 0.4:
         return draw.choice(TABLES["given"])
     if style < 0.6:
         return draw.choice(TABLES["starts"]) + draw.choice(TABLES["ends"])
-    start = draw.choice(("", *ONSETS)) + draw.choice(VOWELS)
-    middle = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(draw.choice((0, 1, 1, 2))))
-    return (start + middle + draw.choice(CODAS)).capitalize()
+    return draw_syllables(draw).capitalize()
 
 
 def draw_place(draw: random.Random) -> str:
@@ -118,23 +124,28 @@ class Stock:
 
 
 def draw_thing(draw: random.Random, stock: Stock) -> str:
-    """A thing by name, mostly adjective and noun or two nouns, sometimes arbitrary words or a made-up first part."""
+    """A thing by name: one or two nouns, mostly with something before them; sometimes arbitrary or made-up words."""
     nouns, adjectives = stock.nouns or stock.words, stock.adjectives or stock.words
-    if (
-        draw.random() < 0.75
-    ):  # mostly real objects: what else is named in a note is then not taken for the thing
-        nouns, adjectives = TABLES["objects"], (adjectives if draw.random() < 0.4 else TABLES["looks"])
-    style = draw.random()
-    if style < 0.15:
+    if draw.random() < 0.12:
         return " ".join(draw.choice(stock.words) for _ in range(draw.choice((1, 2, 2, 3))))
-    if style < 0.35:
-        return draw.choice(nouns)
-    first = draw.choice((adjectives, adjectives, nouns))
-    made_up = draw.random()
-    start = draw_place(draw) if made_up < 0.08 else draw.choice(first)
-    start = start.capitalize() if made_up > 0.9 else start
-    middle = f"{draw.choice(nouns)} " if draw.random() < 0.2 else ""
-    return f"{start} {middle}{draw.choice(nouns)}"
+    # Mostly real objects: what else is named in a note is then not taken for the thing.
+    is_real = draw.random() < 0.7
+    objects = TABLES["objects"] if is_real else nouns
+    thing = draw.choice(objects) if draw.random() < 0.88 else draw_syllables(draw)
+    if draw.random() < 0.4:
+        thing = f"{draw.choice((nouns, objects, stock.words)[draw.randrange(3)])} {thing}"
+    style = draw.random()
+    if style < 0.3:
+        return thing
+    looks = TABLES["looks"] if is_real and draw.random() < 0.5 else draw.choice((adjectives, nouns, stock.words))
+    start = draw.choice(looks)
+    if style > 0.93:
+        start = draw_place(draw)
+    elif style > 0.86:
+        start = draw_syllables(draw)
+    elif style > 0.8:
+        start = f"{start}-{draw.choice(nouns)}"
+    return f"{start.capitalize() if draw.random() < 0.15 else start} {thing}"
 
 
 def draw_number(draw: random.Random) -> int | float:
@@ -214,6 +225,12 @@ def draw_wrappers(draw: random.Random, sentences: list[str]) -> list[str]:
             draw.choice(("{}", f"{piece}, {{}}", f"{piece}: {{}}", f"{piece} {{}}", f"{{}}, {piece}"))
         )
     return wrappers
+
+
+def draw_clause(draw: random.Random, clauses: list[str]) -> str:
+    """One of `clauses`, with one choice of each group of alternatives, such as [rain|hail]."""
+    clause = draw.choice(clauses)
+    return re.sub(r"\[([^]]*)]", lambda group: draw.choice(group[1].split("|")), clause)
 
 
 def draw_fragments(draw: random.Random, stock: Stock) -> list[str]:
@@ -347,7 +364,7 @@ def fill_record(
             else [draw.choice(names)]
         )
         record[one.key] = found if one.kind == "labels" else found[0]
-        said = [draw.choice(one.wrappers).replace("{}", draw.choice(one.labels[name])) for name in found]
+        said = [draw.choice(one.wrappers).replace("{}", draw_clause(draw, one.labels[name])) for name in found]
         clauses[one.key] = said[:1] + [draw.choice(TABLES["joiners"]) + clause for clause in said[1:]]
     fitting = [frame for frame in TABLES["pair_frames"] if frame[0] in written and frame[1] in written]
     if fitting and draw.random() < 0.5:

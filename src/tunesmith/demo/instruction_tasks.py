@@ -22,7 +22,10 @@ Pair = tuple[str, str]
 
 
 def load_concepts() -> dict[str, list[str]]:
-    """Concept -> [its other names, comma-separated, clause, clause, ...], from `task_concepts.toml`."""
+    """Concept -> [its other names, comma-separated, clause, clause, ...], from `task_concepts.toml`.
+
+    A clause may hold groups of alternatives: [rain|hail].
+    """
     return tomllib.loads(Path(__file__).with_name("task_concepts.toml").read_text(encoding="utf-8"))
 
 
@@ -156,7 +159,10 @@ def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
             if many
             else [draw.choice(sorted(labels))]
         )
-        clauses = [draw.choice(wrappers).replace("{}", draw.choice(labels[label])) for label in found]
+        clauses = [
+            draw.choice(wrappers).replace("{}", instruction_records.draw_clause(draw, labels[label]))
+            for label in found
+        ]
         if draw.random() < 0.2:
             clauses.insert(0, draw.choice(stock.sentences)[:120])
         text = ". ".join(clause[0].upper() + clause[1:] for clause in clauses) + "."
@@ -164,6 +170,27 @@ def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
     listed = " " + ", ".join(labels) + "." if draw.random() < 0.5 else ""
     system = draw.choice(("Name the topic.", "Which label fits?", "Classify.", "What is it about?")) + listed
     return turns(draw, system if draw.random() < 0.8 else "", pairs)
+
+
+def match_meanings(draw: random.Random, stock: Stock) -> list[Message]:
+    """Of several short texts, repeat the one that means the same as, or something else than, the others."""
+    is_odd = draw.random() < 0.4
+    ask = "Which one is about something else?" if is_odd else draw.choice(("Which one means the same?", "Match."))
+    pairs = []
+    for _ in range(draw.randint(1, 6)):
+        concept, *others = draw.sample(sorted(stock.concepts), draw.randint(3, 6))
+        if is_odd:
+            others = [concept] * len(others)
+            concept = draw.choice([name for name in stock.concepts if name != concept])
+        clauses = {name: draw.sample(stock.concepts[name][1:], 6) for name in (concept, *others)}
+        shown = [instruction_records.draw_clause(draw, [clauses[name].pop()]) for name in others]
+        answer = instruction_records.draw_clause(draw, [clauses[concept].pop()])
+        shown.insert(draw.randint(0, len(shown)), answer)
+        question = "\n".join(f"- {clause}" for clause in shown)
+        if not is_odd:
+            question = instruction_records.draw_clause(draw, [clauses[concept].pop()]) + "\n" + question
+        pairs.append((question, answer))
+    return turns(draw, ask, pairs)
 
 
 def map_words(draw: random.Random, stock: Stock) -> list[Message]:
@@ -194,12 +221,13 @@ def extract_record(draw: random.Random, stock: Stock) -> list[Message]:
 
 TASKS: tuple[tuple[Callable[[random.Random, Stock], list[Message]], float], ...] = (
     (extract_record, 0.62),
-    (label_clauses, 0.18),
+    (label_clauses, 0.14),
+    (match_meanings, 0.05),
     (copy_text, 0.03),
     (transform_words, 0.04),
     (answer_questions, 0.05),
     (restore_text, 0.02),
-    (map_words, 0.04),
+    (map_words, 0.03),
     (continue_text, 0.02),
 )
 

@@ -1,8 +1,10 @@
 """Pre-train `tunesmith/tiny` on a folder of text and self-made instruction tasks; write an ordinary model folder.
 
     python -m tunesmith.demo.pretrain --text DIR --out DIR --minutes 5
+    torchrun --nproc-per-node 4 -m tunesmith.demo.pretrain --prepared DIR --out DIR --minutes 5
 
-On a GPU this takes minutes; on a CPU use small settings, such as `--rows 2 --steps 20 --workers 1`.
+On a GPU this takes minutes; on a CPU use small settings, such as `--rows 2 --steps 20 --workers 1`. Several GPUs of one
+host each take --rows rows of a step and average their gradients; prepare the texts first, with --prepare-only.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tunesmith.demo import model_folder
@@ -41,6 +44,47 @@ IGNORED, TEXT, PROMPT, ANSWER = range(4)
 WEIGHTS = (0.0, 1.0, 0.1, 2.0)
 MOST_DOCUMENTS = 40  # in a row, on average over a step
 SLOTS_EACH = 3  # steps that a worker makes ahead
+AGREE_EVERY = 10  # steps after which processes agree on the time
+
+
+class Team:
+    """The processes that train together, one per GPU, as torchrun starts them; alone, one of one."""
+
+    def __init__(self) -> None:
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes, in one exchange."""
+        if self.size == 1:
+            return
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def agree(self, value: float) -> float:
+        """The first process's value, for all."""
+        if self.size > 1:
+            shared = torch.tensor([value], dtype=torch.float64)
+            dist.broadcast(shared, 0)
+            value = shared.item()
+        return value
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
 
 
 def draw_text_rows(
@@ -266,7 +310,7 @@ class Run:
 
 def train(arguments: argparse.Namespace) -> None:
     """Tokenizer, model, loop; writes the model folder, `curve.jsonl` and `pretraining.json` under --out."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    team = Team()
     torch.manual_seed(arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     folder = find_prepared(arguments)
@@ -274,7 +318,7 @@ def train(arguments: argparse.Namespace) -> None:
         return
     tokenizer = load_prepared(folder).tokenizer
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
-    model = Decoder(shape).to(device)
+    model = Decoder(shape).to(team.device)
     if arguments.start:
         model.load_state_dict(load_file(arguments.start / "model.safetensors"))
     run = Run(
@@ -285,23 +329,32 @@ def train(arguments: argparse.Namespace) -> None:
         run.load(state)
         print(f"going on after step {run.step:,}", flush=True)
     # Steps after a pause are new ones, drawn with other seeds.
-    feed = Feed(folder, arguments, seed=arguments.seed * 100_003 + run.step)
+    feed = Feed(folder, arguments, seed=(arguments.seed * 100_003 + run.step) * team.size + team.rank)
 
     def save() -> None:
+        if not team.is_first:
+            return
         run.save(state)
         model_folder.write_model_folder(arguments.out / "tiny", model, tokenizer)
         lines = "".join(json.dumps(point) + "\n" for point in run.curve)
         (arguments.out / "curve.jsonl").write_text(lines, encoding="utf-8")
 
     try:
-        run_loop(run, feed, save, arguments, device)
+        run_loop(run, feed, save, arguments, team)
     finally:
         feed.close()
+    team.leave()
+    if team.is_first:
+        write_record(run, arguments, team)
+
+
+def write_record(run: Run, arguments: argparse.Namespace, team: Team) -> None:
+    """What was trained, how and on what, as `pretraining.json`."""
     record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()} | {
-        "steps": run.step, "tokens": run.step * arguments.rows * arguments.row_tokens,
+        "steps": run.step, "tokens": run.step * team.size * arguments.rows * arguments.row_tokens,
         "seconds": round(run.seconds), "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "parameters": sum(p.numel() for p in run.model.parameters()), "devices": team.size,
+        "device": torch.cuda.get_device_name() if team.device.type == "cuda" else "cpu",
     }  # fmt: skip
     del record["text"], record["out"], record["start"], record["prepared"], record["prepare_only"]
     (arguments.out / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -309,12 +362,13 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def run_loop(
-    run: Run, feed: Feed, save: Callable[[], None], arguments: argparse.Namespace, device: torch.device
+    run: Run, feed: Feed, save: Callable[[], None], arguments: argparse.Namespace, team: Team
 ) -> None:
     """Train until the time or step budget is spent, or --pause; saves at every tenth of the budget and at the end."""
+    device, parameters = team.device, list(run.model.parameters())
     forward = torch.compile(run.model) if device.type == "cuda" else run.model
     rates = [optimizer.defaults["lr"] for optimizer in run.optimizers]
-    step_tokens = arguments.rows * arguments.row_tokens
+    step_tokens = team.size * arguments.rows * arguments.row_tokens
     before_call, first = run.seconds, run.step + 1
     started = began = time.perf_counter()
     mark, mark_step = began, run.step
@@ -330,6 +384,7 @@ def run_loop(
             optimizer.param_groups[0]["lr"] = rate * rate_at(progress)
         loss, text_nats, answer_nats = forward(ids, targets, weights, layout)
         loss.backward()
+        team.average_gradients(parameters)
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -340,9 +395,10 @@ def run_loop(
         if run.step < first + 3:  # compilation is not training time
             print(f"step {run.step} after {time.perf_counter() - started:.0f} s", flush=True)
             began = mark = time.perf_counter()
-        run.seconds = before_call + time.perf_counter() - began
+        if run.step < first + 3 or run.step % AGREE_EVERY == 0:
+            run.seconds = team.agree(before_call + time.perf_counter() - began)
         after = run.step / arguments.steps if arguments.steps else run.seconds / 60 / arguments.minutes
-        is_paused = 0 < arguments.pause * 60 < time.perf_counter() - began
+        is_paused = 0 < arguments.pause * 60 < run.seconds - before_call
         is_last = after >= 1.0 or is_paused
         if run.step in (1, 20) or run.step % arguments.log_every == 0 or is_last:
             text, texts, answer, answers = sums.tolist()
@@ -355,7 +411,8 @@ def run_loop(
             now = time.perf_counter()
             speed = (run.step - mark_step) * step_tokens / (now - mark)
             mark, mark_step = now, run.step
-            print(json.dumps(point), f"{speed:,.0f} tokens/s, {feed.num_ready} ready", flush=True)
+            if team.is_first:
+                print(json.dumps(point), f"{speed:,.0f} tokens/s, {feed.num_ready} ready", flush=True)
         if int(after * 10) > int(progress * 10) or is_last:
             save()
 

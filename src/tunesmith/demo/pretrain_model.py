@@ -170,7 +170,7 @@ class Decoder(nn.Module):
             x = block(x, layout)
         logits = F.linear(self.model.norm(x), table.to(dtype)).float()  # pyright: ignore
         nats = F.cross_entropy(logits, targets, reduction="none")
-        loss = (nats * weights).sum() / weights.sum()
+        loss = (nats * weights).sum() / weights.sum().clamp(min=1)  # a row may be padding throughout
         with torch.no_grad():
             text, answer = (nats * (weights == 1)).sum(), (nats * (weights == 2)).sum()
         return loss, text, answer
