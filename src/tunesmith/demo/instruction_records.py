@@ -44,6 +44,7 @@ CODAS = (
     "ger",
     "us",
 )
+PLAIN_SHARE = 0.55  # of the schemas: can be understood without an example
 MEANT_KINDS = (("label", 0.7), ("label", 0.35), ("labels", 0.65), ("level", 0.5))  # kind, share of schemas
 
 
@@ -180,10 +181,10 @@ class Field:
     parts: tuple[str, str] = ("value", "unit")
 
 
-def draw_key(draw: random.Random, kind: str, words: list[str]) -> str:
-    """A field name; mostly arbitrary words, so that only the context can tell it."""
+def draw_key(draw: random.Random, kind: str, words: list[str], is_plain: bool = False) -> str:
+    """A field name; mostly arbitrary words, so that only the context can tell it, unless it shall be plain."""
     style = draw.random()
-    if style < 0.3:
+    if is_plain or style < 0.3:
         return draw.choice(KEYS[kind])
     if style < 0.8:
         return draw.choice(words)
@@ -241,14 +242,18 @@ def draw_fragments(draw: random.Random, stock: Stock) -> list[str]:
     return [draw_fragment(draw, stock.sentences, 3, 7) for _ in range(draw.randint(1, 6))]
 
 
-def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -> dict[str, list[str]]:
+def draw_labels(
+    draw: random.Random, stock: Stock, count: int, used: set[str], is_plain: bool = False
+) -> dict[str, list[str]]:
     """Label -> clauses for `count` concepts not used yet.
 
-    Most labels stand for an everyday concept, by one of its names or an arbitrary word; others for fragments of the
-    texts. An arbitrary label is defined by the earlier answers alone.
+    Plain labels are the concepts' own names. Others stand for an everyday concept by one of its names or an arbitrary
+    word, or for fragments of the texts. An arbitrary label is defined by the earlier answers alone.
     """
     chosen = draw.sample([name for name in stock.concepts if name not in used], count)
     used.update(chosen)
+    if is_plain:
+        return {concept: stock.concepts[concept][1:] for concept in chosen}
     is_named, few, with_letters = draw.random() < 0.6, draw.random() < 0.25, draw.random() < 0.03
     concept_share = draw.choice((1.0, 1.0, 0.3))
     labels = {}
@@ -263,8 +268,19 @@ def draw_labels(draw: random.Random, stock: Stock, count: int, used: set[str]) -
     return labels
 
 
-def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
-    """Three to eight fields with distinct keys, at least one of them copied."""
+def draw_parts(draw: random.Random, stock: Stock, is_plain: bool) -> tuple[str, str]:
+    """The keys of a number and its unit."""
+    if is_plain or draw.random() < 0.25:
+        named = (("sum", "currency"), ("value", "unit"), ("amount", "unit"), ("n", "in"), ("number", "of"))
+        return draw.choice(named)
+    return draw_key(draw, "quantity", stock.words), draw_key(draw, "code", stock.words) + "s"
+
+
+def draw_schema(draw: random.Random, stock: Stock, is_plain: bool) -> list[Field]:
+    """Three to eight fields with distinct keys, at least one of them copied.
+
+    A plain schema can be understood without an example: keys and labels mean what they say.
+    """
     copied = draw.sample(sorted(FRAMES), draw.randint(2, 5))
     meant = [kind for kind, chance in MEANT_KINDS if draw.random() < chance]
     kinds = copied + meant
@@ -273,45 +289,32 @@ def draw_schema(draw: random.Random, stock: Stock) -> list[Field]:
     used: set[str] = set()
     schema = []
     for kind in kinds:
-        key = draw_key(draw, kind, stock.words)
+        key = draw_key(draw, kind, stock.words, is_plain)
         while key in keys:
-            key = draw_key(draw, kind, stock.words)
+            key = draw_key(draw, kind, stock.words, is_plain)
         keys.add(key)
         one = Field(kind, key, draw.choice((0.0, 0.0, 0.2, 0.5)))
         if kind in FRAMES:
             one.frames = draw.sample(FRAMES[kind], draw.choice((1, 2, 4, min(7, len(FRAMES[kind])))))
-            if draw.random() < 0.5:
+            if not is_plain and draw.random() < 0.5:
                 one.frames = [
                     draw_frame(draw, kind, stock.sentences) for _ in range(draw.choice((1, 2, 3, 12)))
                 ]
             if kind in ("money", "quantity"):
-                one.parts = draw.choice(
-                    (
-                        ("sum", "currency"),
-                        ("value", "unit"),
-                        ("amount", "unit"),
-                        ("n", "in"),
-                        ("number", "of"),
-                    )
-                )
-                if draw.random() < 0.75:
-                    one.parts = (
-                        draw_key(draw, "quantity", stock.words),
-                        draw_key(draw, "code", stock.words) + "s",
-                    )
+                one.parts = draw_parts(draw, stock, is_plain)
         else:
             one.wrappers = ["{}"] if draw.random() < 0.5 else draw_wrappers(draw, stock.sentences)
-            one.labels = draw_labels(
-                draw,
-                stock,
-                {"label": draw.randint(2, 6), "labels": draw.randint(3, 8), "level": 2}[kind],
-                used,
-            )
+            count = {"label": draw.randint(2, 6), "labels": draw.randint(3, 8), "level": 2}[kind]
+            if is_plain and len(meant) == 1:
+                count = 40  # any of many: which labels there are is not known from the conversation
+            one.labels = draw_labels(draw, stock, count, used, is_plain)
             one.default = (
                 draw.choice(("normal", "none", "other", "medium", draw.choice(stock.words)))
                 if kind == "level" or draw.random() < 0.2
                 else None
             )
+            if is_plain:
+                one.default = "normal" if kind == "level" else None
             one.absent = 0.4 if one.default else 0.0 if kind == "labels" else one.absent
         schema.append(one)
     return schema
@@ -359,7 +362,7 @@ def fill_record(
             continue
         names = list(one.labels)
         found = (
-            draw.sample(names, min(len(names), draw.choice((1, 1, 2, 2, 3))))
+            draw.sample(names, min(len(names), draw.choice((1, 1, 2, 2, 3, 3))))
             if one.kind == "labels"
             else [draw.choice(names)]
         )
@@ -416,26 +419,23 @@ def write_note(
     return join_note(draw, [part for part in parts if part], habit["style"])
 
 
-def write_system(draw: random.Random, schema: list[Field]) -> str:
-    """A system prompt that names the fields, sometimes their labels, or says nothing."""
+def write_system(draw: random.Random, schema: list[Field], is_plain: bool) -> str:
+    """A system prompt that names the fields, sometimes their labels, or (unless plain) says nothing."""
     keys = [one.key for one in schema]
-    if draw.random() < 0.3:
+    num_meant = sum(bool(one.labels) for one in schema)
+    if num_meant > 1 if is_plain else draw.random() < 0.3:
         keys = [f"{one.key} ({'|'.join(one.labels)})" if one.labels else one.key for one in schema]
     listed = ", ".join(keys)
     titled = f"{draw.choice(TABLES['domains'])} to JSON: {listed}."
     other = f"{draw.choice(TABLES['domains'])} to JSON: {listed}."
-    plain = (
-        f"Write as JSON: {listed}.",
-        f"Extract {listed} as JSON.",
-        f"JSON with the keys {listed}.",
-        "Note to JSON.",
-    )
-    return draw.choice(("", titled, other, *plain))
+    named = (f"Write as JSON: {listed}.", f"Extract {listed} as JSON.", f"JSON with the keys {listed}.")
+    return draw.choice((titled, other, *named) if is_plain else (titled, other, *named, "Note to JSON.", ""))
 
 
 def make_record_pairs(draw: random.Random, stock: Stock) -> tuple[str, list[tuple[str, str]]]:
     """(system prompt, note and compact JSON pairs) of one random schema."""
-    schema = draw_schema(draw, stock)
+    is_plain = draw.random() < PLAIN_SHARE
+    schema = draw_schema(draw, stock, is_plain)
     habit = {
         "order": [one.key for one in schema], "shuffled": draw.random() < 0.4, "decoy": draw.choice((0.0, 0.3, 0.8)),
         "opening": draw.choice((0.0, 0.5, 1.0)), "openings": draw.sample(TABLES["openings"], draw.choice((1, 2, 8))),
@@ -446,7 +446,7 @@ def make_record_pairs(draw: random.Random, stock: Stock) -> tuple[str, list[tupl
     mixed = draw.random() < 0.4  # every note in its own way of writing, or all alike
     style = draw.choice(("plain", "plain", "lower", "lines", "bullets"))
     pairs = []
-    for _ in range(draw.choice((1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9))):
+    for _ in range(draw.choice((1, 1, 2, 3) if is_plain else (1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9))):
         habit["style"] = draw.choice(("plain", "lower", "lines", "bullets")) if mixed else style
         record, clauses = fill_record(draw, schema, stock)
         if not clauses:
@@ -462,4 +462,4 @@ def make_record_pairs(draw: random.Random, stock: Stock) -> tuple[str, list[tupl
         )
     if not pairs:
         return make_record_pairs(draw, stock)
-    return write_system(draw, schema), pairs
+    return write_system(draw, schema, is_plain), pairs

@@ -149,7 +149,10 @@ def answer_questions(draw: random.Random, stock: Stock) -> list[Message]:
 
 def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
     """Name the concept(s) of short texts; labels are the concept's name, its second name, or an arbitrary word."""
-    labels = instruction_records.draw_labels(draw, stock, draw.randint(2, 8), set())
+    is_plain = draw.random() < instruction_records.PLAIN_SHARE
+    labels = instruction_records.draw_labels(
+        draw, stock, 40 if is_plain else draw.randint(2, 8), set(), is_plain
+    )
     wrappers = ["{}"] if draw.random() < 0.5 else instruction_records.draw_wrappers(draw, stock.sentences)
     many = draw.random() < 0.3
     pairs = []
@@ -167,7 +170,7 @@ def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
             clauses.insert(0, draw.choice(stock.sentences)[:120])
         text = ". ".join(clause[0].upper() + clause[1:] for clause in clauses) + "."
         pairs.append((text, ", ".join(found)))
-    listed = " " + ", ".join(labels) + "." if draw.random() < 0.5 else ""
+    listed = " " + ", ".join(labels) + "." if not is_plain and draw.random() < 0.5 else ""
     system = draw.choice(("Name the topic.", "Which label fits?", "Classify.", "What is it about?")) + listed
     return turns(draw, system if draw.random() < 0.8 else "", pairs)
 
