@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tunesmith.demo import make_tickets
-from tunesmith.demo.instruction_records import Stock, make_record_pairs
+from tunesmith.demo.instruction_records import make_record_pairs
 from tunesmith.demo.instruction_tasks import load_concepts, make_conversation
+from tunesmith.demo.instruction_values import Stock
 
 FOLDER = Path(make_tickets.__file__).with_name("tickets")
 SPLITS = ("train", "validation", "test")
@@ -136,7 +137,7 @@ def test_no_test_message_is_a_near_duplicate_of_a_training_message(rows: dict[st
 
 def test_pretraining_tasks_never_use_the_fields_of_the_tickets() -> None:
     fields = set(make_tickets.build_schema()["properties"])
-    words = "river stone lamp happy tree walk green window house quick table cloud".split()
+    words: list[str] = [*"river stone lamp happy tree walk green window house quick table cloud".split()]
     stock = Stock(words, ["The old man went to the sea and looked at the waves."], load_concepts())
     draw = random.Random(0)
     for _ in range(400):
@@ -146,7 +147,7 @@ def test_pretraining_tasks_never_use_the_fields_of_the_tickets() -> None:
 
 def test_pretraining_tasks_do_not_speak_of_the_desk(rows: dict[str, list[dict]]) -> None:
     """No run of eight words of a message occurs in the tasks' own wording."""
-    words = "river stone lamp happy tree walk green window house quick table cloud".split()
+    words: list[str] = [*"river stone lamp happy tree walk green window house quick table cloud".split()]
     stock = Stock(words, ["It was the best of times."], load_concepts())
     draw = random.Random(1)
     texts = [" ".join(turn["content"] for turn in make_conversation(draw, stock)) for _ in range(400)]

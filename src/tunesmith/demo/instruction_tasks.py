@@ -14,15 +14,30 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from tunesmith.demo import instruction_records
-from tunesmith.demo.instruction_records import Stock
+from tunesmith.demo.instruction_labels import (
+    draw_any_labels,
+    draw_clause,
+    draw_meant_labels,
+    draw_own_labels,
+    draw_wrappers,
+)
+from tunesmith.demo.instruction_records import make_record_pairs
+from tunesmith.demo.instruction_values import (
+    Stock,
+    draw_code,
+    draw_date,
+    draw_name,
+    draw_place,
+    draw_thing,
+    misspell,
+)
 
 Message = dict[str, str]
 Pair = tuple[str, str]
 
 
-def load_concepts() -> dict[str, list[str]]:
-    """Concept -> [its other names, comma-separated, clause, clause, ...], from `task_concepts.toml`.
+def load_concepts() -> dict[str, dict[str, list[str]]]:
+    """Theme -> concept -> [its other names, comma-separated, clause, clause, ...], from `task_concepts.toml`.
 
     A clause may hold groups of alternatives: [rain|hail].
     """
@@ -54,7 +69,7 @@ def copy_text(draw: random.Random, stock: Stock) -> list[Message]:
             return draw.choice(stock.sentences)
         if kind < 0.7:
             return " ".join(words_of(draw, stock, 2, 12))
-        return " ".join(instruction_records.draw_code(draw) for _ in range(draw.randint(1, 5)))
+        return " ".join(draw_code(draw) for _ in range(draw.randint(1, 5)))
 
     ask = draw.choice(
         (
@@ -102,10 +117,7 @@ def restore_text(draw: random.Random, stock: Stock) -> list[Message]:
     for _ in range(draw.randint(1, 3)):
         text = draw.choice(stock.sentences)
         if kind == "typos":
-            spoilt = " ".join(
-                instruction_records.misspell(draw, word) if draw.random() < 0.3 else word
-                for word in text.split()
-            )
+            spoilt = " ".join(misspell(draw, word) if draw.random() < 0.3 else word for word in text.split())
             pairs.append((spoilt, text))
         elif kind == "case":
             pairs.append((text.lower(), text))
@@ -121,18 +133,18 @@ def restore_text(draw: random.Random, stock: Stock) -> list[Message]:
 
 def answer_questions(draw: random.Random, stock: Stock) -> list[Message]:
     """A few facts about people, then questions whose answers stand in the facts."""
-    people = [instruction_records.draw_name(draw) for _ in range(draw.randint(2, 5))]
+    people = [draw_name(draw) for _ in range(draw.randint(2, 5))]
     facts, questions = [], []
     relations = (
-        ("{p} lives in {x}.", "Where does {p} live?", instruction_records.draw_place),
-        ("{p} has the number {x}.", "Which number does {p} have?", instruction_records.draw_code),
-        ("{p} was born on {x}.", "When was {p} born?", instruction_records.draw_date),
+        ("{p} lives in {x}.", "Where does {p} live?", draw_place),
+        ("{p} has the number {x}.", "Which number does {p} have?", draw_code),
+        ("{p} was born on {x}.", "When was {p} born?", draw_date),
         (
             "{p} brought a {x}.",
             "What did {p} bring?",
-            lambda d: instruction_records.draw_thing(d, stock),
+            lambda d: draw_thing(d, stock),
         ),
-        ("The friend of {p} is {x}.", "Who is the friend of {p}?", instruction_records.draw_name),
+        ("The friend of {p} is {x}.", "Who is the friend of {p}?", draw_name),
     )
     for person in people:
         for fact, question, value in draw.sample(relations, draw.randint(1, 3)):
@@ -149,11 +161,12 @@ def answer_questions(draw: random.Random, stock: Stock) -> list[Message]:
 
 def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
     """Name the concept(s) of short texts; labels are the concept's name, its second name, or an arbitrary word."""
-    is_plain = draw.random() < instruction_records.PLAIN_SHARE
-    labels = instruction_records.draw_labels(
-        draw, stock, 40 if is_plain else draw.randint(2, 8), set(), is_plain
-    )
-    wrappers = ["{}"] if draw.random() < 0.5 else instruction_records.draw_wrappers(draw, stock.sentences)
+    style = draw.choice(("own", "meant", "any"))
+    is_listed = style == "meant" or (style == "any" and draw.random() < 0.5)
+    count = 40 if style == "own" else draw.randint(2, 8)
+    draw_labels = {"own": draw_own_labels, "meant": draw_meant_labels, "any": draw_any_labels}[style]
+    labels = draw_labels(draw, stock, count, set())
+    wrappers = ["{}"] if draw.random() < 0.5 else draw_wrappers(draw, stock.sentences)
     many = draw.random() < 0.3
     pairs = []
     for _ in range(draw.randint(4, 24)):
@@ -162,36 +175,37 @@ def label_clauses(draw: random.Random, stock: Stock) -> list[Message]:
             if many
             else [draw.choice(sorted(labels))]
         )
-        clauses = [
-            draw.choice(wrappers).replace("{}", instruction_records.draw_clause(draw, labels[label]))
-            for label in found
-        ]
+        clauses = [draw.choice(wrappers).replace("{}", draw_clause(draw, labels[label])) for label in found]
         if draw.random() < 0.2:
             clauses.insert(0, draw.choice(stock.sentences)[:120])
         text = ". ".join(clause[0].upper() + clause[1:] for clause in clauses) + "."
         pairs.append((text, ", ".join(found)))
-    listed = " " + ", ".join(labels) + "." if not is_plain and draw.random() < 0.5 else ""
+    listed = " " + ", ".join(labels) + "." if is_listed else ""
     system = draw.choice(("Name the topic.", "Which label fits?", "Classify.", "What is it about?")) + listed
-    return turns(draw, system if draw.random() < 0.8 else "", pairs)
+    return turns(draw, system if is_listed or draw.random() < 0.8 else "", pairs)
 
 
 def match_meanings(draw: random.Random, stock: Stock) -> list[Message]:
     """Of several short texts, repeat the one that means the same as, or something else than, the others."""
     is_odd = draw.random() < 0.4
-    ask = "Which one is about something else?" if is_odd else draw.choice(("Which one means the same?", "Match."))
+    ask = (
+        "Which one is about something else?"
+        if is_odd
+        else draw.choice(("Which one means the same?", "Match."))
+    )
     pairs = []
     for _ in range(draw.randint(1, 6)):
-        concept, *others = draw.sample(sorted(stock.concepts), draw.randint(3, 6))
+        concept, *others = draw.sample(sorted(stock.meanings), draw.randint(3, 6))
         if is_odd:
             others = [concept] * len(others)
-            concept = draw.choice([name for name in stock.concepts if name != concept])
-        clauses = {name: draw.sample(stock.concepts[name][1:], 6) for name in (concept, *others)}
-        shown = [instruction_records.draw_clause(draw, [clauses[name].pop()]) for name in others]
-        answer = instruction_records.draw_clause(draw, [clauses[concept].pop()])
+            concept = draw.choice([name for name in stock.meanings if name != concept])
+        clauses = {name: draw.sample(stock.meanings[name][1:], 6) for name in (concept, *others)}
+        shown = [draw_clause(draw, [clauses[name].pop()]) for name in others]
+        answer = draw_clause(draw, [clauses[concept].pop()])
         shown.insert(draw.randint(0, len(shown)), answer)
         question = "\n".join(f"- {clause}" for clause in shown)
         if not is_odd:
-            question = instruction_records.draw_clause(draw, [clauses[concept].pop()]) + "\n" + question
+            question = draw_clause(draw, [clauses[concept].pop()]) + "\n" + question
         pairs.append((question, answer))
     return turns(draw, ask, pairs)
 
@@ -199,9 +213,7 @@ def match_meanings(draw: random.Random, stock: Stock) -> list[Message]:
 def map_words(draw: random.Random, stock: Stock) -> list[Message]:
     """A table of arbitrary pairs in the prompt, then look-ups: pure recall from the context."""
     keys = draw.sample(stock.words, draw.randint(3, 10))
-    table = {
-        key: draw.choice((instruction_records.draw_code(draw), draw.choice(stock.words))) for key in keys
-    }
+    table = {key: draw.choice((draw_code(draw), draw.choice(stock.words))) for key in keys}
     shown = "\n".join(f"{key} = {value}" for key, value in table.items())
     asked = draw.choices(keys, k=draw.randint(1, 5))
     pairs = [(key, table[key]) for key in asked]
@@ -218,7 +230,7 @@ def continue_text(draw: random.Random, stock: Stock) -> list[Message]:
 
 def extract_record(draw: random.Random, stock: Stock) -> list[Message]:
     """JSON records of a random schema from notes of some everyday domain; zero to eight solved examples."""
-    system, pairs = instruction_records.make_record_pairs(draw, stock)
+    system, pairs = make_record_pairs(draw, stock)
     return turns(draw, system, pairs)
 
 

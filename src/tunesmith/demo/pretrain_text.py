@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tunesmith.demo.instruction_tasks import Message, Stock, load_concepts, make_conversation
+from tunesmith.demo.instruction_tasks import Message, load_concepts, make_conversation
+from tunesmith.demo.instruction_values import Stock
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
