@@ -3,9 +3,9 @@
     python benchmarks/slim_wheels.py --out .whl            fetch and slim (pip must reach a package index)
     python benchmarks/slim_wheels.py --out .whl --from DIR  slim wheels that are already in DIR
 
-Two wheels are large for what is used of them: Unsloth brings its desktop application (`studio/`), bitsandbytes a library
-for every CUDA, ROCm and XPU release (kept: CUDA 13.0 and the CPU). A slim wheel is the same wheel zipped again without
-those files and without their lines in RECORD; code and version stay what they are.
+Two wheels are large for what is used of them: Unsloth brings its desktop application (`studio/`), bitsandbytes a
+library for every CUDA, ROCm and XPU release (kept: CUDA 13.0 and the CPU). A slim wheel is the same wheel zipped again
+without those files and without their lines in RECORD; code and version stay what they are.
 """
 
 from __future__ import annotations

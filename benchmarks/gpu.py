@@ -1,0 +1,673 @@
+"""LoRA, QLoRA and full fine-tuning on one GPU: Tunesmith against Unsloth and TRL, interleaved, on the same tokens.
+
+    python benchmarks/gpu.py --list                                       the cases
+    python benchmarks/gpu.py --case lora-bf16 --wheels .whl --out OUT.json   one case (minutes), merged into OUT.json
+    python benchmarks/gpu.py --tune full-8b --wheels .whl --out OUT.json  find the peer's fastest settings first
+    python benchmarks/gpu.py --merge OUT.json ...                         into benchmarks/results/gpu.json
+    python benchmarks/gpu.py --table                                      docs/benchmarks.md from the results
+
+A case builds its inputs (random weights of the shape, seeded; an adapter; rows: gpu_cases/inputs.py), computes a
+reference in fp32, holds each side's gradients to it, and times the sides in turns. Each side is a process of its own
+(gpu_cases/protocol.py); of two alive, the one that waits holds its weights and optimizer states only. Token ids, kept
+labels and rows of a step are equal on both sides, checked by a hash of what each side really fed its model.
+
+The real rows are not part of the repository. Render them once (any JSONL with instructions and a Llama 3 tokenizer):
+    python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer FOLDER --rows ROWS
+    python benchmarks/gpu.py --case real-lengths --rows ROWS --wheels .whl --out OUT.json
+
+On a machine where nothing can be installed, --wheels installs the folder's wheels (slim_wheels.py) into a temporary
+folder that only the measured processes see. Without a GPU, the harness itself can be tried:
+    python benchmarks/gpu.py --case lora-bf16 --shape tiny --device cpu --plain --contender ours
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+for _folder in (CHECKOUT / "src", CHECKOUT / "benchmarks"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+from cpu_vs_trl import describe_hardware, read_commit, say  # noqa: E402
+from gpu_cases.cases import CASES, SHAPES, Case  # noqa: E402
+from gpu_cases.inputs import StoredRows, hash_step, plan_steps, render_rows, write_random_rows  # noqa: E402
+from gpu_cases.parity import check_parity  # noqa: E402
+from gpu_cases.protocol import Contender, ContenderFailed  # noqa: E402
+from gpu_cases.results import (  # noqa: E402
+    compute_ratio,
+    judge,
+    load_results,
+    make_page,
+    merge_results,
+    save_results,
+    summarize,
+)
+from tunesmith.core.fingerprint import hash_code  # noqa: E402
+
+RESULT = CHECKOUT / "benchmarks" / "results" / "gpu.json"
+PAGE = CHECKOUT / "docs" / "benchmarks.md"
+MODULES = {"ours": "ours", "unsloth": "unsloth_peer", "trl": "trl_peer"}
+RANK, ALPHA = 16, 32
+LEARNING_RATE = 1e-4
+CLIP_NORM = 1.0
+SEED = 0
+# The first step of a round fills the allocator again; it is not timed.
+SETTLE = 1
+SHORT_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the cases are run, on this machine."""
+
+    folder: Path
+    device: str
+    rounds: int
+    steps: int | None
+    warm_up: int
+    deadline: float
+    rows: Path | None
+    site: Path | None
+    peer_python: str
+    plain: bool
+    skip_parity: bool
+    job: dict[str, Any]
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files of a case, and the rows of each step."""
+
+    folder: Path
+    model: Path
+    adapter: Path
+    short_model: Path
+    short_adapter: Path
+    rows: Path
+    steps: list[list[int]]
+    max_tokens: int
+    digests: list[str]
+
+
+class CaseFailed(Exception):
+    """A case cannot be measured; one line."""
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(case: Case, options: Options, *, num_steps: int) -> Inputs:
+    """Write what is not there yet: weights, adapters, rows."""
+    shape = SHAPES[case.shape]
+    for name, config in (("whole", shape), ("short", shape.shortened(SHORT_LAYERS))):
+        folder = options.folder / f"{case.shape}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        task = {"out": str(folder), "config": config.config, "rank": RANK, "alpha": ALPHA}
+        task |= {"seed": SEED, "device": options.device}
+        run_helper("inputs", task, options)
+    if case.rows.kind == "real":
+        if options.rows is None or not (options.rows / "prepared.json").is_file():
+            raise CaseFailed(f"{case.name} needs --rows, a folder made with --make-rows")
+        rows = options.rows
+    else:
+        # Whole rounds of steps, so that folders are shared between cases.
+        num_rows = case.batch_rows * (num_steps + 8)
+        rows = options.folder / f"rows-{shape.config['vocab_size']}-{case.rows.tokens}-{num_rows}"
+        write_random_rows(
+            rows,
+            num_rows=num_rows,
+            length=case.rows.tokens,
+            vocab_size=shape.config["vocab_size"],
+            seed=SEED,
+        )
+    stored = StoredRows(rows)
+    steps = plan_steps(len(stored), batch_rows=case.batch_rows, seed=SEED)
+    if len(steps) < num_steps:
+        raise CaseFailed(
+            f"{len(stored)} rows are {len(steps)} steps of {case.batch_rows}, {num_steps} are needed"
+        )
+    steps = steps[:num_steps]
+    whole, short = options.folder / f"{case.shape}-whole", options.folder / f"{case.shape}-short"
+    return Inputs(
+        folder=options.folder,
+        model=whole / "model",
+        adapter=whole / "adapter",
+        short_model=short / "model",
+        short_adapter=short / "adapter",
+        rows=rows,
+        steps=steps,
+        max_tokens=max(len(stored[number][0]) for step in steps for number in step),
+        digests=[hash_step([stored[number] for number in step]) for step in steps[: options.warm_up]],
+    )
+
+
+def run_helper(module: str, task: dict[str, Any], options: Options) -> None:
+    """Run one of our own steps in a process of its own: it leaves no memory behind."""
+    file = options.folder / f"{module}-task.json"
+    file.write_text(json.dumps(task), encoding="utf-8")
+    command = [sys.executable, "-m", f"gpu_cases.{module}", str(file)]
+    done = subprocess.run(
+        command,
+        env=make_environment(options),
+        cwd=options.folder,
+        capture_output=True,
+        text=True,
+        timeout=max(1.0, options.seconds_left()),
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+        raise CaseFailed(f"{module} ended with {done.returncode}: {lines[-1][:500]}")
+
+
+def make_environment(options: Options) -> dict[str, str]:
+    paths = [CHECKOUT / "benchmarks", CHECKOUT / "src", *([options.site] if options.site else [])]
+    inherited = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])]),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return environment
+
+
+def install_wheels(wheels: Path, folder: Path) -> Path:
+    """Unpack carried wheels into a folder. Returns it."""
+    site = folder / "site"
+    if site.is_dir():
+        return site
+    say(f"installing {len(list(wheels.glob('*.whl')))} wheels")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    command += ["--no-cache-dir", "--upgrade", "--target", str(site), *map(str, sorted(wheels.glob("*.whl")))]
+    subprocess.run(command, check=True)
+    return site
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def merge_keys(into: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the second one's values on top."""
+    merged = dict(into)
+    for key, value in more.items():
+        known = merged.get(key)
+        merged[key] = (
+            merge_keys(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def make_job(
+    case: Case, options: Options, *, model: Path, adapter: Path, rows: Path, steps: int
+) -> dict[str, Any]:
+    """An ordinary job: what a user would write for this case."""
+    method: dict[str, Any] = {"name": case.method}
+    if case.method == "lora":
+        method = {"name": "lora", "rank": RANK, "alpha": ALPHA, "adapter": str(adapter)}
+    job: dict[str, Any] = {
+        "model": str(model),
+        "data": {"train": str(rows)},
+        "method": method,
+        "train": {
+            "steps": steps,
+            "batch_rows": case.batch_rows,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "clip_norm": CLIP_NORM,
+            "seed": SEED,
+            "precision": "bf16" if options.device == "cuda" else "fp32",
+            "evaluate_every": "never",
+            "save_every": "never",
+            "keep_best": False,
+        },
+    }
+    job = merge_keys(job, {} if options.plain else case.job)
+    return merge_keys(job, options.job)
+
+
+def make_task(
+    case: Case, who: str, settings: dict[str, Any], inputs: Inputs, options: Options
+) -> dict[str, Any]:
+    """What a contender's process is told."""
+    folder = inputs.folder / f"{case.name}-{who}"
+    folder.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "folder": str(folder),
+        "rows": str(inputs.rows),
+        "checked_steps": options.warm_up if case.measure == "speed" else 1,
+    }
+    if who == "ours":
+        shared = {"rows": inputs.rows, "steps": len(inputs.steps)}
+        return common | {
+            "job": make_job(case, options, model=inputs.model, adapter=inputs.adapter, **shared),
+            "short_job": make_job(
+                case,
+                options,
+                model=inputs.short_model,
+                adapter=inputs.short_adapter,
+                rows=inputs.rows,
+                steps=1,
+            ),
+        }
+    return common | {
+        "model": str(inputs.model),
+        "adapter": str(inputs.adapter),
+        "short_model": str(inputs.short_model),
+        "short_adapter": str(inputs.short_adapter),
+        "steps": inputs.steps,
+        "max_tokens": inputs.max_tokens,
+        "batch_rows": case.batch_rows,
+        "method": case.method,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "learning_rate": LEARNING_RATE,
+        "clip_norm": CLIP_NORM,
+        "dtype": "bfloat16" if options.device == "cuda" else "float32",
+        "settings": settings,
+    }
+
+
+def start(case: Case, who: str, settings: dict[str, Any], inputs: Inputs, options: Options) -> Contender:
+    task = make_task(case, who, settings, inputs, options)
+    python = sys.executable if who == "ours" else options.peer_python
+    return Contender(
+        MODULES[who],
+        task,
+        folder=Path(task["folder"]),
+        environment=make_environment(options),
+        python=python,
+    )
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """One contender of a case through all its rounds: its process, if one is alive, and what it has answered."""
+
+    def __init__(
+        self, who: str, case: Case, settings: dict[str, Any], inputs: Inputs, options: Options
+    ) -> None:
+        self.who, self.case, self.inputs, self.options = who, case, inputs, options
+        self._settings = settings
+        self._process: Contender | None = None
+        self._warm = False
+        self.warm_up: dict[str, Any] = {}
+        self.warm_up_seconds = 0.0
+        self.rounds: list[dict[str, Any]] = []
+        self.start_seconds: list[float] = []
+
+    @property
+    def process(self) -> Contender:
+        if self._process is None:
+            self._process = start(self.case, self.who, self._settings, self.inputs, self.options)
+            self._warm = False
+        return self._process
+
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        return self.process.ask(command, timeout=self.options.seconds_left())
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def check_gradients(self, reference: Path) -> dict[str, Any]:
+        """Raises CaseFailed if the gradients, or the rows they come from, are not the reference's."""
+        out = reference / f"{self.who}.safetensors"
+        answer = self.ask({"do": "gradients", "out": str(out)})
+        if answer["digest"] != self.inputs.digests[0]:
+            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
+        fp8 = self.who == "ours" and "fp8" in (self.case.base, self.case.compute) and not self.options.plain
+        try:
+            parity = check_parity(reference, out, answer, fp8=fp8, exact=self.options.device == "cpu")
+        except ValueError as error:
+            raise CaseFailed(f"{self.who}: {error}") from None
+        out.unlink()
+        say(
+            f"  {self.who}: gradients {parity.distance.total:.3g} from fp32 (allowed {parity.allowed_total:.3g})"
+        )
+        if not parity.passed:
+            raise CaseFailed(f"{self.who} is not timed: {parity.reason}")
+        return parity.to_json()
+
+    def get_warm(self) -> None:
+        """Load, compile, and take the steps that are not timed; their rows are checked."""
+        process = self.process
+        if self._warm:
+            return
+        asked = time.perf_counter()
+        answer = self.ask({"do": "steps", "count": self.options.warm_up})
+        if answer["digests"] != self.inputs.digests:
+            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
+        self._warm = True
+        if not self.warm_up:
+            self.warm_up, self.warm_up_seconds = answer, time.perf_counter() - asked
+        say(f"  {self.who}: warm after {time.perf_counter() - process.started:.0f} s")
+
+    def run_round(self, steps: int) -> dict[str, Any]:
+        """Timed steps. With processes that take turns, this one is started for it and stopped after it."""
+        self.get_warm()
+        answer = self.ask({"do": "steps", "count": SETTLE + steps})
+        timed = {key: answer[key][SETTLE:] for key in ("seconds", "tokens", "targets", "losses")}
+        timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes")}
+        self.rounds.append(timed)
+        say(f"  {self.who}: {sum(timed['tokens']) / sum(timed['seconds']):,.0f} tokens/s")
+        if not self.case.together:
+            self.stop()
+        return timed
+
+    def time_start(self) -> float:
+        """Seconds from starting the process to the end of its first step."""
+        self.stop()
+        process = self.process
+        self.warm_up = self.ask({"do": "steps", "count": 1})
+        seconds = time.perf_counter() - process.started
+        if self.warm_up["digests"] != self.inputs.digests[:1]:
+            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
+        say(f"  {self.who}: first step after {seconds:.1f} s")
+        self.stop()
+        return seconds
+
+    def describe(self) -> dict[str, Any]:
+        last = self.rounds[-1] if self.rounds else self.warm_up
+        record: dict[str, Any] = {
+            "who": self.who,
+            "settings": self._settings,
+            "first_loss": self.warm_up["losses"][0],
+            "last_loss": last["losses"][-1],
+            "facts": self.warm_up["facts"],
+            "warm_up_seconds": self.warm_up_seconds,
+            "warm_up_step_seconds": self.warm_up["seconds"],
+        }
+        if self.start_seconds:
+            record["start_seconds"] = self.start_seconds
+        if self.rounds:
+            record |= summarize(self.rounds)
+            record |= {key: max(r[key] for r in self.rounds) for key in ("peak_bytes", "reserved_bytes")}
+            record["rounds"] = [{k: r[k] for k in ("seconds", "tokens", "targets")} for r in self.rounds]
+        return record
+
+
+def run_case(case: Case, options: Options, *, setting: str, only: str | None) -> dict[str, Any]:
+    """Measure a case; with `only`, one side of it. Raises CaseFailed or ContenderFailed."""
+    steps = options.steps or case.steps
+    per_process = 1 if case.together else options.rounds
+    num_steps = options.warm_up + (options.rounds // per_process) * (SETTLE + steps)
+    say(f"{case.name}: {case.what}, against {case.peer.label} ({setting})")
+    inputs = make_inputs(case, options, num_steps=num_steps)
+    whos = ["ours", case.peer.who] if only is None else [case.peer.who if only == "peer" else only]
+    sides = [
+        Side(who, case, {} if who == "ours" else case.peer.settings[setting], inputs, options) for who in whos
+    ]
+    try:
+        parity: Any = "skipped"
+        if not options.skip_parity:
+            reference = make_reference(case, inputs, options)
+            parity = {}
+            for side in sides:
+                parity["ours" if side.who == "ours" else "peer"] = side.check_gradients(reference)
+                if not case.together:
+                    side.stop()
+        if case.measure == "start":
+            measure_starts(sides, options)
+        else:
+            measure_speed(sides, options, steps=steps)
+    finally:
+        for side in sides:
+            side.stop()
+    return {
+        "case": dataclasses.asdict(case),
+        "peer_setting": setting,
+        "parity": parity,
+        "num_rounds": len(sides[0].rounds or sides[0].start_seconds),
+        "steps": steps,
+        "rows_sha256": inputs.digests[0],
+        **{("ours" if side.who == "ours" else "peer"): side.describe() for side in sides},
+        "job": make_task(case, "ours", {}, inputs, options)["job"],
+        "hardware": describe_hardware() | sides[0].warm_up["facts"]["gpu"],
+        **describe_origin(),
+    }
+
+
+def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
+    four_bit = case.base == "nf4" and not options.plain
+    name = f"reference-{inputs.short_model.parent.name}-{inputs.rows.name}-{case.method}{'-nf4' * four_bit}"
+    folder = options.folder / name
+    folder.mkdir(exist_ok=True)
+    if not (folder / "reference.json").is_file():
+        say("  reference gradients in fp32")
+        task = {"model": str(inputs.short_model), "adapter": str(inputs.short_adapter)}
+        task |= {"rows": str(inputs.rows), "step": inputs.steps[0], "method": case.method}
+        run_helper("reference", task | {"four_bit": four_bit, "out": str(folder)}, options)
+    return folder
+
+
+def measure_speed(sides: list[Side], options: Options, *, steps: int) -> None:
+    """A-B-A-B until the rounds are done or another one would not fit the time."""
+    if all(side.case.together for side in sides):
+        for side in sides:
+            side.get_warm()
+    longest = 0.0
+    for number in range(options.rounds):
+        began = time.monotonic()
+        if number and options.seconds_left() < 1.3 * longest:
+            say(f"  time is up after {number} of {options.rounds} rounds")
+            break
+        for side in sides:
+            side.run_round(steps)
+        longest = max(longest, time.monotonic() - began)
+
+
+def measure_starts(sides: list[Side], options: Options) -> None:
+    """The first pair warms the caches on disk and does not count."""
+    longest = 0.0
+    for number in range(1 + options.rounds):
+        began = time.monotonic()
+        if number > 1 and options.seconds_left() < 1.3 * longest:
+            say(f"  time is up after {number - 1} of {options.rounds} rounds")
+            break
+        for side in sides:
+            seconds = side.time_start()
+            if number:
+                side.start_seconds.append(seconds)
+        longest = max(longest, time.monotonic() - began)
+
+
+def describe_origin() -> dict[str, Any]:
+    return {
+        "commit": os.environ.get("TUNESMITH_COMMIT") or read_commit(),
+        "code": hash_code(),
+        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def tune_peer(case: Case, options: Options) -> dict[str, Any]:
+    """The fastest of the peer's settings on this machine, and what each one gave."""
+    tried: dict[str, Any] = {}
+    quick = dataclasses.replace(options, rounds=1, steps=min(4, options.steps or 4), skip_parity=True)
+    for name in case.peer.settings:
+        try:
+            record = run_case(case, quick, setting=name, only="peer")
+            peer = record["peer"]
+            tried[name] = {key: peer[key] for key in ("tokens_per_second", "peak_bytes", "reserved_bytes")}
+        except (CaseFailed, ContenderFailed) as error:
+            tried[name] = {"failed": str(error)}
+            say(f"  {name}: {error}")
+    rates = {name: one["tokens_per_second"] for name, one in tried.items() if "failed" not in one}
+    if not rates:
+        raise CaseFailed(f"none of the settings of {case.peer.label} ran")
+    return {"best": max(rates, key=lambda name: rates[name]), "tried": tried, **describe_origin()}
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_key(text: str) -> dict[str, Any]:
+    """`train.memory_limit=20GiB` -> nested mapping; the value is JSON where it can be read as such."""
+    path, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        read: Any = json.loads(value)
+    except ValueError:
+        read = value
+    for key in reversed(path.split(".")):
+        read = {key: read}
+    return read
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", default=[], choices=list(CASES), help="what to measure")
+    parser.add_argument(
+        "--tune", action="append", default=[], choices=list(CASES), help="try the peer's settings"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cases")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="result files to merge into --out")
+    parser.add_argument("--table", action="store_true", help="write docs/benchmarks.md from --out")
+    parser.add_argument("--out", type=Path, default=RESULT, help="result file; what is in it stays")
+    parser.add_argument("--folder", type=Path, help="where inputs are written and found again")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that the measured processes need")
+    parser.add_argument("--rows", type=Path, help="folder of rendered rows, for the real lengths")
+    parser.add_argument("--make-rows", type=Path, metavar="DATA", help="render a data file into --rows")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for --make-rows")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shape", choices=list(SHAPES), help="another shape than the case's")
+    parser.add_argument("--row-tokens", type=int, help="another length of random rows than the case's")
+    parser.add_argument("--batch-rows", type=int, help="another number of rows in a step than the case's")
+    parser.add_argument("--contender", choices=["ours", "peer"], help="run one side; nothing is recorded")
+    parser.add_argument(
+        "--setting", help="name of the peer's settings; default: the tuned ones, else the first"
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peer")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each side")
+    parser.add_argument("--steps", type=int, help="timed steps of a round; default: the case's")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before the first round")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="no new round that would end later than this"
+    )
+    parser.add_argument(
+        "--job", type=parse_key, action="append", default=[], metavar="KEY=VALUE", help="job key"
+    )
+    parser.add_argument("--plain", action="store_true", help="leave out the case's own job keys")
+    parser.add_argument(
+        "--skip-parity", action="store_true", help="time without the gradient check, and say so"
+    )
+    return parser
+
+
+def make_options(arguments: argparse.Namespace) -> Options:
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "tunesmith-gpu"
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    job: dict[str, Any] = {}
+    for keys in arguments.job:
+        job = merge_keys(job, keys)
+    return Options(
+        folder=folder,
+        device=arguments.device,
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+        warm_up=arguments.warm_up,
+        deadline=time.monotonic() + 60 * arguments.minutes,
+        rows=arguments.rows.resolve() if arguments.rows else None,
+        site=install_wheels(arguments.wheels.resolve(), folder) if arguments.wheels else None,
+        peer_python=arguments.peer_python,
+        plain=arguments.plain,
+        skip_parity=arguments.skip_parity,
+        job=job,
+    )
+
+
+def change_case(case: Case, arguments: argparse.Namespace) -> Case:
+    rows = case.rows
+    if arguments.row_tokens:
+        rows = dataclasses.replace(rows, tokens=arguments.row_tokens)
+    return dataclasses.replace(
+        case,
+        shape=arguments.shape or case.shape,
+        rows=rows,
+        batch_rows=arguments.batch_rows or case.batch_rows,
+    )
+
+
+def measure(name: str, arguments: argparse.Namespace, options: Options) -> bool:
+    """Run a case and merge its record. Returns whether it ran."""
+    case = change_case(CASES[name], arguments)
+    results = load_results(arguments.out)
+    tuned = results["tuned"].get(name, {}).get("best")
+    setting = arguments.setting or tuned or next(iter(case.peer.settings))
+    try:
+        record = run_case(case, options, setting=setting, only=arguments.contender)
+    except (CaseFailed, ContenderFailed, subprocess.TimeoutExpired) as error:
+        say(f"{name} failed: {error}")
+        record = {"failed": str(error), **describe_origin()}
+        if arguments.contender is None:
+            new = {"cases": {name: record}, "tuned": {}}
+            save_results(arguments.out, merge_results(results, new))
+        return False
+    if arguments.contender is not None:
+        print(json.dumps(record, indent=1))
+        return True
+    record["ratio"] = compute_ratio(case, record)
+    save_results(arguments.out, merge_results(results, {"cases": {name: record}, "tuned": {}}))
+    print(f"{name}: {record['ratio']['of_medians']:.3f}  {judge(case, record)}")
+    return True
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    if arguments.list:
+        for case in CASES.values():
+            print(f"{case.name:18} {case.what}, against {case.peer.label}; aim {case.bar}")
+    if arguments.make_rows:
+        if not (arguments.tokenizer and arguments.rows):
+            raise SystemExit("--make-rows needs --tokenizer and --rows")
+        number = render_rows(
+            arguments.make_rows, arguments.tokenizer, arguments.rows, template="llama-3", max_tokens=2048
+        )
+        say(f"{number} rows in {arguments.rows}")
+    ok = True
+    if arguments.tune or arguments.case:
+        options = make_options(arguments)
+        for name in arguments.tune:
+            tuned = tune_peer(change_case(CASES[name], arguments), options)
+            say(f"{name}: best is {tuned['best']}")
+            new = {"cases": {}, "tuned": {name: tuned}}
+            save_results(arguments.out, merge_results(load_results(arguments.out), new))
+        for name in arguments.case:
+            ok = measure(name, arguments, options) and ok
+    for path in arguments.merge:
+        save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
+    if arguments.table:
+        PAGE.write_text(make_page(load_results(arguments.out)), encoding="utf-8")
+    if not ok:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

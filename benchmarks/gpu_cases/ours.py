@@ -1,0 +1,101 @@
+"""Our engine as a contender: the case's job through the same function that `tunesmith train` runs.
+
+Two things are added from outside, and neither changes what is computed: after every step the event that a terminal
+would show hands control to the parent, and for the parity check gradients are copied just before the update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpu_cases.protocol import Session, describe_packages
+
+session = Session()
+
+from safetensors.torch import save_file  # noqa: E402
+
+from gpu_cases.inputs import hash_step  # noqa: E402
+from tunesmith.api.tasks import TrainTask  # noqa: E402
+from tunesmith.api.training import run_train_task  # noqa: E402
+from tunesmith.core.events import Event  # noqa: E402
+from tunesmith.core.jsonl import write_json  # noqa: E402
+from tunesmith.job.load import job_from  # noqa: E402
+from tunesmith.training.step import Stepper  # noqa: E402
+
+_counts: dict[str, int] = {}
+_losses: dict[str, float] = {}
+_take = Stepper.take
+
+
+def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
+    """Stepper.take; what it was given and what came out is noted."""
+    if session.wants_rows:
+        session.note_rows(hash_step([(row.ids, row.mask) for row in rows]))
+    result = _take(self, rows, **arguments)
+    _counts.update(num_tokens=result.num_tokens, num_target_tokens=result.num_target_tokens)
+    _losses["loss"] = result.loss
+    return result
+
+
+def train() -> None:
+    Stepper.take = take_and_note
+    run_train_task(_make_task(session.task["job"], "train"), _after_step)
+
+
+def _after_step(event: Event) -> None:
+    if event.kind == "step":
+        session.step_done(_losses["loss"], **_counts)
+
+
+def gradients(out: Path) -> dict[str, Any]:
+    """Gradients of the shortened model's first step, divided by its target tokens, not clipped; written to `out`."""
+    found: dict[str, Any] = {}
+    digests: list[str] = []
+
+    def take_and_copy(self: Stepper, rows: Any, **arguments: Any) -> Any:
+        digests.append(hash_step([(row.ids, row.mask) for row in rows]))
+        update = self.optimizer.update
+
+        def copy_and_update(**settings: Any) -> None:
+            for name in self.optimizer.masters:
+                gradient = self.optimizer.gradient_of(name)
+                if gradient is not None:
+                    found[name] = gradient.detach().float().cpu().contiguous() / self.scale.value
+            update(**settings)
+
+        self.optimizer.update = copy_and_update  # type: ignore[method-assign]
+        result = _take(self, rows, **arguments)
+        _losses["loss"] = result.loss
+        return result
+
+    Stepper.take = take_and_copy
+    try:
+        run_train_task(_make_task(session.task["short_job"], "short"), lambda event: None)
+    finally:
+        Stepper.take = _take
+    save_file(found, str(out))
+    return {"loss": _losses["loss"], "digest": digests[0]}
+
+
+def _make_task(raw: dict[str, Any], name: str) -> TrainTask:
+    job = job_from(raw)
+    out = Path(session.task["folder"]) / name
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "job.json", job.model_dump(mode="json"))
+    return TrainTask(
+        label="",
+        job=job.model_dump(mode="json"),
+        out=str(out),
+        prepared=session.task["rows"],
+        model_folder=raw["model"],
+        model_name=raw["model"],
+        revision=None,
+        key=name,
+        resume=False,
+        keep_weights=False,
+    )
+
+
+if __name__ == "__main__":
+    session.serve(gradients=gradients, train=train, facts=lambda: describe_packages("tunesmith", "torchao"))

@@ -1,0 +1,121 @@
+"""Whether a contender computes the gradients it is timed for: against fp32, allowing what its precision costs.
+
+The yardstick for bf16 is the same eager code in bf16: a contender may be three times as far from fp32 as that. fp8 has
+no such yardstick; its allowance is fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Times the distance of plain bf16 code from fp32, and at least this much.
+ALLOWED_NOISE = 3.0
+LEAST_TOTAL, LEAST_WORST = 0.01, 0.05
+FP8_TOTAL, FP8_WORST = 0.20, 0.50
+# Of the loss, relative.
+ALLOWED_LOSS = 0.005
+
+
+@dataclass(frozen=True)
+class Distance:
+    """total: norm of the difference of all gradients over the norm of the reference's; worst: the largest such ratio
+    of a single tensor, and which one."""
+
+    total: float
+    worst: float
+    worst_name: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the gate saw. `passed` decides whether a contender is timed."""
+
+    passed: bool
+    reason: str
+    distance: Distance
+    allowed_total: float
+    allowed_worst: float
+    loss: float
+    reference_loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def split_name(name: str) -> list[str]:
+    """Names behind a merged matrix: `a.q_proj+k_proj.weight` -> `a.q_proj.weight`, `a.k_proj.weight`."""
+    stem, _, kind = name.rpartition(".")
+    first, *others = stem.split("+")
+    parent = first.rpartition(".")[0]
+    return [f"{first}.{kind}", *(f"{parent}.{other}.{kind}" for other in others)]
+
+
+def measure_distance(gradients: Path, reference: Path) -> Distance:
+    """Distance of two files of gradients. Raises ValueError if one has a tensor that the other lacks."""
+    from safetensors import safe_open
+
+    squared_difference = squared_norm = 0.0
+    worst, worst_name = 0.0, ""
+    with safe_open(str(gradients), "numpy") as found, safe_open(str(reference), "numpy") as wanted:
+        missing = set(wanted.keys())
+        for name in found.keys():  # noqa: SIM118  # no mapping, whatever it looks like
+            parts = split_name(name)
+            if absent := [part for part in parts if part not in missing]:
+                raise ValueError(f"the reference has no gradient of {absent[0]}")
+            missing -= set(parts)
+            truth = np.concatenate([wanted.get_tensor(part) for part in parts]).astype(np.float32)
+            difference = _square(found.get_tensor(name).astype(np.float32) - truth)
+            norm = _square(truth)
+            squared_difference, squared_norm = squared_difference + difference, squared_norm + norm
+            ratio = math.sqrt(difference / norm) if norm else (math.inf if difference else 0.0)
+            # `not <=`: a NaN is the worst there is.
+            if not ratio <= worst:
+                worst, worst_name = ratio, name
+    if missing:
+        raise ValueError(f"no gradient of {sorted(missing)[0]}")
+    return Distance(math.sqrt(squared_difference / squared_norm), worst, worst_name)
+
+
+def _square(values: np.ndarray) -> float:
+    flat = values.ravel()
+    return float(np.dot(flat, flat))
+
+
+def check_parity(
+    folder: Path, gradients: Path, answer: Mapping[str, Any], *, fp8: bool, exact: bool = False
+) -> Parity:
+    """Hold a contender's gradients to the reference in `folder` (reference.py).
+
+    exact: the contender computes in fp32 itself, so that bf16's noise is no excuse.
+    """
+    losses = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+    distance = measure_distance(gradients, folder / "reference.safetensors")
+    if exact:
+        total, worst = 1e-3, 1e-2
+    else:
+        noise = measure_distance(folder / "rounded.safetensors", folder / "reference.safetensors")
+        total = max(ALLOWED_NOISE * noise.total, FP8_TOTAL if fp8 else LEAST_TOTAL)
+        worst = max(ALLOWED_NOISE * noise.worst, FP8_WORST if fp8 else LEAST_WORST)
+    reasons: list[str] = []
+    if not distance.total <= total:
+        reasons.append(f"gradients are {distance.total:.3g} from fp32, allowed {total:.3g}")
+    if not distance.worst <= worst:
+        reasons.append(f"{distance.worst_name} is {distance.worst:.3g} from fp32, allowed {worst:.3g}")
+    if not abs(answer["loss"] - losses["reference"]) <= ALLOWED_LOSS * losses["reference"]:
+        reasons.append(f"the loss is {answer['loss']:.5f}, in fp32 {losses['reference']:.5f}")
+    return Parity(
+        passed=not reasons,
+        reason="; ".join(reasons),
+        distance=distance,
+        allowed_total=total,
+        allowed_worst=worst,
+        loss=answer["loss"],
+        reference_loss=losses["reference"],
+    )
