@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tunesmith
-from tunesmith.core.errors import DataError, JobError, ModelError, RunDirError
+from tunesmith.core.errors import DataError, JobError, ModelError, RunDirError, SetupError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.core.rundir import RunDir
@@ -268,3 +269,28 @@ def test_rows_share_their_beginning_unless_dropout_or_a_gpu_kernel_forbids(
 
     described = job() | {"method": {"name": "lora", "dropout": dropout}}
     assert shares_prefix(Job.model_validate(described), torch.device(device)) is shared
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-bf16", "muon"])
+def test_full_fine_tuning_learns_with_every_optimizer(tmp_path: Path, optimizer: str) -> None:
+    values = job(steps=8, optimizer=optimizer, learning_rate=3e-4) | {"method": "full"}
+    record = tunesmith.train(values, out=tmp_path)
+    losses = [row["loss"] for _, row in read_jsonl(tmp_path / "steps.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert record.config["train"]["optimizer"] == optimizer
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size == pytest.approx(record.size_bytes)
+
+
+def test_8_bit_states_train_adapters_too(tmp_path: Path) -> None:
+    tunesmith.train(job(optimizer="adamw-8bit"), out=tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_bf16_weights_are_refused_where_the_precision_turns_out_to_be_fp16(tmp_path: Path) -> None:
+    from tunesmith.api.training import pick_master_dtype
+
+    values = tunesmith.job_from(job(optimizer="adamw-bf16") | {"method": "full"})
+    assert pick_master_dtype(values, torch.bfloat16) == torch.bfloat16
+    assert pick_master_dtype(values, torch.float32) == torch.bfloat16
+    with pytest.raises(SetupError, match=r"train\.precision: auto is fp16 on this GPU"):
+        pick_master_dtype(values, torch.float16)

@@ -180,3 +180,12 @@ def test_new_tokens_are_those_of_every_arm_or_refused() -> None:
         JobError, match=r"new_tokens \['<done>'\], the job's method \[\].*Give method\.new_tokens once"
     ):
         plan({"method": {"name": "lora", "new_tokens": ["<done>"]}}, method="lora")
+
+
+def test_an_arm_that_the_jobs_optimizer_cannot_train_is_refused() -> None:
+    muon = {"method": "full", "train": {"optimizer": "muon"}}
+    assert len(plan_arms(job(["zero-shot", "full"], **muon))) == 2
+    with pytest.raises(
+        JobError, match=r"compare\.arms\[1\]: train\.optimizer is muon, and the method is lora"
+    ):
+        plan_arms(job(["full", "lora"], **muon))

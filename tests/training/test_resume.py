@@ -120,6 +120,48 @@ def test_every_precision_and_stopping_point_continues_exactly(tmp_path, dtype, s
     assert run_leg(tmp_path / "cut", resume=True, dtype=dtype, learning_rate=0.01) == whole
 
 
+OPTIMIZERS = [
+    ("adamw", torch.float32),
+    ("adamw-8bit", torch.float32),
+    ("adamw-8bit", torch.bfloat16),
+    ("adamw-bf16", torch.bfloat16),
+    ("muon", torch.float32),
+    ("muon", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("stop", [1, 6, 13])
+@pytest.mark.parametrize(("optimizer", "dtype"), OPTIMIZERS)
+def test_every_optimizer_continues_exactly(tmp_path, monkeypatch, optimizer, dtype, stop):
+    # The tiny decoder's matrices have 256 weights and more: quantise those too.
+    monkeypatch.setattr("tunesmith.training.low_bit_adamw.SMALLEST_QUANTIZED", 256)
+    settings = {"dtype": dtype, "optimizer": optimizer, "learning_rate": 0.01}
+    whole = run_leg(tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted):
+        run_leg(tmp_path / "cut", stop=stop, **settings)
+    assert run_leg(tmp_path / "cut", resume=True, **settings) == whole
+
+
+def test_every_optimizer_leaves_other_weights(tmp_path):
+    found = {run_leg(tmp_path / f"{o}-{d}", optimizer=o, dtype=d)["weights"] for o, d in OPTIMIZERS}
+    assert len(found) == len(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw", 8), ("adamw-8bit", 2), ("adamw-bf16", 2)])
+def test_states_are_saved_as_they_are_held(tmp_path, monkeypatch, optimizer, bytes_each):
+    monkeypatch.setattr("tunesmith.training.low_bit_adamw.SMALLEST_QUANTIZED", 256)
+    model = TinyDecoder(dtype=torch.bfloat16)
+    run_tiny(tmp_path, make_spec(steps=2, save_every=2, optimizer=optimizer), model=model)
+    newest = list_checkpoints(RunDir(tmp_path).checkpoints)[0]
+    states = load_file(newest / "optimizer.safetensors")
+    # 16 x 48 weights: three blocks.
+    held = sum(t.numel() * t.element_size() for name, t in states.items() if name.endswith(".qkv.weight"))
+    scales_and_step = 2 * 4 * 3 + 8 if bytes_each == 2 else 4
+    assert held == bytes_each * 768 + scales_and_step
+    weights = load_file(newest / "weights.safetensors")
+    assert weights["qkv.weight"].dtype == (torch.bfloat16 if optimizer == "adamw-bf16" else torch.float32)
+
+
 def test_three_interruptions_are_as_good_as_none(tmp_path):
     whole = run_leg(tmp_path / "whole")
     for number, stop in enumerate((2, 3, 11)):
@@ -230,6 +272,7 @@ def test_the_comparison_notices_every_state_that_is_dropped(tmp_path, whole_and_
         ({"batch_rows": 8}, "train.batch_rows was 4 and is 8"),
         ({"schedule": "linear"}, "train.schedule was 'cosine' and is 'linear'"),
         ({"evaluate_every": 4}, "train.evaluate_every was 3 and is 4"),
+        ({"optimizer": "adamw-8bit"}, "train.optimizer was 'adamw' and is 'adamw-8bit'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -51,6 +51,10 @@ class TinyDecoder(nn.Module):
     def named_trainable(self):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
+    def named_matrices(self) -> dict[str, list[slice]]:
+        thirds = [slice(at * WIDTH, (at + 1) * WIDTH) for at in range(3)]
+        return {"qkv.weight": thirds, "mlp.0.weight": [slice(0, 32)], "mlp.2.weight": [slice(0, WIDTH)]}
+
     def forward(self, ids_BS: Tensor) -> Tensor:
         x = self.embed(ids_BS)
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.api.opening import note_long_rows, open_base, open_run
 from tunesmith.api.tasks import TrainTask
-from tunesmith.core.errors import DataError, RunDirError
+from tunesmith.core.errors import DataError, RunDirError, SetupError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import (
     describe_hardware,
@@ -272,13 +272,30 @@ def load_trainable(
 
     method = job.method_spec
     if not isinstance(method, LoraSpec):
-        return load_model(folder, device=device, dtype=dtype, trainable=True)
+        masters = pick_master_dtype(job, dtype)
+        return load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
     model = load_model(
         folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant
     )
     num_tokens = tokenizer.vocab_size if method.new_tokens else None
     add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     return model
+
+
+def pick_master_dtype(job: Job, dtype: torch.dtype) -> torch.dtype:
+    """What full fine-tuning keeps its weights in. Raises SetupError where `auto` turned out to be fp16."""
+    import torch
+
+    if job.train.optimizer != "adamw-bf16":
+        return torch.float32
+    if dtype == torch.float16:
+        raise SetupError(
+            "train.precision",
+            "auto is fp16 on this GPU, and train.optimizer is adamw-bf16",
+            rule="fp16 cannot hold every bf16 weight",
+            cure="Use precision: fp32, or another optimizer",
+        )
+    return torch.bfloat16
 
 
 def load_job_tokenizer(job: Job, folder: Path) -> Tokenizer:

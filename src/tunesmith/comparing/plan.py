@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.core.errors import JobError
+from tunesmith.job.combinations import check_optimizer
 from tunesmith.job.spec import ArmSpec, FullSpec, Job, LoraSpec, TuneSpec, as_method_spec
 
 Prompting = Literal["zero-shot", "few-shot", "rag"]
@@ -77,6 +78,8 @@ def plan_arms(job: Job) -> list[PlannedArm]:
         arm = _plan_arm(spec, job, place)
         _refuse_examples_of_a_stream(arm, job, place)
         _refuse_other_tokens(arm, job, place)
+        if arm.method is not None:
+            check_optimizer(job.train, arm.method, place=place)
         for other in arms:
             if other.name.lower() == arm.name.lower():
                 raise JobError(

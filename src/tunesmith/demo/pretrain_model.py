@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
+from tunesmith.training.muon import orthogonalize
+
 # torch named the causal switch differently in its first releases with this kernel.
 HAS_WINDOW = "window_size" in inspect.signature(varlen.varlen_attn).parameters
 
@@ -184,22 +186,6 @@ def make_rope(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
     angles = positions.float()[:, None] * shape.rope_theta**-steps
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def orthogonalize(momentum: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack (S, rows, columns), by five quintic Newton-Schulz steps.
-
-    Source: K. Jordan et al. 2024, Muon.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = momentum.bfloat16() if momentum.is_cuda else momentum.float()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
 
 
 class Muon(torch.optim.Optimizer):

@@ -22,6 +22,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tunesmith.core.errors import JobError
+from tunesmith.job.combinations import check_optimizer
 from tunesmith.job.spec import Job
 
 MAX_JOB_BYTES = 1 << 20
@@ -196,9 +197,11 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[Location
 
 def _validate(values: dict[str, Any], places: Mapping[Location, str], path: str) -> Job:
     try:
-        return Job.model_validate(values)
+        job = Job.model_validate(values)
     except ValidationError as error:
         raise _explain(error, places, path, values) from None
+    check_optimizer(job.train, job.method_spec, place=places.get(("train", "optimizer"), path))
+    return job
 
 
 def _explain(error: ValidationError, places: Mapping[Location, str], path: str, values: Any) -> JobError:

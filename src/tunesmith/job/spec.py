@@ -79,7 +79,7 @@ class DataSpec(Spec):
 
 
 class FullSpec(Spec):
-    """Full fine-tuning: every weight, fp32 master copies."""
+    """Full fine-tuning: every weight, fp32 master copies (none with `train.optimizer: adamw-bf16`)."""
 
     name: Literal["full"]
     """The method."""
@@ -162,6 +162,10 @@ class TrainSpec(Spec):
     """Share of the steps that warm up linearly."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay (on matrices only)."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-bf16", "muon"] = "adamw"
+    """`adamw`: fp32 states. `adamw-8bit`: states in 8 bits, 2 bytes a weight in place of 8. `adamw-bf16` (full only):
+    bf16 weights without fp32 masters, rounded stochastically, 8-bit states. `muon` (full only): orthogonalised momentum
+    for the layers' matrices, `adamw` for the rest, at the same learning rates."""
     beta1: Fraction = 0.9
     """AdamW: decay of the mean of gradients."""
     beta2: Fraction = 0.999

@@ -154,11 +154,11 @@ class CausalLM(nn.Module, ABC):
         return (module for module in self.modules() if isinstance(module, TokenTable))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer updates: adapters, or fp32 masters of all weights."""
+        """What an optimizer updates: adapters in fp32, or all weights as `make_trainable` made them."""
         return [parameter for _, parameter in self.named_trainable()]
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, fp32 parameter), checkpoint names; `a+b` is a merged matrix with the rows of a, then of b.
+        """(name, parameter), checkpoint names; `a+b` is a merged matrix with the rows of a, then of b.
 
         Adapters: `model.layers.0.self_attn.q_proj.lora_A.weight`, as PEFT calls them without its prefix.
         """
@@ -185,14 +185,25 @@ class CausalLM(nn.Module, ABC):
                 names[id(table.tuned)] = f"{table.name}.weight"
         return names
 
-    def make_trainable(self) -> None:
-        """Full fine-tuning: every weight becomes an fp32 master (fp64 stays). Raises ValueError on a packed base."""
+    def named_matrices(self) -> dict[str, list[slice]]:
+        """Trained matrices of linear layers (no embedding, no head): name in `named_trainable` -> rows of its parts."""
+        return {
+            f"{merge_names(projection.names)}.weight": [rows for _, rows in projection.rows()]
+            for projection in self.projections()
+            if projection.weight is not None and projection.weight.requires_grad
+        }
+
+    def make_trainable(self, dtype: torch.dtype = torch.float32) -> None:
+        """Full fine-tuning: every weight is trained in `dtype` (fp64 stays). Raises ValueError on a packed base.
+
+        fp32: masters of any compute dtype. bf16: no masters, for an optimizer that rounds stochastically.
+        """
         for projection in self.projections():
             if projection.packed is not None:
                 raise ValueError("a quantised base cannot be trained whole")
         for parameter in self.parameters():
             if parameter.dtype != torch.float64:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
 
 

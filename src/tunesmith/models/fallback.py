@@ -34,14 +34,22 @@ def load_fallback(
     stored: Mapping[str, StoredTensor],
     *,
     dtype: torch.dtype,
-    trainable: bool,
+    masters: torch.dtype | None,
 ) -> Fallback:
-    """Load through transformers, safetensors only. Raises ModelError in one line for whatever it refuses."""
-    if trainable and dtype != torch.float32:
+    """Load through transformers, safetensors only. Raises ModelError in one line for whatever it refuses.
+
+    masters: dtype in which all weights will be trained; None if they stay frozen.
+    """
+    if masters not in (None, dtype):
+        # The Hugging Face modules compute in their weights' dtype.
+        bf16 = masters == torch.bfloat16
         raise ModelError(
             str(folder),
-            f"{config.model_type!r} models are trained whole in fp32 only",
-            cure="Set train.precision: fp32, or method: lora",
+            f"{config.model_type!r} models are trained whole in {'bf16' if bf16 else 'fp32'} only"
+            + (" with train.optimizer: adamw-bf16" if bf16 else ""),
+            cure="Set train.precision: bf16"
+            if bf16
+            else "Set train.precision: fp32, or train.optimizer: adamw-bf16, or method: lora",
         )
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -26,13 +26,15 @@ def load_model(
     base: Storage = "full",
     double_quant: bool = True,
     trainable: bool = False,
+    master_dtype: torch.dtype = torch.float32,
     own_decoder: bool = True,
 ) -> CausalLM:
     """Model of a Hugging Face folder, in evaluation mode, frozen.
 
     dtype:       compute dtype, and storage of frozen weights.
     base:        storage of the linear layers' frozen weights; the rest stays in `dtype`.
-    trainable:   keep fp32 masters of all weights and train them (full fine-tuning).
+    trainable:   keep masters of all weights and train them (full fine-tuning).
+    master_dtype: of the weights that are trained; bf16 only with an optimizer that rounds stochastically.
     own_decoder: False runs any model through the fallback, as a reference.
     Raises ModelError, before anything is built.
     """
@@ -46,7 +48,8 @@ def load_model(
     if not (config.own and own_decoder):
         from tunesmith.models.fallback import load_fallback
 
-        model: CausalLM = load_fallback(folder, config, stored, dtype=dtype, trainable=trainable)
+        masters = master_dtype if trainable else None
+        model: CausalLM = load_fallback(folder, config, stored, dtype=dtype, masters=masters)
     else:
         chosen = check_tensors(stored, list_expected(config), config, place=str(folder))
         tied_twice = {"lm_head.weight", "model.embed_tokens.weight"} & set(stored) if config.tied else set()
@@ -55,7 +58,7 @@ def load_model(
             check_tied(tensors, place=str(folder))
         named = {name: tensors[source] for name, source in chosen.items()}
         model = Decoder(
-            config, named, folder=folder, dtype=dtype, storage=torch.float32 if trainable else dtype
+            config, named, folder=folder, dtype=dtype, storage=master_dtype if trainable else dtype
         )
         del tensors, named
     if base != "full":
@@ -64,5 +67,5 @@ def load_model(
         pack_model(model, base, double_quant=double_quant, device=device)
     model = model.to(device)
     if trainable:
-        model.make_trainable()
+        model.make_trainable(master_dtype)
     return model.eval()

@@ -16,7 +16,8 @@ from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
 from tunesmith.training.keeper import Keeper
 from tunesmith.training.meter import Meter
-from tunesmith.training.optim import LossScale, MasterAdamW
+from tunesmith.training.optim import LossScale
+from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.order import RowSource, StepRows, order_rows
 from tunesmith.training.outcome import Progress, TrainOutcome
 from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
@@ -27,7 +28,6 @@ from tunesmith.training.step import (
     MakeBatch,
     Stepper,
     TrainableModel,
-    is_out_of_memory,
     read_random,
     set_random,
 )
@@ -75,7 +75,7 @@ def train(
         meter = Meter(device)
         stepper = Stepper(
             model,
-            _make_optimizer(named, spec),
+            make_optimizer(model, named, spec),
             make_batch=make_batch,
             loss=loss,
             device=device,
@@ -316,22 +316,6 @@ class _Run:
             continued_from=self.keeper.continued_from,
             warnings=self.state.warnings,
         )
-
-
-def _make_optimizer(named: Mapping[str, torch.nn.Parameter], spec: TrainSpec) -> MasterAdamW:
-    try:
-        return MasterAdamW(
-            named, beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        count = sum(parameter.numel() for parameter in named.values())
-        raise TrainingFailed(
-            "optimizer",
-            f"out of memory for its states ({count:,} trained weights, 8 bytes each)",
-            cure="Train fewer weights (method: lora or qlora), or a smaller model",
-        ) from None
 
 
 def _count_total_steps(spec: TrainSpec, source: RowSource) -> int:

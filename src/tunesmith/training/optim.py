@@ -1,9 +1,13 @@
-"""AdamW with fp32 master weights and states, gradient clipping, and dynamic loss scaling for fp16."""
+"""What every optimizer shares (fp32 masters, gradients, loading), and AdamW with fp32 states.
+
+The others: `low_bit_adamw` (8-bit states; bf16 weights without masters), `muon`. `optimizers` makes what a job names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +15,51 @@ from torch import Tensor, nn
 _OWN_MASTER = (torch.float32, torch.float64)
 
 
-class MasterAdamW:
-    """AdamW over named parameters of any float dtype, computed in fp32.
+class Optimizer(Protocol):
+    """What the step and the checkpoints need of an optimizer. Names are those of `named_trainable`."""
+
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """Trained weights as exactly as they are kept; with the state, all that a checkpoint needs."""
+        ...
+
+    def clear_gradients(self) -> None: ...
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm over all gradients, a scalar on their device; the caller decides when to wait for it."""
+        ...
+
+    def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
+        """Take one step with gradients times `gradient_factor` (clipping, loss scale), and clear them."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state, flat: `KIND.NAME`. Not copies."""
+        ...
+
+    def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        """Copy masters and states in, in place. Raises ValueError if names or shapes differ."""
+        ...
+
+
+class MasterWeights:
+    """Named parameters of any float dtype, updated in fp32.
 
     A parameter in bf16 or fp16 gets an fp32 master copy. Its gradients are added up in fp32, micro-batch by
     micro-batch, the update happens on the master, and the parameter is the master rounded. Updates far below the
     rounding step of bf16 (most of them at usual learning rates) are thereby kept. fp32 parameters are their own master.
-
-    Weight decay applies to matrices only: vectors (norms, biases, DoRA magnitudes) are scales, not directions.
     """
 
-    def __init__(
-        self,
-        named: Mapping[str, nn.Parameter],
-        *,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
+    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         if not named:
             raise ValueError("nothing to train: no parameter requires a gradient")
-        self.masters: dict[str, Tensor] = {}
         self._rounded: list[Tensor] = []
         self._rounded_masters: list[Tensor] = []
-        for name, parameter in named.items():
-            self.masters[name] = self._make_master(parameter)
-        self._betas, self._epsilon, self._weight_decay = (beta1, beta2), epsilon, weight_decay
-        # States exist from the start: running out of memory then happens here, not halfway into the first update.
-        self._states = {
-            name: {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-            for name, master in self.masters.items()
+        self.masters: dict[str, Tensor] = {
+            name: self._make_master(name, parameter) for name, parameter in named.items()
         }
 
-    def _make_master(self, parameter: nn.Parameter) -> Tensor:
+    def _make_master(self, name: str, parameter: nn.Parameter) -> Tensor:
         if parameter.dtype in _OWN_MASTER:
             return parameter
         master = parameter.detach().float().requires_grad_()
@@ -68,15 +79,19 @@ class MasterAdamW:
         parameter.register_post_accumulate_grad_hook(move_gradient)
         return master
 
+    def gradient_of(self, name: str) -> Tensor | None:
+        """The gradient added up so far, in the shape of the weight."""
+        return self.masters[name].grad
+
     def gradients(self) -> list[Tensor]:
-        return [m.grad for m in self.masters.values() if m.grad is not None]
+        return [g for name in self.masters if (g := self.gradient_of(name)) is not None]
 
     def clear_gradients(self) -> None:
         for master in self.masters.values():
             master.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm over all gradients, a scalar on their device; the caller decides when to wait for it."""
+        """See `Optimizer`."""
         gradients = self.gradients()
         if not gradients:
             return torch.zeros((), device=next(iter(self.masters.values())).device)
@@ -84,8 +99,54 @@ class MasterAdamW:
         return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
+    def round_masters(self) -> None:
+        """Set every low-precision parameter to its master, rounded to nearest."""
+        if self._rounded:
+            torch._foreach_copy_(self._rounded, self._rounded_masters)  # pyright: ignore[reportPrivateImportUsage]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """See `Optimizer`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        """See `Optimizer`."""
+        copy_tensors(self.masters, weights)
+        copy_tensors(self.state_tensors(), states)
+        self.round_masters()
+
+
+class MasterAdamW(MasterWeights):
+    """AdamW in fp32, on masters. 8 bytes of states for each weight.
+
+    Weight decay applies to matrices only: vectors (norms, biases, DoRA magnitudes) are scales, not directions.
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(named)
+        self._betas, self._epsilon, self._weight_decay = (beta1, beta2), epsilon, weight_decay
+        # States exist from the start: running out of memory then happens here, not halfway into the first update.
+        self._states = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+            for name, master in self.masters.items()
+        }
+
+    @torch.no_grad()
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
-        """Multiply gradients by `gradient_factor` (clipping, loss scale), take one step, clear gradients."""
+        """See `Optimizer`."""
         gradients = self.gradients()
         if gradient_factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, gradient_factor)  # pyright: ignore[reportPrivateImportUsage]
@@ -121,24 +182,11 @@ class MasterAdamW:
         # The kernel changes tensors without raising their versions, by which copies in lower precision know their age.
         torch.autograd.graph.increment_version(masters)
 
-    @torch.no_grad()
-    def round_masters(self) -> None:
-        """Set every low-precision parameter to its master, rounded to nearest."""
-        if self._rounded:
-            torch._foreach_copy_(self._rounded, self._rounded_masters)  # pyright: ignore[reportPrivateImportUsage]
-
     def state_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, flat: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. Not copies."""
+        """`exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
         return {
             f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()
         }
-
-    @torch.no_grad()
-    def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
-        """Copy masters and states in, in place. Raises ValueError if names or shapes differ."""
-        copy_tensors(self.masters, weights)
-        copy_tensors(self.state_tensors(), states)
-        self.round_masters()
 
 
 @torch.no_grad()

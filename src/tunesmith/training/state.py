@@ -17,7 +17,7 @@ from tunesmith.core.jsonl import dump_json
 from tunesmith.core.records import StepRecord
 from tunesmith.job.spec import TrainSpec
 from tunesmith.training.checkpoint import Checkpoint
-from tunesmith.training.optim import LossScale, MasterAdamW, copy_tensors
+from tunesmith.training.optim import LossScale, Optimizer, copy_tensors
 from tunesmith.training.step import read_random, set_random
 
 # Keys of `train:` that may differ when a run continues: they decide nothing about the weights. (The last one decides
@@ -107,9 +107,9 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def pack_tensors(
-    state: TrainState, optimizer: MasterAdamW, *, device: torch.device
+    state: TrainState, optimizer: Optimizer, *, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """File name -> tensors of a checkpoint. Weights are the fp32 masters: the model's own are these, rounded.
+    """File name -> tensors of a checkpoint. Weights are the optimizer's masters; the model's own are these, rounded.
 
     Raises TrainingFailed if anything is not finite: such a checkpoint would replace a good one.
     """
@@ -170,7 +170,7 @@ def restore(
     checkpoint: Checkpoint,
     *,
     named: Mapping[str, nn.Parameter],
-    optimizer: MasterAdamW,
+    optimizer: Optimizer,
     scale: LossScale,
     device: torch.device,
 ) -> TrainState:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import TrainingFailed
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_micro_batches
-from tunesmith.training.optim import LossScale, MasterAdamW, clip_factor
+from tunesmith.training.optim import LossScale, Optimizer, clip_factor
 
 _MAX_NAMED_ROWS = 5
 
@@ -29,6 +29,7 @@ class LossSum(Protocol):
 
 class TrainableModel(Protocol):
     def named_trainable(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def named_matrices(self) -> dict[str, list[slice]]: ...
     def parameters(self) -> Iterable[nn.Parameter]: ...
     def train(self, mode: bool = True) -> Any: ...
 
@@ -88,7 +89,7 @@ class Stepper:
     def __init__(
         self,
         model: Any,
-        optimizer: MasterAdamW,
+        optimizer: Optimizer,
         *,
         make_batch: MakeBatch,
         loss: LossFunction,
