@@ -259,6 +259,7 @@ class _Comparing:
             weights_folder=str(folder) if folder else None,
             storage=method.storage if isinstance(method, LoraSpec) else "full",
             double_quant=method.double_quant if isinstance(method, LoraSpec) else True,
+            compute=method.compute if isinstance(method, LoraSpec) else "auto",
             prompting=arm.prompting,
             seed=seed,
             general=general,

@@ -30,7 +30,7 @@ from tunesmith.models.headers import check_adapter, check_model
 if TYPE_CHECKING:
     from tunesmith.api.tasks import Weights
     from tunesmith.eval.forgetting import Forgetting
-    from tunesmith.job.spec import Storage
+    from tunesmith.job.spec import Compute, Storage
     from tunesmith.models.causal_lm import CausalLM
 
 
@@ -45,6 +45,7 @@ class Target:
     storage: Storage = "full"
     template: str | None = None
     double_quant: bool = True
+    compute: Compute = "auto"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -88,7 +89,7 @@ def _target_of_run(run: RunDir) -> Target:
     resolved = resolve_model(job.model_spec)
     method = job.method_spec
     if isinstance(method, LoraSpec):
-        kept = (method.storage, job.data.template, method.double_quant)
+        kept = (method.storage, job.data.template, method.double_quant, method.compute)
         return Target(resolved.name, resolved.folder, "adapter", run.adapter, *kept)
     return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
 
@@ -175,6 +176,7 @@ def evaluate(
             seed=0,
             general=None,
             double_quant=found.double_quant,
+            compute=found.compute,
         )
         return run_judge_task(task, on_event)
 
@@ -249,6 +251,7 @@ def run_judge_task(
         Path(task.weights_folder) if task.weights_folder else None,
         task.storage,
         double_quant=task.double_quant,
+        compute=task.compute,
     )
     tokenizer = load_tokenizer(target.tokenizer_folder)
     prepared = load_prepared(Path(task.prepared))
@@ -288,7 +291,8 @@ def _find_forgetting(
     from tunesmith.eval.forgetting import Forgetting, read_general_text
 
     precision = Job.model_validate(task.job).evaluate.precision
-    key = repr((task.model_folder, task.weights, task.storage, task.double_quant, precision, task.general))
+    held = (task.storage, task.double_quant, task.compute)
+    key = repr((task.model_folder, task.weights, *held, precision, task.general))
     if key not in bases:
         whole = task.weights == "model"
         base = (
@@ -314,6 +318,8 @@ def load_target(target: Target, *, precision: str = "auto") -> CausalLM:
         dtype=pick_dtype(precision, device),
         base=target.storage,
         double_quant=target.double_quant,
+        # Other precisions are the judge's own, the same for every arm.
+        compute="fp8" if target.compute == "fp8" else "auto",
     )
     if target.weights == "adapter":
         assert target.weights_folder is not None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.rundir import RunDir
-from tunesmith.job.spec import Storage
+from tunesmith.job.spec import Compute, Storage
 
 Weights = Literal["base", "adapter", "model"]
 
@@ -45,7 +45,8 @@ class JudgeTask:
     """Score one arm and seed on the sealed test rows.
 
     weights: what to put on the base: nothing, an adapter folder, or a whole model instead of it.
-    storage, double_quant: how the base is held, as it was in training: an adapter trained on NF4 is judged on NF4.
+    storage, double_quant, compute: how the base is held and multiplied, as it was in training: an adapter trained on
+             NF4 is judged on NF4.
     general: text for the forgetting measure, None to leave it out.
     """
 
@@ -63,6 +64,7 @@ class JudgeTask:
     seed: int
     general: str | None
     double_quant: bool = True
+    compute: Compute = "auto"
 
 
 Task = TrainTask | JudgeTask

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
 from tunesmith.api.opening import note_long_rows, open_base, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.errors import DataError, RunDirError, SetupError
@@ -24,6 +25,7 @@ from tunesmith.core.fingerprint import (
 from tunesmith.core.jsonl import read_json, read_settings, write_json
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.core.types import TokenRow
 from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
@@ -168,9 +170,20 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     device = pick_device()
     on_event(Event("progress", task.label, "loading"))
     tokenizer = load_job_tokenizer(job, Path(task.model_folder))
+    fp8_check, warnings = None, list[str]()
+    if multiplies_in_fp8(job.method_spec):
+        fp8_check = Fp8Check(_first_rows(task, job, prepared, tokenizer), cast(LoraSpec, job.method_spec))
+        warnings = warn_of_emulation(device, label=task.label, on_event=on_event)
     model = load_trainable(
-        job, Path(task.model_folder), tokenizer, device, pick_dtype(job.train.precision, device)
+        job,
+        Path(task.model_folder),
+        tokenizer,
+        device,
+        pick_dtype(job.train.precision, device),
+        fp8_check=fp8_check,
     )
+    if fp8_check:
+        fp8_check.tell(label=task.label, on_event=on_event)
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
@@ -195,6 +208,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{skipped} bad rows of the stream were skipped ({run.stream_rejects.name} holds them)"
         outcome.warnings.append(text)
+    outcome.warnings[:0] = warnings
     size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0
     record = RunRecord(
         status="done",
@@ -208,6 +222,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         hardware={**describe_hardware(), **describe_gpu(device)},
         learning_rate=rate,
         total_parameters=count_parameters(model).total,
+        fp8_check=fp8_check.to_json() if fp8_check else None,
         size_bytes=size_bytes,
         **_costs(outcome, time.perf_counter() - started, time.process_time() - started_cpu),
     )
@@ -230,6 +245,15 @@ def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: To
     stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
     fingerprint = fingerprint_data(job, prepared)["stream_sha256"]
     return StreamOrder(stream, batch_rows=job.train.batch_rows, fingerprint=fingerprint)
+
+
+def _first_rows(task: TrainTask, job: Job, prepared: Prepared, tokenizer: Tokenizer) -> Sequence[TokenRow]:
+    """The rows of the first optimizer step. Bad rows of a stream are left to the training itself to report."""
+    from tunesmith.training.order import order_rows
+
+    rows = _training_rows(job, Rejects(None, collect=task.skip_bad_rows), prepared, tokenizer)
+    order = order_rows(rows, batch_rows=job.train.batch_rows, seed=job.train.seed)
+    return next(order.steps_from(None)).rows
 
 
 def fingerprint_data(job: Job, prepared: Prepared) -> dict[str, str]:
@@ -264,9 +288,15 @@ def _costs(outcome: TrainOutcome, wall_seconds: float, cpu_seconds: float) -> di
 
 
 def load_trainable(
-    job: Job, folder: Path, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+    job: Job,
+    folder: Path,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fp8_check: Fp8Check | None = None,
 ) -> CausalLM:
-    """The base model with what the job's method trains made trainable."""
+    """The base model with what the job's method trains made trainable. fp8_check: measures the base on the way."""
     from tunesmith.models.load import load_model
     from tunesmith.models.lora import add_lora
 
@@ -275,8 +305,16 @@ def load_trainable(
         masters = pick_master_dtype(job, dtype)
         return load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
     model = load_model(
-        folder, device=device, dtype=dtype, base=method.storage, double_quant=method.double_quant
+        folder,
+        device=device,
+        dtype=dtype,
+        base=method.storage,
+        double_quant=method.double_quant,
+        compute=method.compute,
+        on_reference=fp8_check.measure_reference if fp8_check else None,
     )
+    if fp8_check:
+        fp8_check.measure(model)
     num_tokens = tokenizer.vocab_size if method.new_tokens else None
     add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     return model

@@ -117,7 +117,11 @@ def _inherit_settings(name: str, job: Job) -> FullSpec | LoraSpec:
     """A method given by name alone takes the job's own settings, so that `lora` and `qlora` differ in the base only."""
     own = job.method_spec
     if isinstance(own, LoraSpec) and name in ("lora", "qlora"):
-        return own if own.name == name else own.model_copy(update={"name": name, "base": "auto"})
+        return (
+            own
+            if own.name == name
+            else own.model_copy(update={"name": name, "base": "auto", "compute": "auto"})
+        )
     return as_method_spec(name)
 
 
@@ -214,7 +218,13 @@ def _name_arm(method: FullSpec | LoraSpec, spec: ArmSpec, job: Job) -> str:
     if isinstance(method, LoraSpec):
         usual = _inherit_settings(method.name, job)
         assert isinstance(usual, LoraSpec)
-        for field, mark in (("rank", "r"), ("alpha", "a"), ("dropout", "drop"), ("base", "")):
+        for field, mark in (
+            ("rank", "r"),
+            ("alpha", "a"),
+            ("dropout", "drop"),
+            ("base", ""),
+            ("compute", ""),
+        ):
             if getattr(method, field) != getattr(usual, field):
                 parts.append(f"{mark}{getattr(method, field)}")
         parts += [flag for flag in ("rslora", "dora") if getattr(method, flag) and not getattr(usual, flag)]

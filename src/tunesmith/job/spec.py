@@ -13,7 +13,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
-Storage = Literal["full", "int8", "nf4"]
+Storage = Literal["full", "int8", "nf4", "fp8"]
+Compute = Literal["auto", "bf16", "fp8"]
 
 
 class Spec(BaseModel):
@@ -108,10 +109,13 @@ class LoraSpec(Spec):
     """Weight-decomposed adapters (DoRA)."""
     adapter: str | None = None
     """Adapter folder to continue from."""
-    base: Literal["auto", "full", "int8", "nf4"] = "auto"
-    """Storage of the frozen base: `auto` is `nf4` for qlora and `full` (the training precision) for lora."""
+    base: Literal["auto", "full", "int8", "nf4", "fp8"] = "auto"
+    """Storage of the frozen base: `auto` is `nf4` for qlora and `full` (the training precision) for lora. `fp8` also
+    multiplies in fp8, forward and backward; a run is refused if that moves its first loss by more than 0.5%."""
     double_quant: bool = True
     """Quantise the NF4 block scales too."""
+    compute: Compute = "auto"
+    """What an nf4 base is unpacked to for its products: `auto` is the training precision, `fp8` is checked as above."""
 
     @property
     def scaling_alpha(self) -> float:
@@ -128,6 +132,16 @@ class LoraSpec(Spec):
         if self.name == "qlora" and self.storage != "nf4":
             raise ValueError(
                 f"qlora trains on an nf4 base, not {self.base!r}; write `name: lora` with this base"
+            )
+        if self.compute != "auto" and self.storage != "nf4":
+            raise ValueError(
+                f"compute: {self.compute} is for an nf4 base; base: {self.storage} "
+                + (
+                    "multiplies in fp8 anyway"
+                    if self.storage == "fp8"
+                    else "multiplies in the training precision"
+                )
+                + ", leave compute out"
             )
         return self
 

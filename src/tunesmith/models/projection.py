@@ -21,10 +21,22 @@ MIN_ROWS = 16
 
 
 class PackedWeight(Protocol):
-    """A frozen weight in another storage than the compute dtype (see quant.py)."""
+    """A frozen weight in another storage than the compute dtype (see packed.py). x: (T, I), grad: (T, O)."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The (O, I) matrix in `dtype`."""
+        ...
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, differentiable in x; a compiler can trace around it."""
+        ...
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same without a gradient, for a node that has its own: `gradient`."""
+        ...
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """grad W."""
         ...
 
 
@@ -153,9 +165,7 @@ class Projection(nn.Module):
         bias = None if self.bias is None else self._bias_cast.of(self.bias, self.dtype)
         loras = self.loras() if self.enabled else []
         if not loras:
-            if self.packed is not None and torch.is_grad_enabled() and x.requires_grad:
-                return _PackedLinear.apply(x, self.packed, bias)
-            return F.linear(x, self.dense(), bias)
+            return self._base_output(x, bias)
         dropped = self.dropout > 0 and self.training
         if any(lora.magnitude is not None for _, _, lora in loras):
             return self._project_dora(x, bias, loras, F.dropout(x, self.dropout) if dropped else x)
@@ -169,7 +179,7 @@ class Projection(nn.Module):
 
     def _base_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
-            return _PackedLinear.apply(x, self.packed, bias)
+            return self.packed.linear(x, bias)
         return F.linear(x, self.dense(), bias)
 
     def _add_lora(self, x: Tensor, bias: Tensor | None, loras: list, x_adapter: Tensor) -> Tensor:
@@ -225,24 +235,6 @@ class _NoAdapter(nn.Module):
     """Stands at the place of a part without adapter."""
 
 
-def _dense(base: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
-    return base.to(dtype) if isinstance(base, Tensor) else base.dense(dtype)
-
-
-class _PackedLinear(torch.autograd.Function):
-    """x W^T with W unpacked in forward and again in backward, so that only the packed weight is kept."""
-
-    @staticmethod
-    def forward(ctx, x, packed, bias):
-        ctx.packed = packed
-        return F.linear(x, packed.dense(x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad @ ctx.packed.dense(grad.dtype), None, None
-
-
 class _LoraLinear(torch.autograd.Function):
     """Base product and all adapters of a merged projection as one node, for eager CPU runs.
 
@@ -251,7 +243,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, base, bias, plan, *factors):
-        y = F.linear(x, _dense(base, x.dtype), bias)
+        y = F.linear(x, base.to(x.dtype), bias) if isinstance(base, Tensor) else base.product(x, bias)
         a_RI = torch.cat(factors[::2]).to(x.dtype)
         inner_TR = x @ a_RI.t()
         scaled = []
@@ -275,7 +267,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_a = (grad_inner.t() @ x).float().split([b.shape[1] for b in scaled])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _dense(ctx.base, grad.dtype)).addmm_(grad_inner, a_RI)
+            base = ctx.base
+            grad_x = grad @ base.to(grad.dtype) if isinstance(base, Tensor) else base.gradient(grad)
+            grad_x.addmm_(grad_inner, a_RI)
         pairs = [tensor for pair in zip(grad_a, grads_b, strict=True) for tensor in pair]
         return grad_x, None, None, None, *pairs
 

@@ -14,13 +14,11 @@ Embeddings, head, norms and biases stay in the compute dtype.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ModelError
-from tunesmith.models.causal_lm import CausalLM
 
 BLOCK, OUTER_BLOCK = 64, 256
 # Levels of NF4, as published with QLoRA.
@@ -45,13 +43,13 @@ _NF4 = (
 
 
 @lru_cache(maxsize=8)
-def _nf4_levels(device: torch.device) -> Tensor:
+def nf4_levels(device: torch.device) -> Tensor:
     return torch.tensor(_NF4, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=8)
 def _nf4_bounds(device: torch.device) -> Tensor:
-    levels = _nf4_levels(torch.device("cpu"))
+    levels = nf4_levels(torch.device("cpu"))
     return ((levels[1:] + levels[:-1]) / 2).to(device)
 
 
@@ -59,7 +57,7 @@ def _nf4_bounds(device: torch.device) -> Tensor:
 def _nf4_pairs(device: torch.device) -> Tensor:
     """Both values of every byte, as one complex number each so that one look-up fetches two, (256,)."""
     byte = torch.arange(256)
-    levels = _nf4_levels(torch.device("cpu"))
+    levels = nf4_levels(torch.device("cpu"))
     return torch.view_as_complex(torch.stack((levels[byte >> 4], levels[byte & 15]), -1)).to(device)
 
 
@@ -170,32 +168,3 @@ class Int8Matrix(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.float().mul_((self.absmax / 127.0)[:, None]).to(dtype)
-
-
-class PackedRows(nn.Module):
-    """Quantised matrices merged by rows into one projection."""
-
-    def __init__(self, parts: list[Nf4Matrix] | list[Int8Matrix]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        dense = [part.dense(dtype) for part in self.parts]  # pyright: ignore[reportCallIssue]
-        return torch.cat(dense) if len(dense) > 1 else dense[0]
-
-
-def pack_model(model: CausalLM, base: str, *, double_quant: bool, device: torch.device | str) -> None:
-    """Replace the weights of all projections by 4- or 8-bit ones, in place, one matrix at a time on `device`."""
-    for projection in model.projections():
-        weight = projection.weight
-        assert weight is not None
-        parts: list[Any] = []
-        for name, rows in projection.rows():
-            matrix = weight.detach()[rows].to(device)
-            try:
-                parts.append(
-                    Int8Matrix(matrix) if base == "int8" else Nf4Matrix(matrix, double_quant=double_quant)
-                )
-            except ModelError as error:
-                raise ModelError(f"{name}.weight", error.finding, cure=error.cure) from None
-        projection.weight, projection.packed = None, PackedRows(parts)
