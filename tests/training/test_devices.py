@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from tunesmith.core.fingerprint import hash_row
 from tunesmith.core.types import Origin, TokenRow
-from tunesmith.job.spec import LoraSpec
+from tunesmith.job.spec import LoraSpec, TrainSpec
 from tunesmith.methods.sft import sft_loss
 from tunesmith.models.config import load_config
 from tunesmith.models.headers import list_expected
@@ -24,6 +24,7 @@ from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora
 from tunesmith.training.optim import LossScale, MasterAdamW
+from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.step import Stepper
 
 CONFIG = {
@@ -129,6 +130,29 @@ def test_bf16_learns_on_each_device(folder: Path, device: str, method: str) -> N
     steps = take_steps(stepper, 25, rate=0.01)
     assert steps[-1].loss < 0.7 * steps[0].loss
     assert all(p.dtype == torch.float32 for _, p in stepper.model.named_trainable())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-bf16", "muon"])
+def test_full_fine_tuning_in_bf16_learns_with_every_optimizer(
+    folder: Path, device: str, optimizer: str
+) -> None:
+    stored = torch.bfloat16 if optimizer == "adamw-bf16" else torch.float32
+    model = load_model(folder, device=device, dtype=torch.bfloat16, trainable=True, master_dtype=stored)
+    assert all(p.dtype == stored for p in model.trainable_parameters())
+    spec = TrainSpec(optimizer=optimizer)  # type: ignore[arg-type]
+    stepper = Stepper(
+        model.train(),
+        make_optimizer(model, dict(model.named_trainable()), spec),
+        make_batch=lambda rows, where: make_batch(rows, device=where),
+        loss=sft_loss,
+        device=torch.device(device),
+        budget_tokens=48,
+        clip_norm=1.0,
+        scale=LossScale(enabled=False),
+    )
+    steps = take_steps(stepper, 25, rate=0.01)
+    assert steps[-1].loss < 0.7 * steps[0].loss
+    assert all(p.dtype == stored for p in model.trainable_parameters())
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tunesmith.training.blockwise import make_levels
+from tunesmith.training.blockwise import make_levels, quantize
 from tunesmith.training.low_bit_adamw import (
     SMALLEST_QUANTIZED,
     AdamW8bit,
     AdamWBf16,
+    _take_block_step,
     draw_noise,
     round_stochastically,
 )
@@ -270,3 +271,18 @@ def test_state_saved_and_loaded_into_a_fresh_optimizer_continues_identically(dev
     continued.load(weights=masters, states=saved)
     advance(other, continued, 3)
     assert torch.equal(other, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_is_one_graph_and_the_same(dtype):
+    # As a GPU runs it, but for the kernels: no line makes the compiler give up.
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(5, 256, generator=generator).to(dtype) for _ in range(2))
+    signed, unsigned = (make_levels(weight.device, signed=signed) for signed in (True, False))
+    states = *quantize(gradient.float(), signed), *quantize(gradient.float().square(), unsigned)
+    noise = noise_for(weight) if dtype == torch.bfloat16 else None
+    numbers = torch.tensor([0.5, 0.99, 1e-3, 0.1])
+    arguments = weight, gradient, *states, numbers, noise, signed, unsigned, 0.9, 0.999, 1e-8
+    compiled = torch.compile(_take_block_step, dynamic=True, fullgraph=True, backend="aot_eager")
+    for expected, found in zip(_take_block_step(*arguments), compiled(*arguments), strict=True):
+        assert torch.equal(expected, found)

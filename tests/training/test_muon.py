@@ -124,3 +124,38 @@ def test_large_stacks_are_worked_through_in_parts(monkeypatch):
     whole = run()
     monkeypatch.setattr("tunesmith.training.muon._STACK_VALUES", 2 * 64)
     assert_close(run(), whole)
+
+
+def test_a_models_matrices_are_its_linear_layers_with_the_rows_of_merged_parts():
+    from tunesmith.core.bundled import bundled_path
+    from tunesmith.models.load import load_model
+
+    folder = bundled_path("tunesmith/tiny")
+    assert folder is not None
+    model = load_model(folder, trainable=True)
+    named, matrices = dict(model.named_trainable()), model.named_matrices()
+    assert len(matrices) == 4 * model.config.num_layers
+    assert set(named) - set(matrices) == {n for n in named if "norm" in n or "embed" in n}
+    merged = matrices["model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"]
+    assert [rows.stop - rows.start for rows in merged] == [256, 128, 128]
+    assert load_model(folder).named_matrices() == {}
+
+
+def test_the_fallback_names_its_matrices_alike_and_trains_bf16_weights_in_bf16():
+    from tunesmith.core.bundled import bundled_path
+    from tunesmith.core.errors import ModelError
+    from tunesmith.models.load import load_model
+
+    folder = bundled_path("tunesmith/tiny")
+    assert folder is not None
+    bf16 = torch.bfloat16
+    model = load_model(folder, dtype=bf16, trainable=True, master_dtype=bf16, own_decoder=False)
+    assert all(p.dtype == bf16 for p in model.trainable_parameters())
+    assert len(model.named_matrices()) == 7 * model.config.num_layers
+    assert set(model.named_matrices()) <= set(dict(model.named_trainable()))
+    with pytest.raises(
+        ModelError, match=r"trained whole in fp32 only\. Set train\.precision: fp32, or train\.opt"
+    ):
+        load_model(folder, dtype=bf16, trainable=True, own_decoder=False)
+    with pytest.raises(ModelError, match=r"in bf16 only with train\.optimizer: adamw-bf16\. Set train\.prec"):
+        load_model(folder, trainable=True, master_dtype=bf16, own_decoder=False)
