@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import hf_loss, make_rows, relative_error
+from tiny_models import VARIATIONS, WINDOW, hf_loss, make_rows, relative_error
 
 from tunesmith.infer.generate import generate
 from tunesmith.job.spec import LoraSpec
@@ -32,97 +32,6 @@ from tunesmith.models.weights import save_model
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:Model has .tie_word_embeddings:UserWarning"
 )
-VOCAB, WINDOW = 96, 12
-_COMMON: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-_SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
-_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
-_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "layer_types": _TYPES}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama3": ("Llama", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-geglu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    "mistral": ("Mistral", {"sliding_window": WINDOW, "head_dim": 32}),
-    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _TYPES}),
-    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True, "attention_bias": True}),
-    "smollm3": ("SmolLM3", _SMOLLM3),
-    "smollm3-window": (
-        "SmolLM3",
-        _SMOLLM3 | {"use_sliding_window": True, "sliding_window": WINDOW, "mlp_bias": True},
-    ),
-    "phi3": ("Phi3", {"sliding_window": WINDOW, "head_dim": 16}),
-    "phi3-partial": ("Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma2-uncapped": (
-        "Gemma2",
-        {
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-    ),
-    "gemma2-global": (
-        "Gemma2",
-        {"head_dim": 16, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 2.0},
-    ),
-    "gemma3": ("Gemma3Text", _GEMMA | {"attention_bias": True}),
-    "gemma3-linear": (
-        "Gemma3Text",
-        {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 7}
-        | {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            }
-        },
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """name -> (folder, transformers model), made once; norms and biases are random too."""
-    import transformers
-
-    made: dict[str, tuple[Path, Any]] = {}
-
-    def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            family, changes = MODELS[name]
-            torch.manual_seed(0)
-            config = getattr(transformers, f"{family}Config")(**_COMMON | changes)
-            # The only kernel that knows softcaps.
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-            with torch.no_grad():
-                for key, parameter in model.named_parameters():
-                    if key.endswith("bias") or "norm" in key:
-                        parameter.add_(torch.randn_like(parameter) * 0.1)
-            folder = tmp_path_factory.mktemp(name)
-            model.eval().save_pretrained(folder)
-            made[name] = (folder, model)
-        return made[name]
-
-    return get
 
 
 def load_own(folder: Path, **options: Any) -> CausalLM:
@@ -143,10 +52,10 @@ def run_hf(model: Any, rows: list[Any]) -> torch.Tensor:
 
 
 def test_every_family_is_tried() -> None:
-    assert {name.split("-")[0] for name in MODELS} | {"llama", "gemma3_text"} >= set(FAMILIES)
+    assert {name.split("-")[0] for name in VARIATIONS} | {"llama", "gemma3_text"} >= set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VARIATIONS)
 def test_logits_of_packed_documents_equal_transformers_on_each_alone(folders: Any, name: str) -> None:
     folder, reference = folders(name)
     model, rows = load_own(folder), make_rows([5, 33, 16, 1, 130, 420])
@@ -161,7 +70,7 @@ def test_logits_of_packed_documents_equal_transformers_on_each_alone(folders: An
     assert relative_error(packed, run(wide, rows)) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VARIATIONS)
 def test_loss_and_gradients_equal_transformers(folders: Any, name: str) -> None:
     folder, reference = folders(name)
     model, rows = load_own(folder, trainable=True), make_rows([20, 7, 33, 60])
@@ -185,7 +94,7 @@ def test_loss_and_gradients_equal_transformers(folders: Any, name: str) -> None:
     assert seen == len(theirs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VARIATIONS)
 def test_generation_from_the_cache_is_what_the_whole_forward_says(folders: Any, name: str) -> None:
     folder, reference = folders(name)
     model, rows = load_own(folder), make_rows([20, 7, 33, 8])
@@ -210,7 +119,7 @@ def test_generation_from_the_cache_is_what_the_whole_forward_says(folders: Any, 
         assert relative_error(torch.stack([hidden[number] for hidden in stepped]), whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VARIATIONS)
 def test_a_saved_model_holds_the_tensors_that_were_read(folders: Any, tmp_path: Path, name: str) -> None:
     folder, _ = folders(name)
     check_model(folder)
@@ -221,7 +130,7 @@ def test_a_saved_model_holds_the_tensors_that_were_read(folders: Any, tmp_path: 
     assert load_config(tmp_path) == load_config(folder)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", VARIATIONS)
 def test_adapters_and_merged_models_are_what_peft_and_transformers_load(
     folders: Any, tmp_path: Path, name: str
 ) -> None:
@@ -251,7 +160,7 @@ def test_adapters_and_merged_models_are_what_peft_and_transformers_load(
 
 
 @pytest.mark.parametrize(
-    ("name", "base"), [*((name, "nf4") for name in MODELS), ("gemma3", "int8"), ("phi3", "int8")]
+    ("name", "base"), [*((name, "nf4") for name in VARIATIONS), ("gemma3", "int8"), ("phi3", "int8")]
 )
 def test_adapters_on_a_packed_base_learn(folders: Any, name: str, base: Any) -> None:
     model = load_own(folders(name)[0], base=base)

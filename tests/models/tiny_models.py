@@ -45,6 +45,52 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
 }
+# Every family with each variation in play: windows shorter than the rows, softcaps low enough to bend scores, rotary
+# bases that differ between layers.
+WINDOW = 12
+_SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "layer_types": _TYPES}
+VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-geglu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW, "head_dim": 32}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _TYPES}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True, "attention_bias": True}),
+    "smollm3": ("SmolLM3", _SMOLLM3),
+    "smollm3-window": (
+        "SmolLM3",
+        _SMOLLM3 | {"use_sliding_window": True, "sliding_window": WINDOW, "mlp_bias": True},
+    ),
+    "phi3": ("Phi3", {"sliding_window": WINDOW, "head_dim": 16}),
+    "phi3-partial": ("Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
+    "gemma2-global": (
+        "Gemma2",
+        {"head_dim": 16, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3": ("Gemma3Text", _GEMMA | {"attention_bias": True}),
+    "gemma3-linear": (
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 7}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ),
+}
 OTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
@@ -87,6 +133,22 @@ def make_hf(name: str) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias") or "norm" in key or "ln_" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def make_variation(name: str) -> Any:
+    """The random transformers model of VARIATIONS, fp32, evaluation mode; biases and norms are random too."""
+    import transformers
+
+    family, changes = VARIATIONS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**_COMMON | {"pad_token_id": 0} | changes)
+    # The only kernel that knows softcaps.
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
 
-# Logits of a chunk in fp32 take at most this much memory.
-CHUNK_BYTES = 32 * 2**20
+# Logits of a chunk in fp32 take at most this much memory: what a core's cache likes, what keeps a GPU busy.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 # Target rows are computed in multiples of this many.
 ROUND_TARGETS = 64
 
@@ -41,8 +41,12 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no loss")
     hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
-    rows = chunk or max(64, CHUNK_BYTES // (4 * model.config.vocab_size))
-    if model.has_plain_head:
+    rows = chunk or max(64, CHUNK_BYTES[hidden_KD.device.type] // (4 * model.config.vocab_size))
+    if model.has_plain_head and model.segments is not None:
+        total = _SegmentHeadLoss.apply(
+            hidden_KD, model.head_weight, batch.targets_K, rows, model.segments.score_chunk
+        )
+    elif model.has_plain_head:
         total = _HeadLoss.apply(hidden_KD, model.head_weight, batch.targets_K, rows)
     else:
         total = hidden_KD.new_zeros((), dtype=torch.float32)
@@ -106,10 +110,41 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        return *_scale_gradients(ctx, grad), None, None
+
+
+class _SegmentHeadLoss(torch.autograd.Function):
+    """`_HeadLoss` through a function that a compiler may have: one kernel from logits to their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_KD, weight_VD, targets_K, rows, score_chunk):
+        wide = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden_KD.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_KD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        targets = F.pad(targets_K, (0, len(hidden_KD) - len(targets_K)), value=-1)
+        for start in range(0, len(hidden_KD), rows):
+            span = slice(start, start + rows)
+            loss, grad_logits = score_chunk(hidden_KD[span], weight_VD, targets[span])
+            total += loss
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[span])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden_KD[span]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_scale_gradients(ctx, grad), None, None, None
+
+
+def _scale_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return (
+        None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
+        None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+    )

@@ -61,10 +61,28 @@ def attend(
     heads = qkv.shape[1] - 2 * num_kv_heads
     turned = rotate_plain(qkv[:, : heads + num_kv_heads], cos, sin)
     q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, heads + num_kv_heads :]
+    return attend_rotated(q, k, v, layout, scale=scale, window=window, cap=cap)
+
+
+def attend_rotated(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int, cap: float = 0.0
+) -> Tensor:
+    """Attention of queries (T, H, d) and keys that are rotated already. k, v: (T, N, d). Returns (T, H * d)."""
     # Torch's variable-length kernel has no softcap.
-    if not cap and qkv.device.type == "cuda" and qkv.dtype in (torch.bfloat16, torch.float16):
-        return attend_varlen(q, k, v, layout, scale=scale, window=window)
-    return attend_plain(q, k, v, layout, scale=scale, window=window, cap=cap)
+    if cap or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return attend_plain(q, k, v, layout, scale=scale, window=window, cap=cap)
+    size = layout.max_length
+    if layout.is_even and not 0 < window < size:
+        return attend_even(q, k, v, size, scale=scale)
+    return attend_varlen(q, k, v, layout, scale=scale, window=window)
+
+
+def attend_even(q: Tensor, k: Tensor, v: Tensor, size: int, *, scale: float) -> Tensor:
+    """Attention where all documents have `size` tokens: a batch without padding, for which torch's choice of kernels
+    is wider (on Hopper cuDNN's, half again as fast as the variable-length one)."""
+    q, k, v = (x.unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def pad_fits(layout: Layout, dtype: torch.dtype) -> bool:

@@ -21,6 +21,7 @@ from tunesmith.models.projection import MasterCast, Projection
 
 if TYPE_CHECKING:
     from tunesmith.models.adapter_files import AdapterConfig
+    from tunesmith.models.segments import Segments
 
 
 class TokenTable(nn.Module):
@@ -72,6 +73,8 @@ class CausalLM(nn.Module, ABC):
     dtype: torch.dtype
     embedding: TokenTable
     untied_head: TokenTable | None
+    # How a GPU trains an own decoder; None on a CPU, which has passes of its own, and for the fallback.
+    segments: Segments | None = None
 
     # What an adapter folder must say about how the adapter was made; set by lora.add_lora.
     adapter_config: AdapterConfig | None = None

@@ -9,12 +9,14 @@ T: flat tokens  K: kept tokens  D: width  H: query heads  N: key/value heads  d:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tunesmith.models.attention import attend, cap_scores
+from tunesmith.models.attention import attend, attend_rotated, cap_scores
 from tunesmith.models.cache import CacheView, LayerCache, Session, SharedPrefix
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.config import DecoderConfig
@@ -27,6 +29,7 @@ from tunesmith.models.elementwise import (
 )
 from tunesmith.models.layout import Layout
 from tunesmith.models.projection import MasterCast, Projection
+from tunesmith.models.segments import BlockPlan, FinishTensors, HeadsTensors, Segments
 
 
 class Norm(nn.Module):
@@ -48,8 +51,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._cast = MasterCast()
 
+    def tensor(self) -> Tensor:
+        """The weight in the compute dtype, differentiable if it is trained."""
+        return self._cast.of(self.weight, self.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return norm_rms(x, self._cast.of(self.weight, self.dtype), self.eps, self.offset)
+        return norm_rms(x, self.tensor(), self.eps, self.offset)
 
 
 class Block(nn.Module):
@@ -112,6 +119,41 @@ class Block(nn.Module):
         if keep_K is not None:
             attended, x = attended.index_select(0, keep_K), x.index_select(0, keep_K)
         return self._finish(x, attended)
+
+    @property
+    def has_plain_form(self) -> bool:
+        return all(part.has_plain_form for part in (self.qkv, self.out, self.gate_up, self.down))
+
+    def run(
+        self, segments: Segments, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep_K: Tensor | None
+    ) -> Tensor:
+        """`forward` through functions that a compiler can have."""
+
+        def tensor(norm: Norm | None) -> Tensor | None:
+            return None if norm is None else norm.tensor()
+
+        plan = BlockPlan(
+            self.num_heads,
+            self.num_kv_heads,
+            self.norm_in.eps,
+            self.norm_in.offset,
+            self.gate,
+            *(part.plan() for part in (self.qkv, self.out, self.gate_up, self.down)),
+        )
+        heads = HeadsTensors(
+            self.norm_in.tensor(), tensor(self.norm_q), tensor(self.norm_k), self.qkv.tensors()
+        )
+        q, k, v = segments.make_heads(x, cos, sin, heads, plan)
+        attended = attend_rotated(q, k, v, layout, scale=self.scale, window=self.window, cap=self.cap)
+        rest = FinishTensors(
+            tensor(self.norm_out),
+            self.norm_mlp.tensor(),
+            tensor(self.norm_down),
+            *(part.tensors() for part in (self.out, self.gate_up, self.down)),
+        )
+        if keep_K is None:
+            return segments.finish(x, attended, rest, plan)
+        return segments.finish_kept(x.index_select(0, keep_K), attended.index_select(0, keep_K), rest, plan)
 
     def step(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, view: CacheView, keep_K: Tensor | None
@@ -188,13 +230,27 @@ class Decoder(CausalLM):
         # Rounded as the embeddings are, or a bf16 model would not be the one that was trained.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._prefix: tuple[tuple[int, ...], SharedPrefix] | None = None
+        # Of so many blocks, counted from the first, training keeps the input only and computes the rest again.
+        self.num_recomputed = 0
 
     def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
         x, rotations = self._begin(ids_T, layout.positions_T)
         last = len(self.layers) - 1
+        segments = self.segments if torch.is_grad_enabled() and self.has_plain_form else None
+        if segments is not None and not x.requires_grad:
+            x.requires_grad_()  # the first block is then like the others, and needs no graph of its own
         for number, (block, rope) in enumerate(zip(self.layers, self.rope_of, strict=True)):
-            x = block(x, *rotations[rope], layout, keep_K if number == last else None)
+            kept = keep_K if number == last else None
+            assert isinstance(block, Block)
+            run = block if segments is None else partial(block.run, segments)
+            if number < self.num_recomputed and torch.is_grad_enabled():
+                run = partial(checkpoint, run, use_reentrant=False)
+            x = run(x, *rotations[rope], layout, kept)
         return self.norm(x)
+
+    @property
+    def has_plain_form(self) -> bool:
+        return all(block.has_plain_form for block in self.layers if isinstance(block, Block))
 
     def step(
         self,

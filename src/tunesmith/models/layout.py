@@ -41,6 +41,13 @@ _RUNGS = _make_rungs()
 MIN_SHARED = 8
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pad_length(length: int) -> int:
     """Length to which attention pads a document."""
     return _RUNGS[bisect_left(_RUNGS, length)]
@@ -108,6 +115,11 @@ class Layout:
     @property
     def max_length(self) -> int:
         return max(self.lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all documents have the same length and share nothing."""
+        return not self.num_shared and min(self.lengths) == max(self.lengths)
 
     @property
     def device(self) -> torch.device:
@@ -189,10 +201,10 @@ class Layout:
         return Bucket(
             tuple(documents),
             size,
-            gather_BS.to(move),
-            slots_n.to(move),
-            gather_BS[slots_n].to(move),
-            empty_e.to(move),
+            send(gather_BS, move),
+            send(slots_n, move),
+            send(gather_BS[slots_n], move),
+            send(empty_e, move),
         )
 
 
@@ -210,7 +222,9 @@ def make_layout(
     positions_T = torch.cat([torch.arange(first, length) for first, length in spans])
     own = [0, *(length - first for first, length in spans)]
     cumulative_N1 = torch.tensor(own, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Layout(tuple(lengths), positions_T.to(device), cumulative_N1.to(device), num_shared, num_sharing)
+    return Layout(
+        tuple(lengths), send(positions_T, device), send(cumulative_N1, device), num_shared, num_sharing
+    )
 
 
 @dataclass(frozen=True)
@@ -272,16 +286,16 @@ def make_batch(
     ids_T = torch.tensor(ids, dtype=torch.int64)
     places_K = torch.tensor(mask, dtype=torch.uint8).nonzero().flatten()
     return Batch(
-        ids_T=ids_T.to(device),
+        ids_T=send(ids_T, device),
         layout=make_layout(
             [*(len(token_row.ids) for token_row in rows), *fillers],
             device=device,
             num_shared=num_shared,
             num_sharing=len(rows) if num_shared else 0,
         ),
-        sources_K=(places_K - 1).to(device),
-        targets_K=ids_T[places_K].to(device),
-        row_K=torch.tensor(row, dtype=torch.int64)[places_K].to(device),
+        sources_K=send(places_K - 1, device),
+        targets_K=send(ids_T[places_K], device),
+        row_K=send(torch.tensor(row, dtype=torch.int64)[places_K], device),
     )
 
 

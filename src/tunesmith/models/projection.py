@@ -9,7 +9,7 @@ T: tokens  I: inputs  O: outputs of all parts  R: ranks of all parts together
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 # A product with fewer rows may take another kernel, and then differ in the last bit: never multiply fewer.
 MIN_ROWS = 16
+# Columns that adapters add to a joined weight come in multiples of this: 16 bytes, which fast products ask for.
+RANK_MULTIPLE = 8
 
 
 class PackedWeight(Protocol):
@@ -99,6 +101,29 @@ class LoraPart(nn.Module):
         return (self.b * self.scale) @ self.a
 
 
+class LinearTensors(NamedTuple):
+    """What a projection computes with. weight: (O, I), joined (O, I + R). a, b: fp32, of the adapted parts."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+
+
+class LinearPlan(NamedTuple):
+    """How: rows and scale of each adapted part; equal for the same projection of all blocks.
+
+    filler: columns of nothing that round R up, so that rows stay aligned. is_joined: the weight's last columns are B.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    scales: tuple[float, ...]
+    filler: int
+    dropout: float
+    num_outputs: int
+    is_joined: bool
+
+
 class Projection(nn.Module):
     """y = x W^T + bias, plus the adapters of its parts.
 
@@ -126,6 +151,8 @@ class Projection(nn.Module):
         self.adapters = nn.ModuleList([_NoAdapter() for _ in names])
         self.dropout, self.enabled = 0.0, True
         self._weight_cast, self._bias_cast = MasterCast(), MasterCast()
+        self._joined: Tensor | None = None
+        self._joined_versions: tuple[int, ...] = ()
 
     def rows(self) -> list[tuple[str, slice]]:
         """(name, rows) of each part."""
@@ -137,6 +164,7 @@ class Projection(nn.Module):
 
     def drop_adapter(self, number: int) -> None:
         self.adapters[number] = _NoAdapter()
+        self._joined, self._joined_versions = None, ()
 
     def loras(self) -> list[tuple[str, slice, LoraPart]]:
         """(name, rows, adapter) of each adapted part."""
@@ -176,6 +204,55 @@ class Projection(nn.Module):
         return _LoraLinear.apply(
             x, base, bias, plan, *(tensor for _, _, lora in loras for tensor in (lora.a, lora.b))
         )
+
+    @property
+    def has_plain_form(self) -> bool:
+        """Whether `tensors` and `plan` say all there is: a dense weight, and adapters without DoRA."""
+        return self.packed is None and all(lora.magnitude is None for _, _, lora in self.loras())
+
+    def plan(self) -> LinearPlan:
+        loras = self.loras() if self.enabled else []
+        ranks = sum(lora.rank for _, _, lora in loras)
+        return LinearPlan(
+            tuple((rows.start, rows.stop) for _, rows, _ in loras),
+            tuple(lora.scale for _, _, lora in loras),
+            -ranks % RANK_MULTIPLE,
+            self.dropout if self.training else 0.0,
+            self.out_features,
+            bool(loras) and self.weight is not None and not self.weight.requires_grad,
+        )
+
+    def tensors(self) -> LinearTensors:
+        """See `segments.project`. With adapters on a frozen weight, weight and B lie side by side in one buffer, of
+        which B's columns follow the adapters."""
+        plan = self.plan()
+        loras = self.loras() if plan.spans else []
+        bias = None if self.bias is None else self._bias_cast.of(self.bias, self.dtype)
+        weight = self._join(plan) if plan.is_joined else self.dense()
+        return LinearTensors(
+            weight, bias, tuple(lora.a for _, _, lora in loras), tuple(lora.b for _, _, lora in loras)
+        )
+
+    @torch.no_grad()
+    def _join(self, plan: LinearPlan) -> Tensor:
+        """(O, I + R): the weight, and after it the scaled B of every part at its rows and ranks."""
+        assert self.weight is not None
+        loras = self.loras()
+        inputs, ranks = self.in_features, sum(lora.rank for _, _, lora in loras)
+        if self._joined is None or self._joined.device != self.weight.device:
+            joined = self.weight.new_zeros(self.out_features, inputs + ranks + plan.filler, dtype=self.dtype)
+            joined[:, :inputs] = self.weight
+            # One copy: from now on the weight is a window into the buffer.
+            self.weight = nn.Parameter(joined[:, :inputs], requires_grad=False)
+            self._joined, self._joined_versions = joined, ()
+        versions = tuple(lora.b._version for _, _, lora in loras)
+        if versions != self._joined_versions:
+            column = inputs
+            for _, rows, lora in loras:
+                self._joined[rows, column : column + lora.rank] = lora.b * lora.scale
+                column += lora.rank
+            self._joined_versions = versions
+        return self._joined
 
     def _base_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:

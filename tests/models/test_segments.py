@@ -1,0 +1,167 @@
+"""What a GPU trains with is the block it stands for: losses and gradients of segments.py, plain and compiled.
+
+Everything here runs on a CPU too, where nothing but these tests asks for segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIATIONS, make_rows, relative_error
+from torch import nn
+
+from tunesmith.job.spec import LoraSpec
+from tunesmith.methods.sft import sft_loss
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.layout import make_batch
+from tunesmith.models.load import load_model
+from tunesmith.models.lora import add_lora, merge, set_enabled
+from tunesmith.models.segments import Segments
+
+ROWS = [20, 7, 33, 64]
+
+
+def open_model(folder: Path, *, rank: int = 0, targets: Any = "all-linear", **options: Any) -> Decoder:
+    """A decoder in training mode: adapters that are not zero, or all weights (rank 0)."""
+    model = load_model(folder, trainable=not rank, **options)
+    assert isinstance(model, Decoder)
+    if rank:
+        spec = LoraSpec(name="lora", rank=rank, targets=targets)
+        add_lora(model, spec, seed=0)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.train()
+    return model
+
+
+def compute(model: Decoder, lengths: Sequence[int] = ROWS, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The loss and every gradient."""
+    total = sft_loss(model, make_batch(make_rows(list(lengths)), device=device)).total
+    total.backward()
+    found = {"loss": total.detach()}
+    for name, parameter in model.named_trainable():
+        assert parameter.grad is not None, name
+        found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert relative_error(tensor, expected[name]) < bound, name
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_segments_are_the_block(folders: Any, device: str, name: str, rank: int) -> None:
+    folder, _ = folders(name)
+    expected = compute(open_model(folder, rank=rank))
+    model = open_model(folder, rank=rank, device=device)
+    model.segments = Segments(compiled=False)
+    assert_equal(compute(model, device=device), expected, 1e-4 if device == "cuda" else 1e-5)
+
+
+@pytest.mark.parametrize("num_recomputed", [1, 3])
+@pytest.mark.parametrize("segments", [None, Segments(compiled=False)], ids=["block", "segments"])
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less(
+    folders: Any, segments: Segments | None, num_recomputed: int
+) -> None:
+    folder, _ = folders("gemma3")
+    model = open_model(folder, rank=4)
+    model.segments = segments
+    saved = [0, 0]
+
+    def count(at: int) -> dict[str, torch.Tensor]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved[at] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return compute(model)
+
+    expected = count(0)
+    model.num_recomputed = num_recomputed
+    found = count(1)
+    assert_equal(found, expected, 1e-6)
+    # Hooks of the inside of a checkpoint are its own: what it keeps is not seen here, its input excepted.
+    assert saved[1] < saved[0] * (1 - 0.25 * num_recomputed)
+
+
+@pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["q_proj", "v_proj", "gate_proj", "down_proj"]])
+def test_parts_without_an_adapter_get_none(folders: Any, targets: list[str]) -> None:
+    folder, _ = folders("llama-biases")
+    expected = compute(open_model(folder, rank=4, targets=targets))
+    model = open_model(folder, rank=4, targets=targets)
+    model.segments = Segments(compiled=False)
+    assert_equal(compute(model), expected, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize(
+    ("device", "rank"),
+    [("cpu", 4), *(pytest.param("cuda", rank, marks=pytest.mark.gpu) for rank in (0, 4))],
+)
+def test_the_compiler_sees_each_function_once_and_changes_no_gradient(
+    folders: Any, device: str, rank: int
+) -> None:
+    """Torch 2.11 compiles some functions to wrong gradients without a word; this is what would tell."""
+    from torch._dynamo.utils import counters
+
+    folder, _ = folders("qwen3")
+    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    for dtype in dtypes:
+        exact = compute(open_model(folder, rank=rank))
+        plain = open_model(folder, rank=rank, device=device, dtype=dtype)
+        plain.segments = Segments(compiled=False)
+        rounding = max(
+            relative_error(tensor, exact[name]) for name, tensor in compute(plain, device=device).items()
+        )
+        model = open_model(folder, rank=rank, device=device, dtype=dtype)
+        torch._dynamo.reset()
+        counters.clear()
+        model.segments = Segments(compiled=True)
+        found = compute(model, device=device)
+        assert counters["stats"]["unique_graphs"] == 4
+        assert_equal(found, exact, max(1e-5, 1.2 * rounding))
+        for lengths in ([25, 40, 3], [90, 18]):  # other lengths: at most one more graph each, for all lengths
+            compute(model, lengths, device=device)
+        assert counters["stats"]["unique_graphs"] <= 8
+    torch._dynamo.reset()
+
+
+def test_the_joined_weight_follows_its_adapters(folders: Any) -> None:
+    folder, _ = folders("qwen2")
+    models = [open_model(folder, rank=4) for _ in range(2)]
+    models[1].segments = Segments(compiled=False)
+    losses: list[list[float]] = [[], []]
+    for model, seen in zip(models, losses, strict=True):
+        optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.02)
+        for _ in range(4):
+            total = sft_loss(model, make_batch(make_rows(ROWS))).total
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(total.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    # One copy of the weight, and what reads it elsewhere reads the same.
+    projection = next(models[1].projections())
+    joined = projection.tensors().weight
+    assert projection.weight is not None
+    assert projection.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    batch = make_batch(make_rows(ROWS))
+    for change in (lambda model: set_enabled(model, False), lambda model: set_enabled(model, True), merge):
+        hidden = []
+        for model in models:
+            change(model)
+            with torch.no_grad():
+                hidden.append(model.hidden(batch.ids_T, batch.layout))
+        assert relative_error(hidden[1], hidden[0]) < 1e-4
+    for model in models:
+        assert all(isinstance(p.weight, nn.Parameter) and not p.loras() for p in model.projections())
