@@ -66,7 +66,12 @@ def multiply(
     else:
         b_row = a_scale.new_ones(1, b_NK.shape[0]) if b_scale is None else b_scale.view(1, -1)
     y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        a_TK, b_NK.t(), scale_a=a_scale, scale_b=b_row, out_dtype=torch.bfloat16, use_fast_accum=True
+        a_TK.contiguous(),
+        b_NK.t(),
+        scale_a=a_scale,
+        scale_b=b_row,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
     return y.to(dtype) if after is None else (y.float() * after).to(dtype)
 

@@ -124,14 +124,15 @@ def unpack_into(
 ) -> None:
     """Write the values of a matrix to `out`, contiguous: products in fp32, rounded once."""
     count = out.numel() // BLOCK
-    _unpack[(-(-count // _BLOCKS),)](
-        *_arguments(packed, absmax, outer, offset),
-        out,
-        count,
-        DOUBLE=outer is not None,
-        BLOCKS=_BLOCKS,
-        enable_fp_fusion=False,  # level * largest + offset in two roundings, as in plain torch
-    )
+    with torch.cuda.device_of(out):
+        _unpack[(-(-count // _BLOCKS),)](
+            *_arguments(packed, absmax, outer, offset),
+            out,
+            count,
+            DOUBLE=outer is not None,
+            BLOCKS=_BLOCKS,
+            enable_fp_fusion=False,  # level * largest + offset in two roundings, as in plain torch
+        )
 
 
 def unpack_fp8_into(
@@ -150,23 +151,25 @@ def unpack_fp8_into(
     out: rows of (O, I), or columns of (I, O), of a larger matrix; its first stride is used. I: a multiple of 64.
     """
     rows, row_blocks = shape[0], shape[1] // BLOCK
-    _unpack_fp8[(-(-rows // _TILE_ROWS), row_blocks)](
-        *_arguments(packed, absmax, outer, offset),
-        inverse,
-        out,
-        rows,
-        row_blocks,
-        out.stride(0),
-        DOUBLE=outer is not None,
-        TRANSPOSED=transposed,
-        ROWS=_TILE_ROWS,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(out):
+        _unpack_fp8[(-(-rows // _TILE_ROWS), row_blocks)](
+            *_arguments(packed, absmax, outer, offset),
+            inverse,
+            out,
+            rows,
+            row_blocks,
+            out.stride(0),
+            DOUBLE=outer is not None,
+            TRANSPOSED=transposed,
+            ROWS=_TILE_ROWS,
+            enable_fp_fusion=False,
+        )
 
 
 def transpose_into(out: Tensor, matrix: Tensor) -> None:
     """Write the transpose of a contiguous matrix of bytes to `out`, contiguous."""
     rows, columns = matrix.shape
-    _transpose[(-(-rows // _TILE_ROWS), -(-columns // _TILE_ROWS))](
-        matrix, out, rows, columns, SIDE=_TILE_ROWS
-    )
+    with torch.cuda.device_of(out):
+        _transpose[(-(-rows // _TILE_ROWS), -(-columns // _TILE_ROWS))](
+            matrix, out, rows, columns, SIDE=_TILE_ROWS
+        )
