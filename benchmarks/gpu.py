@@ -40,7 +40,7 @@ for _folder in (CHECKOUT / "src", CHECKOUT / "benchmarks"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from cpu_vs_trl import describe_hardware, read_commit, say  # noqa: E402
+from cpu_vs_trl import describe_hardware, say  # noqa: E402
 from gpu_cases.cases import CASES, SHAPES, Case  # noqa: E402
 from gpu_cases.inputs import StoredRows, hash_step, plan_steps, render_rows, write_random_rows  # noqa: E402
 from gpu_cases.parity import check_parity  # noqa: E402
@@ -54,7 +54,7 @@ from gpu_cases.results import (  # noqa: E402
     save_results,
     summarize,
 )
-from tunesmith.core.fingerprint import hash_code  # noqa: E402
+from tunesmith.core.fingerprint import describe_versions, hash_code  # noqa: E402
 
 RESULT = CHECKOUT / "benchmarks" / "results" / "gpu.json"
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
@@ -75,8 +75,6 @@ class Options:
     folder: Path
     device: str
     rounds: int
-    steps: int | None
-    warm_up: int
     deadline: float
     rows: Path | None
     site: Path | None
@@ -116,6 +114,8 @@ def make_inputs(case: Case, options: Options, *, num_steps: int) -> Inputs:
     shape = SHAPES[case.shape]
     for name, config in (("whole", shape), ("short", shape.shortened(SHORT_LAYERS))):
         folder = options.folder / f"{case.shape}-{name}"
+        if (folder / "adapter" / "adapter_config.json").is_file():
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         task = {"out": str(folder), "config": config.config, "rank": RANK, "alpha": ALPHA}
         task |= {"seed": SEED, "device": options.device}
@@ -130,8 +130,7 @@ def make_inputs(case: Case, options: Options, *, num_steps: int) -> Inputs:
         rows = options.folder / f"rows-{shape.config['vocab_size']}-{case.rows.tokens}-{num_rows}"
         write_random_rows(
             rows,
-            num_rows=num_rows,
-            length=case.rows.tokens,
+            lengths=[case.rows.tokens] * num_rows,
             vocab_size=shape.config["vocab_size"],
             seed=SEED,
         )
@@ -152,7 +151,7 @@ def make_inputs(case: Case, options: Options, *, num_steps: int) -> Inputs:
         rows=rows,
         steps=steps,
         max_tokens=max(len(stored[number][0]) for step in steps for number in step),
-        digests=[hash_step([stored[number] for number in step]) for step in steps[: options.warm_up]],
+        digests=[hash_step([stored[number] for number in step]) for step in steps[: case.warm_up]],
     )
 
 
@@ -246,17 +245,17 @@ def make_job(
 
 
 def make_task(
-    case: Case, who: str, settings: dict[str, Any], inputs: Inputs, options: Options
+    case: Case, role: str, settings: dict[str, Any], inputs: Inputs, options: Options
 ) -> dict[str, Any]:
     """What a contender's process is told."""
-    folder = inputs.folder / f"{case.name}-{who}"
+    folder = inputs.folder / f"{case.name}-{role}"
     folder.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
         "folder": str(folder),
         "rows": str(inputs.rows),
-        "checked_steps": options.warm_up if case.measure == "speed" else 1,
+        "checked_steps": case.warm_up,
     }
-    if who == "ours":
+    if role == "ours" or case.peer.who == "ours":
         shared = {"rows": inputs.rows, "steps": len(inputs.steps)}
         return common | {
             "job": make_job(case, options, model=inputs.model, adapter=inputs.adapter, **shared),
@@ -287,29 +286,16 @@ def make_task(
     }
 
 
-def start(case: Case, who: str, settings: dict[str, Any], inputs: Inputs, options: Options) -> Contender:
-    task = make_task(case, who, settings, inputs, options)
-    python = sys.executable if who == "ours" else options.peer_python
-    return Contender(
-        MODULES[who],
-        task,
-        folder=Path(task["folder"]),
-        environment=make_environment(options),
-        python=python,
-    )
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 class Side:
     """One contender of a case through all its rounds: its process, if one is alive, and what it has answered."""
 
-    def __init__(
-        self, who: str, case: Case, settings: dict[str, Any], inputs: Inputs, options: Options
-    ) -> None:
-        self.who, self.case, self.inputs, self.options = who, case, inputs, options
-        self._settings = settings
+    def __init__(self, role: str, case: Case, setting: str, inputs: Inputs, options: Options) -> None:
+        self.role, self.case, self.inputs, self.options = role, case, inputs, options
+        self.who = "ours" if role == "ours" else case.peer.who
+        self.settings = {} if self.who == "ours" else case.peer.settings[setting]
         self._process: Contender | None = None
         self._warm = False
         self.warm_up: dict[str, Any] = {}
@@ -320,7 +306,7 @@ class Side:
     @property
     def process(self) -> Contender:
         if self._process is None:
-            self._process = start(self.case, self.who, self._settings, self.inputs, self.options)
+            self._process = start_contender(self)
             self._warm = False
         return self._process
 
@@ -334,7 +320,7 @@ class Side:
 
     def check_gradients(self, reference: Path) -> dict[str, Any]:
         """Raises CaseFailed if the gradients, or the rows they come from, are not the reference's."""
-        out = reference / f"{self.who}.safetensors"
+        out = reference / f"{self.role}.safetensors"
         answer = self.ask({"do": "gradients", "out": str(out)})
         if answer["digest"] != self.inputs.digests[0]:
             raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
@@ -357,7 +343,7 @@ class Side:
         if self._warm:
             return
         asked = time.perf_counter()
-        answer = self.ask({"do": "steps", "count": self.options.warm_up})
+        answer = self.ask({"do": "steps", "count": self.case.warm_up})
         if answer["digests"] != self.inputs.digests:
             raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
         self._warm = True
@@ -365,17 +351,16 @@ class Side:
             self.warm_up, self.warm_up_seconds = answer, time.perf_counter() - asked
         say(f"  {self.who}: warm after {time.perf_counter() - process.started:.0f} s")
 
-    def run_round(self, steps: int) -> dict[str, Any]:
+    def run_round(self) -> None:
         """Timed steps. With processes that take turns, this one is started for it and stopped after it."""
         self.get_warm()
-        answer = self.ask({"do": "steps", "count": SETTLE + steps})
+        answer = self.ask({"do": "steps", "count": SETTLE + self.case.steps})
         timed = {key: answer[key][SETTLE:] for key in ("seconds", "tokens", "targets", "losses")}
         timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes")}
         self.rounds.append(timed)
         say(f"  {self.who}: {sum(timed['tokens']) / sum(timed['seconds']):,.0f} tokens/s")
         if not self.case.together:
             self.stop()
-        return timed
 
     def time_start(self) -> float:
         """Seconds from starting the process to the end of its first step."""
@@ -393,7 +378,7 @@ class Side:
         last = self.rounds[-1] if self.rounds else self.warm_up
         record: dict[str, Any] = {
             "who": self.who,
-            "settings": self._settings,
+            "settings": self.settings,
             "first_loss": self.warm_up["losses"][0],
             "last_loss": last["losses"][-1],
             "facts": self.warm_up["facts"],
@@ -409,30 +394,38 @@ class Side:
         return record
 
 
+def start_contender(side: Side) -> Contender:
+    task = make_task(side.case, side.role, side.settings, side.inputs, side.options)
+    return Contender(
+        MODULES[side.who],
+        task,
+        folder=Path(task["folder"]),
+        environment=make_environment(side.options),
+        python=sys.executable if side.who == "ours" else side.options.peer_python,
+    )
+
+
 def run_case(case: Case, options: Options, *, setting: str, only: str | None) -> dict[str, Any]:
     """Measure a case; with `only`, one side of it. Raises CaseFailed or ContenderFailed."""
-    steps = options.steps or case.steps
-    per_process = 1 if case.together else options.rounds
-    num_steps = options.warm_up + (options.rounds // per_process) * (SETTLE + steps)
+    # Of one process: those that take turns start from the first step every time.
+    num_steps = case.warm_up + (options.rounds if case.together else 1) * (SETTLE + case.steps)
     say(f"{case.name}: {case.what}, against {case.peer.label} ({setting})")
     inputs = make_inputs(case, options, num_steps=num_steps)
-    whos = ["ours", case.peer.who] if only is None else [case.peer.who if only == "peer" else only]
-    sides = [
-        Side(who, case, {} if who == "ours" else case.peer.settings[setting], inputs, options) for who in whos
-    ]
+    roles = ["ours", "peer"] if only is None else [only]
+    sides = [Side(role, case, setting, inputs, options) for role in roles]
     try:
         parity: Any = "skipped"
         if not options.skip_parity:
             reference = make_reference(case, inputs, options)
             parity = {}
             for side in sides:
-                parity["ours" if side.who == "ours" else "peer"] = side.check_gradients(reference)
+                parity[side.role] = side.check_gradients(reference)
                 if not case.together:
                     side.stop()
         if case.measure == "start":
             measure_starts(sides, options)
         else:
-            measure_speed(sides, options, steps=steps)
+            measure_speed(sides, options)
     finally:
         for side in sides:
             side.stop()
@@ -441,9 +434,9 @@ def run_case(case: Case, options: Options, *, setting: str, only: str | None) ->
         "peer_setting": setting,
         "parity": parity,
         "num_rounds": len(sides[0].rounds or sides[0].start_seconds),
-        "steps": steps,
+        "steps": case.steps,
         "rows_sha256": inputs.digests[0],
-        **{("ours" if side.who == "ours" else "peer"): side.describe() for side in sides},
+        **{side.role: side.describe() for side in sides},
         "job": make_task(case, "ours", {}, inputs, options)["job"],
         "hardware": describe_hardware() | sides[0].warm_up["facts"]["gpu"],
         **describe_origin(),
@@ -463,7 +456,7 @@ def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
     return folder
 
 
-def measure_speed(sides: list[Side], options: Options, *, steps: int) -> None:
+def measure_speed(sides: list[Side], options: Options) -> None:
     """A-B-A-B until the rounds are done or another one would not fit the time."""
     if all(side.case.together for side in sides):
         for side in sides:
@@ -475,7 +468,7 @@ def measure_speed(sides: list[Side], options: Options, *, steps: int) -> None:
             say(f"  time is up after {number} of {options.rounds} rounds")
             break
         for side in sides:
-            side.run_round(steps)
+            side.run_round()
         longest = max(longest, time.monotonic() - began)
 
 
@@ -496,7 +489,7 @@ def measure_starts(sides: list[Side], options: Options) -> None:
 
 def describe_origin() -> dict[str, Any]:
     return {
-        "commit": os.environ.get("TUNESMITH_COMMIT") or read_commit(),
+        "commit": os.environ.get("TUNESMITH_COMMIT") or describe_versions().get("commit", ""),
         "code": hash_code(),
         "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -506,7 +499,8 @@ def describe_origin() -> dict[str, Any]:
 def tune_peer(case: Case, options: Options) -> dict[str, Any]:
     """The fastest of the peer's settings on this machine, and what each one gave."""
     tried: dict[str, Any] = {}
-    quick = dataclasses.replace(options, rounds=1, steps=min(4, options.steps or 4), skip_parity=True)
+    quick = dataclasses.replace(options, rounds=1, skip_parity=True)
+    case = dataclasses.replace(case, steps=min(case.steps, 10))
     for name in case.peer.settings:
         try:
             record = run_case(case, quick, setting=name, only="peer")
@@ -566,7 +560,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peer")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each side")
     parser.add_argument("--steps", type=int, help="timed steps of a round; default: the case's")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps before the first round")
+    parser.add_argument("--warm-up", type=int, help="steps before the first round; default: the case's")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="no new round that would end later than this"
     )
@@ -591,12 +585,11 @@ def make_options(arguments: argparse.Namespace) -> Options:
         folder=folder,
         device=arguments.device,
         rounds=arguments.rounds,
-        steps=arguments.steps,
-        warm_up=arguments.warm_up,
         deadline=time.monotonic() + 60 * arguments.minutes,
         rows=arguments.rows.resolve() if arguments.rows else None,
         site=install_wheels(arguments.wheels.resolve(), folder) if arguments.wheels else None,
-        peer_python=arguments.peer_python,
+        # Absolute, but not resolved: a virtual environment is known by the path of its link.
+        peer_python=str(Path(arguments.peer_python).absolute()),
         plain=arguments.plain,
         skip_parity=arguments.skip_parity,
         job=job,
@@ -612,6 +605,8 @@ def change_case(case: Case, arguments: argparse.Namespace) -> Case:
         shape=arguments.shape or case.shape,
         rows=rows,
         batch_rows=arguments.batch_rows or case.batch_rows,
+        steps=arguments.steps or case.steps,
+        warm_up=arguments.warm_up or case.warm_up,
     )
 
 

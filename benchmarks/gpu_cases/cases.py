@@ -87,6 +87,8 @@ class Case:
     bar:       least ratio of our speed to the peer's; for measure "start", greatest ratio of our seconds. None: no bar.
     together:  both processes stay alive, and only the one that is measured holds more than its weights. Else they
                are started anew for every round.
+    steps, warm_up: steps of a round, and before the first one (of each process). Rows of many lengths need more: both
+               sides compile for shapes they have not seen.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Case:
     together: bool = True
     measure: Literal["speed", "start"] = "speed"
     steps: int = 8
+    warm_up: int = 4
 
 
 FREE = Peer("unsloth", "Unsloth, no recompute", {"no recompute": {"checkpointing": False}})
@@ -221,6 +224,7 @@ CASES = {
             method="full",
             together=False,
             steps=4,
+            warm_up=2,
         ),
         Case(
             "full-1.5b",
@@ -240,6 +244,8 @@ CASES = {
             _BF16,
             rows=Rows("real"),
             batch_rows=32,
+            steps=30,
+            warm_up=20,
         ),
         Case(
             "real-lengths-trl",
@@ -250,9 +256,15 @@ CASES = {
             _BF16,
             rows=Rows("real"),
             batch_rows=32,
+            steps=30,
+            warm_up=20,
         ),
-        Case("lora-0.5b", "LoRA, bf16, Qwen2.5-0.5B shape", "qwen-0.5b", FREE, 1.3, _BF16, steps=20),
-        Case("lora-1.5b", "LoRA, bf16, Qwen2.5-1.5B shape", "qwen-1.5b", FREE, 1.3, _BF16, steps=20),
+        Case(
+            "lora-0.5b", "LoRA, bf16, Qwen2.5-0.5B shape", "qwen-0.5b", FREE, 1.3, _BF16, steps=20, warm_up=8
+        ),
+        Case(
+            "lora-1.5b", "LoRA, bf16, Qwen2.5-1.5B shape", "qwen-1.5b", FREE, 1.3, _BF16, steps=20, warm_up=8
+        ),
         Case(
             "first-step",
             "from starting the process to the end of the first step, warm cache",
@@ -263,6 +275,7 @@ CASES = {
             together=False,
             measure="start",
             steps=1,
+            warm_up=1,
         ),
     )
 }

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,22 @@ NUM_SPECIAL = 3
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def write_random_rows(folder: Path, *, num_rows: int, length: int, vocab_size: int, seed: int) -> None:
+def write_random_rows(folder: Path, *, lengths: Sequence[int], vocab_size: int, seed: int) -> None:
     """A folder of prepared rows, as our engine reads them: random ids, all but the first of a row trained."""
     if (folder / "prepared.json").is_file():
         return
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ids = np.random.default_rng(seed).integers(NUM_SPECIAL, vocab_size, (num_rows, length), dtype=np.int32)
-    mask = np.ones((num_rows, length), dtype=np.uint8)
-    mask[:, 0] = 0
-    offsets = np.arange(num_rows + 1, dtype=np.int64) * length
-    row_ids = [hash_row(row.tolist(), kept.tobytes()) for row, kept in zip(ids, mask, strict=True)]
-    save_file(
-        {"ids": ids.ravel(), "mask": mask.ravel(), "offsets": offsets}, str(folder / "train.safetensors")
-    )
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    ids_T = np.random.default_rng(seed).integers(NUM_SPECIAL, vocab_size, offsets[-1], dtype=np.int32)
+    mask_T = np.ones(len(ids_T), dtype=np.uint8)
+    mask_T[offsets[:-1]] = 0
+    save_file({"ids": ids_T, "mask": mask_T, "offsets": offsets}, str(folder / "train.safetensors"))
+    row_ids = [
+        hash_row(ids_T[start:end].tolist(), mask_T[start:end].tobytes())
+        for start, end in pairwise(offsets.tolist())
+    ]
     facts = [
         {"place": f"random:{number}", "source": "random", "index": number, "row_id": row_id, "bytes": 0}
         | {"cluster": row_id, "conversation": number}

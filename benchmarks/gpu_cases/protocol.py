@@ -211,7 +211,8 @@ class Contender:
                 start_new_session=True,
             )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read_lines, daemon=True).start()
+        self._reader = threading.Thread(target=self._read_lines, daemon=True)
+        self._reader.start()
 
     def ask(self, command: dict[str, Any], *, timeout: float) -> dict[str, Any]:
         """Send a command and wait for its answer. Raises ContenderFailed."""
@@ -231,17 +232,20 @@ class Contender:
 
     def stop(self) -> None:
         """End the process, kindly if it listens."""
-        if self._process.stdin is not None and self._process.poll() is None:
-            try:
-                self._process.stdin.write('{"do": "quit"}\n')
-                self._process.stdin.close()
-            except OSError:
-                pass
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write('{"do": "quit"}\n')
+            self._process.stdin.close()
+        except OSError:
+            pass
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(timeout=5)
+        self._process.stdout.close()
 
     def _read_lines(self) -> None:
         assert self._process.stdout is not None

@@ -52,7 +52,8 @@ def load(model_folder: str, adapter_folder: str) -> tuple[Any, dict[str, torch.n
     )
     model.train()
     FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
-    if settings.get("padding_free"):
+    if settings.get("padding_free") and DEVICE == "cuda":
+        # What its collators do before they add sequence lengths; its CPU path has no such kernels.
         from unsloth.utils.packing import _enable_hf_packed_attention, mark_allow_overlength
 
         mark_allow_overlength(model)
@@ -145,7 +146,7 @@ def gradients(out: Path) -> dict[str, Any]:
     # Copies: the same adapter could be written twice from one storage.
     found = {name: p.grad.float().cpu().clone() for name, p in trained.items() if p.grad is not None}
     save_file(found, str(out))
-    return {"loss": float(loss), "digest": digest}
+    return {"loss": float(loss.detach()), "digest": digest}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,340 @@
+"""The GPU benchmark's harness, on a CPU: our real engine on a tiny shape, against itself."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gpu
+import slim_wheels
+from gpu_cases.cases import CASES, Case, Peer, Rows
+from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_random_rows
+from gpu_cases.parity import check_parity, measure_distance, split_name
+from gpu_cases.protocol import Contender, ContenderFailed
+from gpu_cases.results import compute_ratio, judge, load_results, make_page, merge_results, summarize
+
+ITSELF = Peer("ours", "itself", {"same": {}})
+TINY = Case("tiny", "tiny against itself", "tiny", ITSELF, None, rows=Rows("full", 32), batch_rows=4, steps=2)
+
+
+def make_options(folder: Path, **changes: Any) -> gpu.Options:
+    options = gpu.Options(
+        folder=folder,
+        device="cpu",
+        rounds=2,
+        deadline=time.monotonic() + 240,
+        rows=None,
+        site=None,
+        peer_python=sys.executable,
+        plain=True,
+        skip_parity=False,
+        job={},
+    )
+    return dataclasses.replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="module")
+def record(folder: Path) -> dict[str, Any]:
+    return gpu.run_case(TINY, make_options(folder), setting="same", only=None)
+
+
+# --- a whole case -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_both_sides_are_timed_for_every_round_on_the_same_rows(record):
+    for side in (record["ours"], record["peer"]):
+        assert [len(r["seconds"]) for r in side["rounds"]] == [2, 2]
+        assert [r["tokens"] for r in side["rounds"]] == [[128, 128], [128, 128]]
+        assert [r["targets"] for r in side["rounds"]] == [[124, 124], [124, 124]]
+        assert side["tokens_per_second"] > 0
+        assert side["peak_bytes"] > 0
+    assert record["num_rounds"] == 2
+
+
+@pytest.mark.slow
+def test_our_engine_against_itself_starts_and_ends_at_the_same_loss(record):
+    ours, peer = record["ours"], record["peer"]
+
+    assert (ours["first_loss"], ours["last_loss"]) == (peer["first_loss"], peer["last_loss"])
+    assert ours["first_loss"] == pytest.approx(np.log(512), rel=0.02)
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_transformers_and_peft(record):
+    assert record["parity"]["ours"]["passed"]
+    assert record["parity"]["ours"]["distance"]["total"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_contender_that_feeds_other_rows_is_not_timed(folder, record):
+    options = make_options(folder, skip_parity=True)
+    inputs = gpu.make_inputs(TINY, options, num_steps=10)
+    inputs = dataclasses.replace(inputs, digests=[*inputs.digests[1:], inputs.digests[0]])
+    side = gpu.Side("ours", TINY, "same", inputs, options)
+
+    try:
+        with pytest.raises(gpu.CaseFailed, match="ours fed other rows"):
+            side.get_warm()
+    finally:
+        side.stop()
+
+
+@pytest.mark.slow
+def test_a_job_that_our_engine_refuses_fails_the_case_with_its_line(folder, record):
+    options = make_options(folder, job={"train": {"no_such_key": 1}})
+
+    with pytest.raises(ContenderFailed, match="no_such_key"):
+        gpu.run_case(TINY, options, setting="same", only="ours")
+
+
+def test_a_process_that_dies_is_told_in_one_line(tmp_path):
+    contender = Contender("nothing_there", {}, folder=tmp_path, environment={})
+
+    with pytest.raises(ContenderFailed, match=r"nothing_there ended with 1: .*No module named"):
+        contender.ask({"do": "steps", "count": 1}, timeout=60)
+    contender.stop()
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_read_back_as_they_were_written_and_first_tokens_are_no_targets(tmp_path):
+    write_random_rows(tmp_path, lengths=[3, 5, 2], vocab_size=100, seed=0)
+
+    rows = StoredRows(tmp_path)
+
+    assert [len(rows[n][0]) for n in range(len(rows))] == [3, 5, 2]
+    assert [rows[n][1].tolist() for n in range(3)] == [[0, 1, 1], [0, 1, 1, 1, 1], [0, 1]]
+
+
+def test_rows_of_a_step_may_come_in_any_order_and_nothing_else_may_differ():
+    first, second = ([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])
+
+    assert hash_step([first, second]) == hash_step([second, first])
+    # A side may or may not mark the first token: nothing precedes it, so it is never trained.
+    assert hash_step([first]) == hash_step([([5, 6, 7], [1, 1, 1])])
+    assert hash_step([first]) != hash_step([([5, 6, 7], [0, 0, 1])])
+    assert hash_step([first]) != hash_step([([5, 6, 8], [0, 1, 1])])
+
+
+def test_steps_are_whole_and_in_the_order_of_our_engine():
+    from tunesmith.data.batch import plan_epoch
+
+    steps = plan_steps(10, batch_rows=4, seed=3)
+
+    assert steps == plan_epoch(10, batch_rows=4, seed=3, epoch=0)[:2]
+
+
+def test_the_8b_shape_has_eight_billion_weights():
+    config = gpu.SHAPES["llama-8b"].config
+
+    assert sum(int(np.prod(shape)) for _, shape in list_tensors(config)) == 8_030_261_248
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def write_reference(folder: Path, *, noise: float) -> dict[str, np.ndarray]:
+    drawn = np.random.default_rng(0)
+    truth = {
+        name: drawn.standard_normal((4, 4)).astype(np.float32)
+        for name in ("a.q_proj.weight", "a.k_proj.weight", "b.weight")
+    }
+    save_file(truth, folder / "reference.safetensors")
+    save_file({name: value * (1 + noise) for name, value in truth.items()}, folder / "rounded.safetensors")
+    (folder / "reference.json").write_text(json.dumps({"reference": 2.0, "rounded": 2.0}))
+    return truth
+
+
+def test_a_merged_matrix_is_compared_with_its_parts(tmp_path):
+    truth = write_reference(tmp_path, noise=0.01)
+    merged = np.concatenate([truth["a.q_proj.weight"], truth["a.k_proj.weight"]])
+    save_file(
+        {"a.q_proj+k_proj.weight": merged, "b.weight": truth["b.weight"]}, tmp_path / "ours.safetensors"
+    )
+
+    assert split_name("a.q_proj+k_proj.weight") == ["a.q_proj.weight", "a.k_proj.weight"]
+    assert measure_distance(tmp_path / "ours.safetensors", tmp_path / "reference.safetensors").total == 0
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(1.02, True), (1.05, False), (float("nan"), False)])
+def test_gradients_may_be_three_times_as_far_as_plain_bf16(tmp_path, factor, passed):
+    truth = write_reference(tmp_path, noise=0.01)
+    save_file({name: value * np.float32(factor) for name, value in truth.items()}, tmp_path / "x.safetensors")
+
+    parity = check_parity(tmp_path, tmp_path / "x.safetensors", {"loss": 2.0}, fp8=False)
+
+    assert parity.passed is passed
+    assert parity.allowed_total == pytest.approx(0.03, rel=1e-3)
+
+
+def test_a_missing_gradient_and_another_loss_are_told(tmp_path):
+    truth = write_reference(tmp_path, noise=0.01)
+    save_file(truth, tmp_path / "x.safetensors")
+    del truth["b.weight"]
+    save_file(truth, tmp_path / "y.safetensors")
+
+    assert (
+        "the loss is 2.1"
+        in check_parity(tmp_path, tmp_path / "x.safetensors", {"loss": 2.1}, fp8=False).reason
+    )
+    with pytest.raises(ValueError, match=r"no gradient of b\.weight"):
+        check_parity(tmp_path, tmp_path / "y.safetensors", {"loss": 2.0}, fp8=False)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def make_side(*seconds: float, peak: float = 0.0) -> dict[str, Any]:
+    """Rounds of two steps with 100 tokens, 50 of them targets."""
+    rounds = [{"seconds": [s, s], "tokens": [100, 100], "targets": [50, 50]} for s in seconds]
+    facts = {"versions": {"torch": "2.11.0"}, "gpu": {}}
+    side = {"rounds": rounds, "facts": facts, "first_loss": 11.8, "last_loss": 11.7, "warm_up_seconds": 40.0}
+    return side | {"peak_bytes": int(peak * 2**30), "reserved_bytes": int(peak * 2**30)} | summarize(rounds)
+
+
+def make_record(name: str, ours: dict[str, Any], peer: dict[str, Any], **more: Any) -> dict[str, Any]:
+    record = {"ours": ours, "peer": peer, "parity": "skipped", "hardware": {"gpu": "a GPU"}, "steps": 2}
+    record |= {"commit": "abc", "code": "c0de", "date": "2026-01-02", "num_rounds": 3} | more
+    return record | {"ratio": compute_ratio(CASES[name], record)}
+
+
+def test_figures_are_medians_over_rounds():
+    side = make_side(1.0, 2.0, 4.0)
+
+    assert side["tokens_per_second"] == 50  # of 100, 50 and 25
+    assert side["tokens_per_second_range"] == [25, 100]
+    assert side["target_tokens_per_second"] == 25
+    assert side["step_seconds"] == 2.0
+
+
+def test_a_ratio_is_of_medians_and_shows_the_pairs():
+    ratio = compute_ratio(
+        CASES["lora-bf16"], {"ours": make_side(1.0, 1.0, 2.0), "peer": make_side(2.0, 1.0, 2.0)}
+    )
+
+    assert ratio == {"of_medians": 2.0, "lowest": 1.0, "highest": 2.0}
+
+
+def test_bars_and_limits_decide_alike():
+    fast, slow = make_side(1.0, peak=19.0), make_side(2.0, peak=19.0)
+    large = make_side(1.0, peak=20.0)
+    case = CASES["lora-bf16-limit"]
+
+    assert judge(case, None) == "not measured"
+    assert judge(case, make_record(case.name, fast, slow)) == "met"
+    assert judge(case, make_record(case.name, slow, fast)) == "missed: 0.50 times its speed, the aim is 1.05"
+    assert judge(case, make_record(case.name, large, slow)) == "missed: 20.0 GiB, the limit is 19.7"
+    assert judge(CASES["full-1.5b"], make_record("full-1.5b", slow, fast)) == "no bar"
+
+
+def test_for_the_first_step_less_is_better():
+    case = CASES["first-step"]
+    quick, late = {"start_seconds": [10.0, 12.0]}, {"start_seconds": [30.0, 30.0]}
+
+    assert judge(case, {"ratio": compute_ratio(case, {"ours": quick, "peer": late})}) == "met"
+    assert judge(case, {"ratio": compute_ratio(case, {"ours": late, "peer": quick})}).startswith(
+        "missed: 2.73"
+    )
+
+
+def test_a_later_measurement_replaces_an_earlier_one_and_a_failure_stands_beside_it():
+    old, new = {"ratio": 1, "date": "2026-01-01"}, {"ratio": 2, "date": "2026-01-02"}
+    failure = {"failed": "out of memory", "date": "2026-01-03", "commit": "abc"}
+    results = {"cases": {"a": old, "b": old}, "tuned": {}}
+
+    merged = merge_results(results, {"cases": {"a": new, "b": failure, "c": failure}, "tuned": {"a": {}}})
+    again = merge_results(merged, results)
+
+    assert merged["cases"]["a"] == new
+    assert merged["cases"]["b"] == old | {"failed_later": failure}
+    assert merged["cases"]["c"] == failure
+    assert again["cases"]["a"] == new
+    assert merged["tuned"] == {"a": {}}
+
+
+def test_the_page_names_every_case_also_those_without_a_measurement(tmp_path):
+    page = make_page(load_results(tmp_path / "none.json"))
+
+    for case in CASES.values():
+        assert f"- {case.what}, against {case.peer.label}: not measured." in page
+    assert "Nothing is measured yet." in page
+
+
+def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
+    fast, slow = make_side(1.0, 1.0), make_side(2.0, 2.0)
+    cases = {
+        "lora-bf16": make_record("lora-bf16", fast, slow),
+        "lora-fp8": make_record("lora-fp8", slow, fast),
+        "full-8b": {"failed": "ours ended with 1: out of memory", "date": "2026-01-01", "commit": "abc"},
+    }
+
+    page = make_page({"schema": 1, "cases": cases, "tuned": {}})
+
+    assert "| 100 (100 to 100) | 50 (50 to 50) | 2.00 (2.00 to 2.00) | 1.06 | yes |" in page
+    assert "| 50 (50 to 50) | 100 (100 to 100) | 0.50 (0.50 to 0.50) | 1.45 | **no** |" in page
+    assert (
+        "- LoRA, fp8 base, memory free, against Unsloth, no recompute: 0.50 times its speed, the aim is 1.45."
+        in page
+    )
+    assert "failed: ours ended with 1: out of memory." in page
+    assert "measured without the gradient check" in page
+
+
+def test_the_page_in_the_docs_is_what_the_results_give():
+    results = load_results(gpu.RESULT)
+
+    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results), "run: python benchmarks/gpu.py --table"
+
+
+def test_job_keys_from_the_command_line_nest():
+    assert gpu.parse_key("train.compile=true") == {"train": {"compile": True}}
+    assert gpu.parse_key("train.memory_limit=19.7GiB") == {"train": {"memory_limit": "19.7GiB"}}
+    assert gpu.merge_keys({"train": {"a": 1}}, {"train": {"b": 2}}) == {"train": {"a": 1, "b": 2}}
+
+
+# --- wheels -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slim_wheel_lacks_the_files_and_their_lines_in_record(tmp_path):
+    kept = ["unsloth/__init__.py", "unsloth-1.dist-info/METADATA", "unsloth-1.dist-info/RECORD"]
+    record = "".join(f"{name},sha256=x,1\n" for name in [*kept, "studio/app.js"])
+    wheel = tmp_path / "whole" / "unsloth-1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in [*kept[:2], "studio/app.js"]:
+            archive.writestr(name, "x = 1\n")
+        archive.writestr(kept[2], record)
+
+    slim = zipfile.ZipFile(slim_wheels.slim_wheel(wheel, tmp_path))
+
+    assert sorted(slim.namelist()) == sorted(kept)
+    rows = csv.reader(io.StringIO(slim.read(kept[2]).decode()))
+    assert [row[0] for row in rows] == kept
+
+
+def test_every_listed_wheel_is_pinned():
+    assert all("==" in line for line in slim_wheels.read_list())
+    assert {"unsloth==2026.10.9", "trl==1.15.0"} <= set(slim_wheels.read_list())
+
+
+def test_the_gradients_file_of_a_run_is_deleted(folder, record):
+    assert not list(folder.glob("reference-*/ours.safetensors"))
+    assert load_file(next(folder.glob("reference-*/reference.safetensors")))
