@@ -365,6 +365,10 @@ class PackedRows(nn.Module):
             codes, code_scale, self.kind, list(stored), list(self.sizes), self.inputs, inverse, grad.dtype
         )
 
+    def form(self) -> tuple[PackedTensors, PackedPlan]:
+        """What `project_packed` reads, and how."""
+        return self.tensors(), self.plan()
+
     def scratch_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the shared buffer that its products need."""
         return sum(self.sizes) * self.inputs * (1 if self.compute == "fp8" else dtype.itemsize)
@@ -388,6 +392,9 @@ class LentRows:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.product(x, bias)
+
+    def form(self) -> None:
+        """It is carried over product by product, which no compiler should see."""
 
 
 def _shape(part: Matrix) -> tuple[int, int]:

@@ -9,12 +9,15 @@ T: tokens  I: inputs  O: outputs of all parts  R: ranks of all parts together
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from tunesmith.models.packed import PackedPlan, PackedTensors
 
 # A product with fewer rows may take another kernel, and then differ in the last bit: never multiply fewer.
 MIN_ROWS = 16
@@ -39,6 +42,10 @@ class PackedWeight(Protocol):
 
     def gradient(self, grad: Tensor) -> Tensor:
         """grad W."""
+        ...
+
+    def form(self) -> tuple[PackedTensors, PackedPlan] | None:
+        """What `packed.project_packed` needs to be `linear`; None if it is not."""
         ...
 
 
@@ -102,9 +109,9 @@ class LoraPart(nn.Module):
 
 
 class LinearTensors(NamedTuple):
-    """What a projection computes with. weight: (O, I), joined (O, I + R). a, b: fp32, of the adapted parts."""
+    """What a projection computes with. weight: (O, I), joined (O, I + R), or packed. a, b: adapted parts', fp32."""
 
-    weight: Tensor
+    weight: Tensor | PackedTensors
     bias: Tensor | None
     a: tuple[Tensor, ...]
     b: tuple[Tensor, ...]
@@ -114,6 +121,7 @@ class LinearPlan(NamedTuple):
     """How: rows and scale of each adapted part; equal for the same projection of all blocks.
 
     filler: columns of nothing that round R up, so that rows stay aligned. is_joined: the weight's last columns are B.
+    packed: how a packed weight is read.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -122,6 +130,7 @@ class LinearPlan(NamedTuple):
     dropout: float
     num_outputs: int
     is_joined: bool
+    packed: PackedPlan | None
 
 
 class Projection(nn.Module):
@@ -207,12 +216,14 @@ class Projection(nn.Module):
 
     @property
     def has_plain_form(self) -> bool:
-        """Whether `tensors` and `plan` say all there is: a dense weight, and adapters without DoRA."""
-        return self.packed is None and all(lora.magnitude is None for _, _, lora in self.loras())
+        """Whether `tensors` and `plan` say all there is: no DoRA, and a packed weight that a compiler can read."""
+        readable = self.packed is None or self.packed.form() is not None
+        return readable and all(lora.magnitude is None for _, _, lora in self.loras())
 
     def plan(self) -> LinearPlan:
         loras = self.loras() if self.enabled else []
         ranks = sum(lora.rank for _, _, lora in loras)
+        form = None if self.packed is None else self.packed.form()
         return LinearPlan(
             tuple((rows.start, rows.stop) for _, rows, _ in loras),
             tuple(lora.scale for _, _, lora in loras),
@@ -220,6 +231,7 @@ class Projection(nn.Module):
             self.dropout if self.training else 0.0,
             self.out_features,
             bool(loras) and self.weight is not None and not self.weight.requires_grad,
+            None if form is None else form[1],
         )
 
     def tensors(self) -> LinearTensors:
@@ -228,7 +240,8 @@ class Projection(nn.Module):
         plan = self.plan()
         loras = self.loras() if plan.spans else []
         bias = None if self.bias is None else self._bias_cast.of(self.bias, self.dtype)
-        weight = self._join(plan) if plan.is_joined else self.dense()
+        form = None if self.packed is None else self.packed.form()
+        weight = form[0] if form is not None else self._join(plan) if plan.is_joined else self.dense()
         return LinearTensors(
             weight, bias, tuple(lora.a for _, _, lora in loras), tuple(lora.b for _, _, lora in loras)
         )

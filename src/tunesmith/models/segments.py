@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.models.elementwise import gate_plain, norm_rms_plain, rotate_plain
+from tunesmith.models.packed import PackedTensors, project_packed
 from tunesmith.models.projection import LinearPlan, LinearTensors
 
 
@@ -73,19 +74,30 @@ class _JoinedLinear(torch.autograd.Function):
 
 def project(x: Tensor, tensors: LinearTensors, plan: LinearPlan) -> Tensor:
     """x W^T + bias plus the adapters' outputs, (T, O)."""
+    weight = tensors.weight
     if not plan.spans:
-        return F.linear(x, tensors.weight, tensors.bias)
+        if isinstance(weight, Tensor):
+            return F.linear(x, weight, tensors.bias)
+        y = _multiply(x, weight, plan)
+        return y if tensors.bias is None else y + tensors.bias
     dropped = F.dropout(x, plan.dropout) if plan.dropout else x
     filler = [x.new_zeros(plan.filler, x.shape[1])] if plan.filler else []
     inner_TR = dropped @ torch.cat([*(a.to(x.dtype) for a in tensors.a), *filler]).t()
     b_OR = _lay_out_b(tensors, plan, x.dtype)
     y = (
-        _JoinedLinear.apply(x, inner_TR, tensors.weight, b_OR)
+        _JoinedLinear.apply(x, inner_TR, weight, b_OR)
         if plan.is_joined
-        else F.linear(x, tensors.weight) + inner_TR @ b_OR.t()
+        else _multiply(x, weight, plan) + inner_TR @ b_OR.t()
     )
     assert isinstance(y, Tensor)
     return y if tensors.bias is None else y + tensors.bias
+
+
+def _multiply(x: Tensor, weight: Tensor | PackedTensors, plan: LinearPlan) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    assert plan.packed is not None
+    return project_packed(x, weight, plan.packed)
 
 
 def _lay_out_b(tensors: LinearTensors, plan: LinearPlan, dtype: torch.dtype) -> Tensor:
