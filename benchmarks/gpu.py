@@ -1,7 +1,8 @@
 """LoRA, QLoRA and full fine-tuning on one GPU: Tunesmith against Unsloth and TRL, interleaved, on the same tokens.
 
     python benchmarks/gpu.py --list                                       the cases
-    python benchmarks/gpu.py --case lora-bf16 --wheels .whl --out OUT.json   one case (minutes), merged into OUT.json
+    python benchmarks/gpu.py --case lora-bf16 --wheels .whl --out OUT.json   one case (minutes), merged into OUT.json;
+                                                                          several share inputs and --minutes
     python benchmarks/gpu.py --tune full-8b --wheels .whl --out OUT.json  find the peer's fastest settings first
     python benchmarks/gpu.py --merge OUT.json ...                         into benchmarks/results/gpu.json
     python benchmarks/gpu.py --table                                      docs/benchmarks.md from the results
@@ -54,7 +55,7 @@ from gpu_cases.results import (  # noqa: E402
     save_results,
     summarize,
 )
-from tunesmith.core.fingerprint import describe_versions, hash_code  # noqa: E402
+from tunesmith.core.fingerprint import describe_versions, hash_code, hash_json  # noqa: E402
 
 RESULT = CHECKOUT / "benchmarks" / "results" / "gpu.json"
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
@@ -66,6 +67,8 @@ SEED = 0
 # The first step of a round fills the allocator again; it is not timed.
 SETTLE = 1
 SHORT_LAYERS = 2
+# A further case of the same call is not begun with less time than this.
+LEAST_SECONDS = 150
 
 
 @dataclass(frozen=True)
@@ -319,14 +322,25 @@ class Side:
             self._process = None
 
     def check_gradients(self, reference: Path) -> dict[str, Any]:
-        """Raises CaseFailed if the gradients, or the rows they come from, are not the reference's."""
+        """Raises CaseFailed if the gradients, or the rows they come from, are not the reference's.
+
+        What passed once in this folder, with the same settings and code, is not run again.
+        """
+        task = make_task(self.case, self.role, self.settings, self.inputs, self.options)
+        decides = task["short_job"] if self.who == "ours" else self.settings
+        code = hash_code() if self.who == "ours" else ""
+        passed = reference / f"passed-{self.who}-{hash_json([decides, code])[:16]}.json"
+        if passed.is_file():
+            say(f"  {self.who}: gradients checked before")
+            return json.loads(passed.read_text(encoding="utf-8"))
         out = reference / f"{self.role}.safetensors"
         answer = self.ask({"do": "gradients", "out": str(out)})
         if answer["digest"] != self.inputs.digests[0]:
             raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
         fp8 = self.who == "ours" and "fp8" in (self.case.base, self.case.compute) and not self.options.plain
+        exact = self.options.plain and self.options.device == "cpu"
         try:
-            parity = check_parity(reference, out, answer, fp8=fp8, exact=self.options.device == "cpu")
+            parity = check_parity(reference, out, answer, fp8=fp8, exact=exact)
         except ValueError as error:
             raise CaseFailed(f"{self.who}: {error}") from None
         out.unlink()
@@ -335,6 +349,7 @@ class Side:
         )
         if not parity.passed:
             raise CaseFailed(f"{self.who} is not timed: {parity.reason}")
+        passed.write_text(json.dumps(parity.to_json()), encoding="utf-8")
         return parity.to_json()
 
     def get_warm(self) -> None:
@@ -416,6 +431,10 @@ def run_case(case: Case, options: Options, *, setting: str, only: str | None) ->
     try:
         parity: Any = "skipped"
         if not options.skip_parity:
+            if case.together:
+                # Their imports take a while: meanwhile the reference is computed.
+                for side in sides:
+                    _ = side.process
             reference = make_reference(case, inputs, options)
             parity = {}
             for side in sides:
@@ -654,7 +673,11 @@ def main() -> None:
             say(f"{name}: best is {tuned['best']}")
             new = {"cases": {}, "tuned": {name: tuned}}
             save_results(arguments.out, merge_results(load_results(arguments.out), new))
-        for name in arguments.case:
+        for number, name in enumerate(arguments.case):
+            if number and options.seconds_left() < LEAST_SECONDS:
+                say(f"{name}: not started, {options.seconds_left():.0f} s are left")
+                ok = False
+                continue
             ok = measure(name, arguments, options) and ok
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))

@@ -140,6 +140,11 @@ TRL_FULL_8B = Peer(
         "chunked loss, 2 rows": {"sft": _8BIT, "micro_rows": 2, "weights": "bfloat16"},
         "Liger, 4 rows": {"sft": {**_8BIT, "use_liger_kernel": True}, "micro_rows": 4, "weights": "bfloat16"},
         "chunked loss, 4 rows": {"sft": _8BIT, "micro_rows": 4, "weights": "bfloat16"},
+        "chunked loss, 2 rows, torchao": {
+            "sft": {**_8BIT, "optim": "adamw_torch_8bit"},
+            "micro_rows": 2,
+            "weights": "bfloat16",
+        },
         "Liger, 8 rows, recompute": {
             "sft": {**_8BIT, **_CHECKPOINTED, "use_liger_kernel": True},
             "micro_rows": 8,

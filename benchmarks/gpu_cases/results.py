@@ -23,6 +23,21 @@ warm-up is left out. Unless a row says otherwise: Llama-3.1-8B shape, LoRA of ra
 with the reserved memory beside it. Tokens are never padding.
 """
 
+AGAIN = """## Measuring again
+
+On a machine with a GPU, one case takes a few minutes:
+
+```
+python benchmarks/slim_wheels.py --out .whl                                          # the peers, pinned
+python benchmarks/gpu.py --list
+python benchmarks/gpu.py --case lora-bf16 --wheels .whl
+python benchmarks/gpu.py --tune full-8b --case full-8b --wheels .whl                 # TRL's fastest settings first
+python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer LLAMA3 --rows ROWS      # for the real lengths
+python benchmarks/gpu.py --case real-lengths --rows ROWS --wheels .whl
+python benchmarks/gpu.py --table                                                     # this page
+```
+"""
+
 
 def load_results(path: Path) -> Record:
     if not path.is_file():
@@ -115,6 +130,8 @@ def make_page(results: Record) -> str:
         *_start_table(cases),
         *_verdicts(cases),
         *_origins(cases),
+        "",
+        AGAIN,
     ]
     return "\n".join(lines).rstrip() + "\n"
 
