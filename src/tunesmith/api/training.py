@@ -157,7 +157,7 @@ def prepare(
 
 def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     """Carry out one training in this process and write its record."""
-    from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype
+    from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, set_up_segments
     from tunesmith.methods.sft import sft_loss
     from tunesmith.models.layout import make_batch
     from tunesmith.models.sizes import count_parameters
@@ -184,6 +184,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     if fp8_check:
         fp8_check.tell(label=task.label, on_event=on_event)
+    set_up_segments(model, job, prepared, device)
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)

@@ -192,6 +192,9 @@ class TrainSpec(Spec):
     """Seed of adapter weights, row order and dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; `auto` is bf16 where the hardware has it, else fp32 on a CPU and fp16 on a GPU."""
+    compile: bool | Auto = "auto"
+    """Compile the model's blocks, on a GPU; `auto` does if the training is long enough to repay a minute of compiling.
+    Never changes the result, up to rounding."""
     evaluate_every: PositiveInt | Literal["epoch", "never"] = "epoch"
     """Steps between validation losses."""
     keep_best: bool = True
