@@ -2,8 +2,10 @@
 
     make benchmark-trl                      # sets up both environments and runs this
     make benchmark-trl ARGS="--steps 20 --rounds 2"
+    make benchmark-trl ARGS="--shape qwen2.5-0.5b --tokenizer DIR --rows dolly.jsonl --steps 3"
 
-Both train the bundled model on the bundled tickets: same token ids and labels (rendered once, by us, and handed over),
+Both train the bundled model on the bundled tickets, or a model of random weights in the shape of a known one on rows of
+your own: same token ids and labels (rendered once, by us, and handed over),
 same rows in each optimizer step, same number of steps, same rank, alpha, target layers and learning rate. TRL runs
 twice: as its documentation starts it (`SFTConfig` defaults), and with the best settings that we found for it here (each
 candidate is tried first; the fastest by CPU time is taken and named). A, B, C, A, B, C ...: what else the machine does
@@ -80,6 +82,7 @@ class Bench:
     """What every run has in common. `model` and `data` are folders; `lora` None trains every weight."""
 
     folder: Path
+    what: str
     model: Path
     data: Path
     steps: int
@@ -87,6 +90,7 @@ class Bench:
     seed: int
     threads: int
     precision: str
+    candidate_steps: int = 20
     lora: dict[str, int] | None = field(default_factory=lambda: dict(LORA))
 
     @property
@@ -222,6 +226,37 @@ def copy_bundled(name: str, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder / source.name))
 
 
+# Real shapes; their weights are random, which changes no time.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def build_shape(name: str, tokenizer: Path, folder: Path, *, seed: int) -> Path:
+    """A model folder of that shape with the tokenizer's files: bf16, normal weights of deviation 0.02."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tunesmith.models.config import load_config
+    from tunesmith.models.headers import list_expected
+
+    model = folder / name
+    shutil.copytree(tokenizer, model)
+    (model / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
+    torch.manual_seed(seed)
+    tensors = {
+        key: (torch.ones(shape) if "norm" in key else torch.randn(shape) * 0.02).to(torch.bfloat16)
+        for key, shape in list_expected(load_config(model)).items()
+    }
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
 def read_rows(path: Path) -> list[dict[str, list[int]]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -235,7 +270,9 @@ def find_best_settings(bench: Bench) -> tuple[str, list[dict[str, Any]]]:
     for turn in (1, 2):
         names = list(CANDIDATES) if turn == 1 else [one.who for one in sorted(tried, key=_cpu_seconds)[:3]]
         for name in names:
-            measured = train_trl(bench, name, **CANDIDATES[name], steps=min(bench.steps, 20))
+            measured = train_trl(
+                bench, name, **CANDIDATES[name], steps=min(bench.steps, bench.candidate_steps)
+            )
             tried.append(measured)
             say(
                 f"  candidate {turn}/2  {measured.cpu_seconds:6.2f} CPU s  {measured.wall_seconds:6.2f} s  {name}"
@@ -269,7 +306,7 @@ def compare(bench: Bench, *, rounds: int) -> dict[str, Any]:
             )
     check_same_work(runs)
     return {
-        "what": "LoRA training on a CPU, tunesmith/tiny on tunesmith/tickets",
+        "what": f"LoRA training on a CPU, {bench.what}",
         "steps": bench.steps,
         "batch_rows": bench.batch_rows,
         "lora": bench.lora,
@@ -370,15 +407,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each side; 0 leaves it to torch")
     parser.add_argument("--precision", default="auto", help="ours: auto, bf16 or fp32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="a model of this shape instead of the bundled one"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer, with a chat template")
+    parser.add_argument("--rows", type=Path, help="the rows it trains on, any format that tunesmith reads")
+    parser.add_argument(
+        "--candidate-steps", type=int, default=20, help="steps of each of TRL's settings tried"
+    )
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu_vs_trl[_SHAPE].json")
     arguments = parser.parse_args()
+    if arguments.shape and not (arguments.tokenizer and arguments.rows):
+        parser.error("--shape needs --tokenizer and --rows")
     if not TRL_PYTHON.exists():
         raise SystemExit("TRL's environment is missing; run: make benchmark-trl")
     with tempfile.TemporaryDirectory() as folder:
+        what, model, data = open_material(arguments, Path(folder))
         bench = Bench(
             folder=Path(folder),
-            model=copy_bundled("tunesmith/tiny", Path(folder)),
-            data=copy_bundled("tunesmith/tickets", Path(folder)),
+            what=what,
+            model=model,
+            data=data,
+            candidate_steps=arguments.candidate_steps,
             steps=arguments.steps,
             batch_rows=arguments.batch_rows,
             seed=arguments.seed,
@@ -386,10 +436,22 @@ def main() -> None:
             precision=arguments.precision,
         )
         record = compare(bench, rounds=arguments.rounds)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    suffix = f"_{arguments.shape}.json" if arguments.shape else ".json"
+    out = arguments.out or RESULT.with_name(RESULT.stem + suffix)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print_table(record)
-    say(f"\nwritten: {arguments.out}")
+    say(f"\nwritten: {out}")
+
+
+def open_material(arguments: argparse.Namespace, folder: Path) -> tuple[str, Path, Path]:
+    """What is trained on what, in words and as paths."""
+    if not arguments.shape:
+        named = "tunesmith/tiny on tunesmith/tickets"
+        return named, copy_bundled("tunesmith/tiny", folder), copy_bundled("tunesmith/tickets", folder)
+    model = build_shape(arguments.shape, arguments.tokenizer, folder, seed=arguments.seed)
+    rows = Path(shutil.copy(arguments.rows, folder))
+    return f"random weights of {arguments.shape} on {rows.name}", model, rows
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def train_both(folder: Path, *, lora: dict[str, int] | None) -> Both:
     if not bench.TRL_PYTHON.exists():
         pytest.skip("TRL's environment is missing; run: make test-trl")
     common = bench.Bench(
+        what="the bundled model",
         folder=folder,
         model=bench.copy_bundled("tunesmith/tiny", folder),
         data=bench.copy_bundled("tunesmith/tickets", folder),
