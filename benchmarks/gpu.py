@@ -510,7 +510,8 @@ def describe_origin() -> dict[str, Any]:
     return {
         "commit": os.environ.get("TUNESMITH_COMMIT") or describe_versions().get("commit", ""),
         "code": hash_code(),
-        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
+        # Names of files and folders, not where they happened to lie.
+        "command": " ".join(["python benchmarks/gpu.py", *(Path(word).name for word in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -639,18 +640,35 @@ def measure(name: str, arguments: argparse.Namespace, options: Options) -> bool:
         record = run_case(case, options, setting=setting, only=arguments.contender)
     except (CaseFailed, ContenderFailed, subprocess.TimeoutExpired) as error:
         say(f"{name} failed: {error}")
+        show_logs(name, options)
         record = {"failed": str(error), **describe_origin()}
         if arguments.contender is None:
             new = {"cases": {name: record}, "tuned": {}}
-            save_results(arguments.out, merge_results(results, new))
+            save_results(arguments.out, merge_results(results, strip_paths(new, options)))
         return False
     if arguments.contender is not None:
         print(json.dumps(record, indent=1))
         return True
     record["ratio"] = compute_ratio(case, record)
-    save_results(arguments.out, merge_results(results, {"cases": {name: record}, "tuned": {}}))
+    new = strip_paths({"cases": {name: record}, "tuned": {}}, options)
+    save_results(arguments.out, merge_results(results, new))
     print(f"{name}: {record['ratio']['of_medians']:.3f}  {judge(case, record)}")
     return True
+
+
+def show_logs(name: str, options: Options, *, lines: int = 20) -> None:
+    """The ends of the contenders' logs: the machine they lie on may be gone in a minute."""
+    for log in sorted(options.folder.glob(f"{name}-*/*.log")):
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        say("\n".join([f"--- {log.parent.name}", *tail]))
+
+
+def strip_paths(record: dict[str, Any], options: Options) -> dict[str, Any]:
+    """The record without the folders of the machine that it was made on."""
+    text = json.dumps(record)
+    for folder in (options.folder, *([options.rows.parent] if options.rows else []), CHECKOUT):
+        text = text.replace(f"{folder}/", "")
+    return json.loads(text)
 
 
 def main() -> None:
@@ -672,6 +690,7 @@ def main() -> None:
             tuned = tune_peer(change_case(CASES[name], arguments), options)
             say(f"{name}: best is {tuned['best']}")
             new = {"cases": {}, "tuned": {name: tuned}}
+            new = strip_paths(new, options)
             save_results(arguments.out, merge_results(load_results(arguments.out), new))
         for number, name in enumerate(arguments.case):
             if number and options.seconds_left() < LEAST_SECONDS:

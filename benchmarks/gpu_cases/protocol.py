@@ -208,7 +208,6 @@ class Contender:
                 text=True,
                 env=environment,
                 cwd=folder,
-                start_new_session=True,
             )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_lines, daemon=True)

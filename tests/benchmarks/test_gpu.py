@@ -112,6 +112,13 @@ def test_a_process_that_dies_is_told_in_one_line(tmp_path):
     contender.stop()
 
 
+@pytest.mark.slow
+def test_a_record_names_no_folder_of_the_machine_it_was_made_on(folder, record):
+    assert str(folder) in json.dumps(record)
+
+    assert str(folder) not in json.dumps(gpu.strip_paths(record, make_options(folder)))
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
