@@ -91,6 +91,7 @@ class Bench:
     threads: int
     precision: str
     candidate_steps: int = 20
+    candidates: tuple[str, ...] = tuple(CANDIDATES)
     lora: dict[str, int] | None = field(default_factory=lambda: dict(LORA))
 
     @property
@@ -268,7 +269,7 @@ def find_best_settings(bench: Bench) -> tuple[str, list[dict[str, Any]]]:
     """Try every candidate once and the three fastest again. Returns the fastest by CPU time, and all figures."""
     tried: list[Measured] = []
     for turn in (1, 2):
-        names = list(CANDIDATES) if turn == 1 else [one.who for one in sorted(tried, key=_cpu_seconds)[:3]]
+        names = bench.candidates if turn == 1 else [one.who for one in sorted(tried, key=_cpu_seconds)[:3]]
         for name in names:
             measured = train_trl(
                 bench, name, **CANDIDATES[name], steps=min(bench.steps, bench.candidate_steps)
@@ -415,6 +416,10 @@ def main() -> None:
     parser.add_argument(
         "--candidate-steps", type=int, default=20, help="steps of each of TRL's settings tried"
     )
+    parser.add_argument(
+        "--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME",
+        help="TRL's settings tried, default all: " + "; ".join(CANDIDATES),
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu_vs_trl[_SHAPE].json")
     arguments = parser.parse_args()
     if arguments.shape and not (arguments.tokenizer and arguments.rows):
@@ -429,6 +434,7 @@ def main() -> None:
             model=model,
             data=data,
             candidate_steps=arguments.candidate_steps,
+            candidates=tuple(arguments.candidates),
             steps=arguments.steps,
             batch_rows=arguments.batch_rows,
             seed=arguments.seed,
