@@ -52,6 +52,7 @@ from gpu_cases.results import (  # noqa: E402
     load_results,
     make_page,
     merge_results,
+    read_cpu_results,
     save_results,
     summarize,
 )
@@ -701,7 +702,9 @@ def main() -> None:
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
     if arguments.table:
-        PAGE.write_text(make_page(load_results(arguments.out)), encoding="utf-8")
+        PAGE.write_text(
+            make_page(load_results(arguments.out), read_cpu_results(RESULT.parent)), encoding="utf-8"
+        )
     if not ok:
         raise SystemExit(1)
 

@@ -13,7 +13,7 @@ from gpu_cases.cases import CASES, Case
 
 Record = dict[str, Any]
 
-INTRODUCTION = """# Speed and memory on a GPU
+INTRODUCTION = """# Speed and memory
 
 One GPU, random weights, the same token ids and labels on both sides. Before anything is timed, each side's gradients
 are held to eager transformers and PEFT in fp32 on a shortened model of the same widths; who fails is not timed. Runs
@@ -120,8 +120,8 @@ def judge(case: Case, record: Mapping[str, Any] | None) -> str:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def make_page(results: Record) -> str:
-    """docs/benchmarks.md."""
+def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = ()) -> str:
+    """docs/benchmarks.md. cpu: what cpu_vs_trl.py wrote, one record per shape."""
     cases = results["cases"]
     lines = [
         "<!-- Made by `python benchmarks/gpu.py --table`; edit that script, not this page. -->",
@@ -132,8 +132,47 @@ def make_page(results: Record) -> str:
         *_origins(cases),
         "",
         AGAIN,
+        *_cpu_table(cpu),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def read_cpu_results(folder: Path) -> list[Record]:
+    """The records of cpu_vs_trl.py, the bundled model first."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu_vs_trl*.json"))]
+
+
+def _cpu_table(cpu: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not cpu:
+        return []
+    lines = [
+        "## On a CPU",
+        "",
+        "LoRA against TRL and PEFT, same token ids and labels, interleaved. Times: TRL's CPU seconds of training over",
+        "ours, of the medians, with the lowest and highest round in brackets. Made by `benchmarks/cpu_vs_trl.py`.",
+        "",
+        "| what | ours, tokens per CPU second | TRL's defaults, times | its best settings, times | best settings "
+        "| rows x steps x rounds | CPU, threads | commit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in cpu:
+        ours = [run for run in record["runs"] if run["who"] == "tunesmith"]
+        speed = ours[0]["num_tokens"] / statistics.median(run["cpu_seconds"] for run in ours)
+        times = [
+            f"{r['of_medians']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
+            for r in (record["ratios"][who]["cpu_seconds"] for who in ("trl defaults", "trl best"))
+        ]
+        cells = [
+            record["what"].removeprefix("LoRA training on a CPU, "),
+            f"{speed:,.0f}",
+            *times,
+            record["trl_best_settings"]["name"],
+            f"{record['batch_rows']} x {record['steps']} x {record['rounds']}",
+            f"{record['hardware']['cpu']}, {record['threads'] or 'default'}",
+            f"`{record['commit']}`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _speed_table(cases: Mapping[str, Record]) -> list[str]:

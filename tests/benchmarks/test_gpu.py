@@ -22,7 +22,15 @@ from gpu_cases.cases import CASES, Case, Peer, Rows
 from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_random_rows
 from gpu_cases.parity import check_parity, measure_distance, split_name
 from gpu_cases.protocol import Contender, ContenderFailed
-from gpu_cases.results import compute_ratio, judge, load_results, make_page, merge_results, summarize
+from gpu_cases.results import (
+    compute_ratio,
+    judge,
+    load_results,
+    make_page,
+    merge_results,
+    read_cpu_results,
+    summarize,
+)
 
 ITSELF = Peer("ours", "itself", {"same": {}})
 TINY = Case("tiny", "tiny against itself", "tiny", ITSELF, None, rows=Rows("full", 32), batch_rows=4, steps=2)
@@ -306,9 +314,11 @@ def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
 
 
 def test_the_page_in_the_docs_is_what_the_results_give():
-    results = load_results(gpu.RESULT)
+    results, cpu = load_results(gpu.RESULT), read_cpu_results(gpu.RESULT.parent)
 
-    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results), "run: python benchmarks/gpu.py --table"
+    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu), (
+        "run: python benchmarks/gpu.py --table"
+    )
 
 
 def test_job_keys_from_the_command_line_nest():

@@ -23,6 +23,7 @@ from tunesmith.models.headers import list_expected
 from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora
+from tunesmith.models.segments import Segments
 from tunesmith.training.optim import LossScale, MasterAdamW
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.step import Stepper
@@ -167,3 +168,25 @@ def test_fp16_learns_with_its_loss_scale_on_each_device(folder: Path, device: st
     steps = take_steps(stepper, 24, rate=0.01)
     assert steps[-1].loss < 0.7 * first.loss
     assert stepper.scale.value > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_host_never_waits_inside_a_step(folder: Path, method: str) -> None:
+    """Micro-batches run on while the next is prepared; only the finished step's loss and norm are waited for."""
+    stepper = make_stepper(folder, method, device="cuda", dtype=torch.bfloat16, budget=48)
+    stepper.model.segments = Segments(compiled=False)
+    take_steps(stepper, 2, rate=1e-3)
+    rows = make_counting_rows(8)
+    plan = [[0, 1, 2], [3, 4], [5, 6, 7]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total = stepper._run_micro_batches(rows, plan, 50)
+        norm = stepper.optimizer.gradient_norm()
+        stepper.optimizer.update(learning_rate=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert isinstance(total, torch.Tensor)
+    assert torch.isfinite(total)
+    assert torch.isfinite(norm)

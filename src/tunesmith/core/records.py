@@ -112,8 +112,8 @@ class RunRecord(_Record):
     config:       the resolved job, every default written out.
     fingerprints: sha256 of data splits, template, base weights, code.
     versions:     python, torch, tunesmith ...; hardware: cpu, cores, threads, gpu.
-    fp8_check:    with products in fp8, the base's loss on the first step's rows: `reference_loss` without and `fp8_loss`
-                  with fp8, nats per target token, and the relative `difference`.
+    fp8_check:    with products in fp8, the base's loss on the first step's rows: `reference_loss` without and
+                  `fp8_loss` with fp8, nats per target token, and the relative `difference`.
     """
 
     status: str
