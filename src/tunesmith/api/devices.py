@@ -78,6 +78,11 @@ def set_up_segments(model: CausalLM, job: Job, prepared: Prepared, device: torch
     if device.type == "cuda" and isinstance(model, Decoder):
         wanted = job.train.compile
         model.segments = Segments(compiled=_repays(model, job, prepared) if wanted == "auto" else wanted)
+        # Weights that adapters are joined to are laid out anew, each a little larger: what they leave behind fits none.
+        for projection in model.projections():
+            if projection.has_plain_form:
+                projection.tensors()
+        torch.cuda.empty_cache()
 
 
 def _repays(model: CausalLM, job: Job, prepared: Prepared) -> bool:
