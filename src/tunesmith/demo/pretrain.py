@@ -42,7 +42,7 @@ from tunesmith.demo.pretrain_text import (
 IGNORED, TEXT, PROMPT, ANSWER = range(4)
 # The weight in the loss of each kind of token: a task's prompt is mostly noise to predict, its answer is the lesson.
 WEIGHTS = (0.0, 1.0, 0.1, 2.0)
-MOST_DOCUMENTS = 40  # in a row, on average over a step
+MOST_DOCUMENTS = 16  # in a row, on average over a step
 SLOTS_EACH = 3  # steps that a worker makes ahead
 AGREE_EVERY = 10  # steps after which processes agree on the time
 
