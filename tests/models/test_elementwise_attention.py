@@ -76,7 +76,6 @@ def test_long_documents_take_the_flash_path_and_agree() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_varlen_attention_on_a_gpu_equals_plain_attention() -> None:
     from tunesmith.models.attention import attend_varlen
 

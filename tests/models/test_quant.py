@@ -72,7 +72,6 @@ def test_packed_models_merge_to_dense(hf_folders: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_nf4_on_a_gpu_equals_the_cpu() -> None:
     torch.manual_seed(0)
     weight = torch.randn(640, 256).bfloat16()

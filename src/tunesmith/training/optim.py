@@ -5,6 +5,7 @@ The others: `low_bit_adamw` (8-bit states; bf16 weights without masters), `muon`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,7 +43,7 @@ class Optimizer(Protocol):
         ...
 
 
-class MasterWeights:
+class MasterWeights(ABC):
     """Named parameters of any float dtype, updated in fp32.
 
     A parameter in bf16 or fp16 gets an fp32 master copy. Its gradients are added up in fp32, micro-batch by
@@ -104,9 +105,13 @@ class MasterWeights:
         if self._rounded:
             torch._foreach_copy_(self._rounded, self._rounded_masters)  # pyright: ignore[reportPrivateImportUsage]
 
+    @abstractmethod
+    def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
+        """See `Optimizer`."""
+
+    @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """See `Optimizer`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""From `train.optimizer` to the optimizer. Which combinations are refused is said in `job.spec`."""
+"""From `train.optimizer` to the optimizer. Which combinations are refused is said in `job.combinations`."""
 
 from __future__ import annotations
 
