@@ -5,7 +5,7 @@
     python benchmarks/gpu_smoke.py --device cpu --jobs 2  what a CPU can run of it, on a smaller shape
     python benchmarks/gpu_smoke.py --only nf4-fp8         one path, with its whole traceback
 
-A path passes if its gradients are as near to eager fp32 as its precision allows and three optimizer steps lower the loss.
+A path passes if its gradients are as near to eager fp32 as its precision allows, and three steps lower the loss.
 Prints PASS, SKIP or FAIL for each, with the last lines of what went wrong; exit status 1 if anything failed.
 """
 
