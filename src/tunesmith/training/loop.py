@@ -14,6 +14,7 @@ from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
+from tunesmith.training.feed import StepsAhead
 from tunesmith.training.keeper import Keeper
 from tunesmith.training.meter import Meter
 from tunesmith.training.optim import LossScale
@@ -143,6 +144,7 @@ class _Run:
         self.model.train()
 
     def close(self) -> None:
+        self.stepper.feed.close()
         # Whoever judges or saves the model next must not meet active dropout.
         self.model.train(False)
         for tracker in self.trackers:
@@ -155,11 +157,13 @@ class _Run:
     def finish_all_steps(self) -> TrainOutcome:
         if self.state.pending is not None:
             self._finish_step(self.state.pending)
-        steps = self.source.steps_from(self.state.position)
+        left = self.total_steps - self.state.step
+        steps = StepsAhead(self.source.steps_from(self.state.position), count=left)
+        self.stepper.following = lambda: step.rows if (step := steps.peek()) else None
         self.meter.skip_time()
         while self.state.step < self.total_steps:
             self._stop_if_asked()
-            self._finish_step(self._take_step(next(steps)))
+            self._finish_step(self._take_step(steps.take()))
         self._stop_if_asked()
         return self._conclude()
 
