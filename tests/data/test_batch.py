@@ -30,7 +30,11 @@ def test_each_row_goes_where_it_leaves_the_least_room():
 def test_best_fit_needs_fewer_passes_than_rows_in_order():
     # In order: 6 + 3, 5 + 4, 7, 2 + 1 do not fill 10 tokens; best fit: 7 + 3, 6 + 4, 5 + 2 + 1.
     groups = plan_micro_batches([6, 5, 3, 4, 7, 2, 1], budget_tokens=10)
-    assert [sorted([6, 5, 3, 4, 7, 2, 1][n] for n in group) for group in groups] == [[3, 7], [4, 6], [1, 2, 5]]
+    assert [sorted([6, 5, 3, 4, 7, 2, 1][n] for n in group) for group in groups] == [
+        [3, 7],
+        [4, 6],
+        [1, 2, 5],
+    ]
 
 
 def test_a_row_longer_than_the_budget_stands_alone():

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_tiny import TinyDecoder, hash_tensors, make_batch, make_rows, make_spec, measure_distance, run_tiny, sum_loss
+from train_tiny import (
+    TinyDecoder,
+    hash_tensors,
+    make_batch,
+    make_rows,
+    make_spec,
+    measure_distance,
+    run_tiny,
+    sum_loss,
+)
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.rundir import RunDir
@@ -97,7 +106,7 @@ def test_a_row_that_cannot_be_read_fails_its_own_step_and_is_named(tmp_path, ahe
 
     seen: list[int] = []
     source = Torn(make_rows(22), batch_rows=4, seed=0)
-    with pytest.raises(DataError, match="train.jsonl:17: is not JSON"):
+    with pytest.raises(DataError, match=r"train.jsonl:17: is not JSON"):
         run_torn(tmp_path, source, lambda progress: seen.append(progress.step))
     assert seen == [1, 2, 3]
 
@@ -107,7 +116,9 @@ def run_torn(root: Path, source: EpochOrder, on_step) -> None:
 
     run_dir = RunDir(root).create()
     with run_dir.lock():
-        train(TinyDecoder(), source, make_spec(), run_dir, make_batch=make_batch, loss=sum_loss, on_step=on_step)
+        train(
+            TinyDecoder(), source, make_spec(), run_dir, make_batch=make_batch, loss=sum_loss, on_step=on_step
+        )
 
 
 def test_a_batch_that_cannot_be_made_fails_in_the_main_thread_and_names_its_row(tmp_path, ahead):

@@ -19,11 +19,11 @@ def plan_epoch(num_rows: int, *, batch_rows: int, seed: int, epoch: int) -> list
 
 
 def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
-    """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens: best fit, long to short.
+    """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens: best fit.
 
     lengths: tokens of each row. A row longer than the budget stands alone. No row is ever cut.
-    Each row goes where it leaves the least room, or begins a group: within about a fifth of the fewest groups there can
-    be, where their own order would take up to twice as many. Ties keep their order.
+    From long to short, each row goes where it leaves the least room, or begins a group: at most 2 in 9 more groups than
+    the fewest there can be (and a few). Ties keep their order.
     Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms".
     """
     if budget_tokens < 1:

@@ -1,6 +1,6 @@
 """What the next forward pass reads, made by a background thread while the device is busy with the last one.
 
-Reading rows (tokenising them, with a stream) and laying them out takes milliseconds of Python that a GPU would wait for.
+Reading rows (tokenising them, with a stream) and laying them out takes time of the host that a GPU would wait for.
 Nothing else changes: rows come in the same order, batches are functions of their rows alone and draw nothing, and what
 fails ahead of time fails again where it is asked for, in the main thread.
 """
@@ -69,7 +69,7 @@ class Feed:
         self._begun: Future[Begun | None] | None = None
 
     def begin(self, choose_rows: Callable[[], Sequence[TokenRow] | None]) -> None:
-        """Start to make the batch that `take` will want. choose_rows is called in the background; None: there is none."""
+        """Start to make the batch that `take` will want. choose_rows is called in the background; None: no batch."""
         if not self._ahead:
             return
         if self._thread is None:
