@@ -22,21 +22,28 @@ from tunesmith.core.jsonl import write_json
 
 RESULT = Path(__file__).parent / "results" / "quantization.json"
 SCHEMES = ("int8", "fp8", "int8-int4", "int4")
+COARSE = {"scheme": "int4", "group_size": 128}
 KEPT = ("name", "metrics", "versus_base", "quantize", "size_bytes", "train_wall_seconds", "forgetting")
 
 
 def make_job(seeds: list[int]) -> Any:
     demo = api.demo_job()
     method = {"name": "lora", "rank": 32}
-    arms: list[Any] = ["zero-shot", *({"method": "zero-shot", "quantize": scheme} for scheme in SCHEMES), "lora"]
-    arms += [{"method": method, "quantize": scheme} for scheme in SCHEMES]
-    arms += [{"method": {**method, "qat": scheme}} for scheme in SCHEMES if "int4" in scheme]
+    arms: list[Any] = [
+        "zero-shot",
+        *({"method": "zero-shot", "quantize": scheme} for scheme in SCHEMES),
+        "lora",
+    ]
+    arms += [{"method": method, "quantize": scheme} for scheme in (*SCHEMES, COARSE)]
+    arms += [{"method": {**method, "qat": scheme}} for scheme in ("int8-int4", "int4", COARSE)]
     values = demo.model_dump() | {"method": method, "compare": {"arms": arms, "seeds": seeds}}
     return api.job_from(values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/quantization"))
     arguments = parser.parse_args()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import tunesmith
 from tunesmith import api
 from tunesmith.api.evaluation import find_target, load_target
 from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import Interrupted, ModelError
+from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_json
 from tunesmith.models.quantize import QuantizedRows, quantize_model
 
@@ -37,7 +40,12 @@ QAT = {"name": "lora", "rank": 4, "qat": "int4"}
 @pytest.mark.slow
 def test_quantised_arms_stand_beside_the_plain_one(tmp_path: Path) -> None:
     lora = {"name": "lora", "rank": 4}
-    arms = ["zero-shot", "lora", {"method": lora, "quantize": "int4"}, {"method": QAT}, {"method": "zero-shot", "quantize": "int8"}]  # fmt: skip
+    quantized = [
+        {"method": lora, "quantize": "int4"},
+        {"method": QAT},
+        {"method": "zero-shot", "quantize": "int8"},
+    ]
+    arms = ["zero-shot", "lora", *quantized]
     comparison = tunesmith.compare(job(lora, arms), out=tmp_path)
     public = api.comparison_json(comparison, tmp_path)
     by_name = {arm["name"]: arm for arm in json.loads(json.dumps(public))["arms"]}
@@ -85,7 +93,9 @@ def test_the_validation_loss_of_qat_is_that_of_the_quantised_model(trained: Path
     record = read_json(trained / "run.json")
     rows = load_prepared(trained / "prepared").rows("validation")
     model = load_target(find_target(str(trained)), precision="fp32")
-    assert record["validation_loss"] == pytest.approx(summarize_scores(score_rows(model, rows))["nll"], rel=1e-5)
+    assert record["validation_loss"] == pytest.approx(
+        summarize_scores(score_rows(model, rows))["nll"], rel=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -99,10 +109,25 @@ def test_a_step_of_qat_does_not_depend_on_how_it_is_cut(trained: Path, tmp_path:
     assert (whole["loss"], whole["grad_norm"]) == pytest.approx((cut["loss"], cut["grad_norm"]), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_qat_interrupted_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        tunesmith.train(job(QAT, precision="fp32"), out=tmp_path, on_event=stop)
+    tunesmith.train(job(QAT, precision="fp32"), out=tmp_path)
+    whole, cut = (folder / "adapter" / "adapter_model.safetensors" for folder in (trained, tmp_path))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
 def test_groups_that_do_not_fit_are_refused_before_any_data_is_read(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     values = {"model": str(tmp_path / "model"), "data": {"train": "no_such.jsonl"}}
     said = r"self_attn\.q_proj\.weight has 48 inputs, .* groups of 32. Use scheme int8 or fp8"

@@ -192,9 +192,14 @@ def test_an_arm_that_the_jobs_optimizer_cannot_train_is_refused() -> None:
 
 
 def test_a_quantised_arm_shares_the_training_of_the_same_arm_without() -> None:
-    qat = {"method": {"name": "lora", "qat": "int4"}}
-    arms = plan_arms(job([{"method": "lora", "quantize": "int4"}, "lora", {"method": "zero-shot", "quantize": "int8"}, qat,
-                          {"method": "lora", "quantize": {"scheme": "int4", "group_size": 128}, "rag": True}]))  # fmt: skip
+    listed = [
+        {"method": "lora", "quantize": "int4"},
+        "lora",
+        {"method": "zero-shot", "quantize": "int8"},
+        {"method": {"name": "lora", "qat": "int4"}},
+        {"method": "lora", "quantize": {"scheme": "int4", "group_size": 128}, "rag": True},
+    ]
+    arms = plan_arms(job(listed))
     assert [(arm.name, arm.trained_by, arm.quantize and arm.quantize.label) for arm in arms] == [
         ("lora-int4", "lora", "int4"),
         ("lora", "lora", None),
@@ -229,8 +234,14 @@ def test_a_method_by_name_keeps_qat_only_where_it_can_be() -> None:
 @pytest.mark.parametrize(
     ("arm", "finding"),
     [
-        ({"method": {"name": "lora", "qat": "int4"}, "quantize": "int8"}, "quantize is int8, and qat is int4"),
-        ({"name": "zero-shot", "method": "zero-shot", "quantize": "int8"}, "a quantised arm called 'zero-shot'"),
+        (
+            {"method": {"name": "lora", "qat": "int4"}, "quantize": "int8"},
+            "quantize is int8, and qat is int4",
+        ),
+        (
+            {"name": "zero-shot", "method": "zero-shot", "quantize": "int8"},
+            "a quantised arm called 'zero-shot'",
+        ),
     ],
 )
 def test_quantised_arms_that_would_mislead_are_refused(arm: Any, finding: str) -> None:

@@ -1,4 +1,4 @@
-"""Quantisation in training and after it: worked by hand, and against torchao's own quantised and fake-quantised layers."""
+"""Quantisation in training and after it: worked by hand, and against torchao's own layers."""
 
 from __future__ import annotations
 
@@ -296,7 +296,9 @@ def test_the_size_is_codes_scales_and_the_rest_as_the_checkpoint_stores_it(
 
 def test_groups_that_do_not_fit_are_refused_with_one_that_does(hf_folders: Any) -> None:
     model = load(hf_folders, "qwen3")
-    with pytest.raises(ModelError, match=r"64 inputs, which do not divide into groups of 128. Write group_size: 64"):
+    with pytest.raises(
+        ModelError, match=r"64 inputs, which do not divide into groups of 128. Write group_size: 64"
+    ):
         fake_quantize_model(model, spec("int4", group_size=128))
     with pytest.raises(ModelError, match="do not divide into groups of 128"):
         quantize_model(model, spec("int8-int4", group_size=128))

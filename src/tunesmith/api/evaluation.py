@@ -100,9 +100,7 @@ def _target_of_run(run: RunDir) -> Target:
     method = job.method_spec
     if isinstance(method, LoraSpec):
         kept = (method.storage, job.data.template, method.double_quant, method.compute)
-        return Target(
-            resolved.name, resolved.folder, "adapter", run.adapter, *kept, quantize=method.qat_spec
-        )
+        return Target(resolved.name, resolved.folder, "adapter", run.adapter, *kept, quantize=method.qat_spec)
     return Target(
         resolved.name,
         resolved.folder,

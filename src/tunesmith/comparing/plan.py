@@ -76,7 +76,9 @@ class PlannedArm:
     @property
     def is_plain(self) -> bool:
         """True if it is judged as its training left it: no retrieval, not quantised more than it was trained for."""
-        return self.prompting == "zero-shot" and self.quantize == (self.method.qat_spec if self.method else None)
+        return self.prompting == "zero-shot" and self.quantize == (
+            self.method.qat_spec if self.method else None
+        )
 
 
 def plan_arms(job: Job) -> list[PlannedArm]:
@@ -282,8 +284,8 @@ def _name_arm(method: FullSpec | LoraSpec, spec: ArmSpec, job: Job) -> str:
 
 
 def _share_training(arms: Sequence[PlannedArm]) -> list[PlannedArm]:
-    """Point retrieval arms and quantised ones at a training with equal settings: a plain arm's, else that of the first of
-    them. Two arms judged alike each train: an A/A comparison of equal arms is wanted, not optimised away."""
+    """Point retrieval arms and quantised ones at a training with equal settings: a plain arm's, else the first one's.
+    Two arms judged alike each train: an A/A comparison of equal arms is wanted, not optimised away."""
     shared: list[PlannedArm] = []
     for number, arm in enumerate(arms):
         if arm.method is not None and not arm.is_plain:

@@ -15,7 +15,11 @@ _COSTS = (
         "eval_wall_seconds", "Scoring", "Wall time to score and answer all test rows once; below: CPU time"
     ),
     Column("peak_bytes", "Peak memory", "Largest memory in use, training or scoring"),
-    Column("size_bytes", "Size", "What has to be kept on disk beside the base model; of a quantised arm the whole model"),
+    Column(
+        "size_bytes",
+        "Size",
+        "What has to be kept on disk beside the base model; of a quantised arm the whole model",
+    ),
 )
 
 

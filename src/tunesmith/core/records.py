@@ -89,7 +89,7 @@ class EvalRecord(_Record):
 
     metrics:    name -> mean over rows; `nll` is token-weighted; `perplexity` = exp(nll); `bits_per_byte`.
     forgetting: `general_nll`, `general_nll_base`, `general_tokens`, `kl_from_base` (nats per token), None if not asked.
-    quantize:   what the judged model was quantised to, such as `int4`; `size_bytes` is then its size, the base included.
+    quantize:   what the judged model was quantised to, such as `int4`; `size_bytes` is then its whole size.
     """
 
     model: str

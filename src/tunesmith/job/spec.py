@@ -82,12 +82,11 @@ class DataSpec(Spec):
 
 
 class QuantizeSpec(Spec):
-    """What the linear layers' weights are rounded to, by torchao (extra `quant`). A bare string is `{scheme: ...}`.
-    Embeddings, head and norms stay."""
+    """What linear layers are rounded to, by torchao (extra `quant`). A bare string is `{scheme: ...}`."""
 
     scheme: Scheme
-    """`int8`, `fp8` (e4m3): weights, a scale per output. `int4`: weights, a scale per group of inputs. `int8-int4`: int4
-    weights, and activations rounded to int8 token by token."""
+    """`int8`, `fp8` (e4m3): weights, a scale per output. `int4`: weights, a scale per group of inputs. `int8-int4`: the
+    same weights, and activations rounded to int8 token by token."""
     group_size: Literal[32, 64, 128, 256] | None = None
     """Inputs that share a scale, of int4 weights. Default: 32."""
 
@@ -104,7 +103,9 @@ class QuantizeSpec(Spec):
     @model_validator(mode="after")
     def _check_groups(self) -> QuantizeSpec:
         if self.group_size and self.inputs_per_scale is None:
-            raise ValueError(f"group_size is for int4 weights; {self.scheme} has a scale per output, leave it out")
+            raise ValueError(
+                f"group_size is for int4 weights; {self.scheme} has a scale per output, leave it out"
+            )
         return self
 
 
@@ -350,8 +351,8 @@ class ArmSpec(Spec):
     rag: bool = False
     """Answer with retrieved examples in the prompt."""
     quantize: Scheme | QuantizeSpec | None = None
-    """Judge the model quantised, adapters folded in: the base's own for a prompted arm. It shares the training of the
-    same arm without. An arm with `qat` is always judged as it was trained for, and needs no `quantize`."""
+    """Judge the model with its linear layers quantised, adapters folded in; embeddings and head stay. It shares the
+    training of the same arm without. An arm with `qat` is always judged as it was trained for, and needs none."""
     learning_rate: Annotated[float, Field(gt=0)] | Auto | None = None
     """This arm's learning rate; default: the job's."""
     epochs: Annotated[float, Field(gt=0)] | None = None

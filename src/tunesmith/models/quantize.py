@@ -81,10 +81,10 @@ def make_config(spec: QuantizeSpec) -> Any:
     if spec.scheme == "fp8":
         return Float8WeightOnlyConfig(set_inductor_config=False)
     assert spec.inputs_per_scale
-    groups = PerGroup(spec.inputs_per_scale)
-    if spec.scheme == "int4":
-        return IntxWeightOnlyConfig(torch.int4, groups)
-    return Int8DynamicActivationIntxWeightConfig(torch.int4, groups)
+    groups, int4 = PerGroup(spec.inputs_per_scale), torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+    return (IntxWeightOnlyConfig if spec.scheme == "int4" else Int8DynamicActivationIntxWeightConfig)(
+        int4, groups
+    )
 
 
 def quantize_weight(weight_OI: Tensor, spec: QuantizeSpec) -> Any:
@@ -106,10 +106,11 @@ def make_fake_quantizers(spec: QuantizeSpec) -> tuple[nn.Module | None, nn.Modul
     """What torchao rounds activations (None: not at all) and weights with while it trains for an int4 scheme."""
     config = make_config(spec)
     from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
+    from torchao.quantization.qat import QATConfig, QATStep
 
     shell = nn.Sequential(nn.Linear(spec.inputs_per_scale or 1, 1, bias=False, device="meta"))
-    quantize_(shell, QATConfig(config, step="prepare"))
+    with _quiet():
+        quantize_(shell, QATConfig(config, step=QATStep.PREPARE))
     prepared: Any = shell[0]
     return prepared.activation_fake_quantizer, prepared.weight_fake_quantizer
 
@@ -120,7 +121,7 @@ def make_fake_quantizers(spec: QuantizeSpec) -> tuple[nn.Module | None, nn.Modul
 class QuantizedRows(nn.Module):
     """A projection's quantised weight, as a judge multiplies with it: dequantised once, activations rounded each time.
 
-    weight: (O, I) in the compute dtype, exactly the values that torchao's kernels dequantise to. A `PackedWeight`.
+    weight: (O, I) in the compute dtype, the values that torchao's tensor dequantises to. A `PackedWeight`.
     stored_bytes: what codes (two int4 a byte) and scales take on disk.
     """
 
