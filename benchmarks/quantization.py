@@ -16,6 +16,7 @@ from typing import Any
 
 import tunesmith
 from tunesmith import api
+from tunesmith.api.devices import pick_device, pick_dtype
 from tunesmith.core.events import Event
 from tunesmith.core.fingerprint import describe_hardware, describe_versions
 from tunesmith.core.jsonl import write_json
@@ -58,6 +59,7 @@ def main() -> None:
         "schema": 1,
         "command": "python benchmarks/quantization.py --seeds " + " ".join(map(str, arguments.seeds)),
         "seeds": arguments.seeds,
+        "precision": str(pick_dtype("auto", pick_device())).removeprefix("torch."),
         "num_rows": comparison.num_rows,
         "num_clusters": comparison.num_clusters,
         "arms": [{key: arm[key] for key in KEPT} for arm in arms],

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.core.errors import JobError
 from tunesmith.job.load import job_from, load_job
-from tunesmith.job.spec import FullSpec, LoraSpec
+from tunesmith.job.spec import FullSpec, LoraSpec, QuantizeSpec
 
 HEAD = "model: tunesmith/tiny\ndata: {train: tunesmith/tickets}\n"
 
@@ -132,6 +132,8 @@ def test_overrides_win_and_open_short_forms(tmp_path: Path) -> None:
     assert job.train.epochs == 0.5
     assert job.data.split.test == 0.2
     assert job.model_spec.revision == "main"
+    job = load_job(path, ["method.qat=int4", "method.qat.group_size=64"])
+    assert job.method_spec.qat_spec == QuantizeSpec(scheme="int4", group_size=64)
 
 
 @pytest.mark.parametrize(

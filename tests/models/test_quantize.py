@@ -218,6 +218,16 @@ def test_what_is_judged_is_bit_for_bit_what_was_trained(
     assert (judged - plain).abs().max() > 1e-3  # it is quantised
 
 
+def test_in_bf16_what_is_judged_is_what_was_trained_too(hf_folders: Any) -> None:
+    model = load(hf_folders, "qwen3", dtype=torch.bfloat16)
+    add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
+    fake_quantize_model(model, spec("int8-int4"))
+    trained = run(model, [9, 30]).detach()
+    quantize_model(model, spec("int8-int4"))
+    with torch.no_grad():
+        assert torch.equal(run(model, [9, 30]), trained)
+
+
 def test_a_step_of_training_moves_what_is_trained(hf_folders: Any, device: str) -> None:
     model = load(hf_folders, "qwen3", device=device)
     add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
