@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tunesmith.models.quantize import (
     quantize_model,
     quantize_weight,
 )
+from tunesmith.models.weights import save_model
 
 pytest.importorskip("torchao", reason="torchao is not installed (extra `quant`)")
 
@@ -226,6 +228,23 @@ def test_in_bf16_what_is_judged_is_what_was_trained_too(hf_folders: Any) -> None
     quantize_model(model, spec("int8-int4"))
     with torch.no_grad():
         assert torch.equal(run(model, [9, 30]), trained)
+
+
+def test_masters_are_rounded_as_they_are_saved_before_they_are_quantised(
+    hf_folders: Any, tmp_path: Path
+) -> None:
+    folder = hf_folders("qwen3")[0]
+    model = load(hf_folders, "qwen3", dtype=torch.bfloat16, trainable=True)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.mul_(1 + 1e-3 * torch.rand_like(parameter))  # no longer numbers that bf16 has
+    fake_quantize_model(model, spec("int4"))
+    trained = run(model, [9, 30]).detach()
+    save_model(model, tmp_path, source_folder=folder, dtype=torch.bfloat16)
+    judged = load_model(tmp_path, dtype=torch.bfloat16)
+    quantize_model(judged, spec("int4"))
+    with torch.no_grad():
+        assert torch.equal(run(judged, [9, 30]), trained)
 
 
 def test_a_step_of_training_moves_what_is_trained(hf_folders: Any, device: str) -> None:

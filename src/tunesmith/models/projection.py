@@ -324,10 +324,11 @@ class Projection(nn.Module):
         return y if bias is None else y + bias
 
     def merged(self) -> Tensor:
-        """Weight with the adapters folded in, fp32, (O, I); differentiable in what is trained."""
-        weight = self.packed.dense(torch.float32) if self.packed is not None else self.weight
-        assert weight is not None
-        weight = weight.float()
+        """Weight with the adapters folded in, fp32, (O, I); differentiable in what is trained.
+
+        A master counts as what products see of it, and a folder stores: its copy in the compute dtype.
+        """
+        weight = self.packed.dense(torch.float32) if self.packed is not None else self.dense().float()
         loras = {rows.start: lora for _, rows, lora in self.loras()}
         if not loras:
             return weight
