@@ -14,7 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_VERSIONED = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "peft")
+_VERSIONED = (
+    "tunesmith",
+    "torch",
+    "torchao",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "peft",
+)
 
 
 def hash_row(ids: Sequence[int], mask: Sequence[int]) -> str:
