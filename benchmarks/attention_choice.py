@@ -237,6 +237,11 @@ def make_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def read_table(path: Path = RESULT) -> str:
+    """The table of a result file; empty if there is none."""
+    return make_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,7 +254,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of --out")
     arguments = parser.parse_args()
     if arguments.table:
-        print(make_table(json.loads(arguments.out.read_text(encoding="utf-8"))))
+        print(read_table(arguments.out))
         return
     print(make_table(measure(arguments)))
 

@@ -561,7 +561,7 @@ def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
 
 def describe_origin() -> dict[str, Any]:
     return {
-        "commit": os.environ.get("TUNESMITH_COMMIT") or describe_versions().get("commit", ""),
+        "commit": describe_versions().get("commit", ""),
         "code": hash_code(),
         # Names of files and folders, not where they happened to lie.
         "command": " ".join(["python benchmarks/gpu.py", *(Path(word).name for word in sys.argv[1:])]),
@@ -774,9 +774,12 @@ def main() -> None:
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
     if arguments.table:
-        PAGE.write_text(
-            make_page(load_results(arguments.out), read_cpu_results(RESULT.parent)), encoding="utf-8"
+        import attention_choice
+
+        page = make_page(
+            load_results(arguments.out), read_cpu_results(RESULT.parent), attention_choice.read_table()
         )
+        PAGE.write_text(page, encoding="utf-8")
     if not ok:
         raise SystemExit(1)
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import gpu
 import slim_wheels
+from attention_choice import read_table
 from gpu_cases.cases import CASES, Case, Peer, Rows
 from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_random_rows
 from gpu_cases.parity import check_parity, measure_distance, split_name
@@ -376,7 +377,7 @@ def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
 def test_the_page_in_the_docs_is_what_the_results_give():
     results, cpu = load_results(gpu.RESULT), read_cpu_results(gpu.RESULT.parent)
 
-    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu), (
+    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu, read_table()), (
         "run: python benchmarks/gpu.py --table"
     )
 

@@ -85,7 +85,10 @@ def describe_versions() -> dict[str, str]:
 
 
 def _read_commit() -> str | None:
-    """Commit of a source checkout, `+dirty` when it has changes; None for an installed package."""
+    """Commit of a source checkout, `+dirty` when it has changes; None for an installed package. A copy that has lost
+    its history is told by the environment: TUNESMITH_COMMIT."""
+    if told := os.environ.get("TUNESMITH_COMMIT"):
+        return told
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
