@@ -40,8 +40,8 @@ python benchmarks/gpu.py --table                                                
 
 
 ATTENTION = """Every variant is held to plain attention in fp32 first. What a training step takes: torch's own choice
-(cuDNN) where all documents of a micro-batch are equally long, the variable-length kernel otherwise, plain attention for scores
-with a softcap. Made by `benchmarks/attention_choice.py`."""
+(cuDNN) where all documents of a micro-batch are equally long, the variable-length kernel otherwise, plain attention for
+scores with a softcap. Made by `benchmarks/attention_choice.py`."""
 
 
 def load_results(path: Path) -> Record:
