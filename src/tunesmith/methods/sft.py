@@ -41,7 +41,8 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no loss")
     hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
-    rows = chunk or max(64, CHUNK_BYTES[hidden_KD.device.type] // (4 * model.config.vocab_size))
+    chunk_bytes = model.loss_chunk_bytes or CHUNK_BYTES[hidden_KD.device.type]
+    rows = chunk or max(64, chunk_bytes // (4 * model.config.vocab_size))
     if model.has_plain_head and model.segments is not None:
         total = _SegmentHeadLoss.apply(
             hidden_KD, model.head_weight, batch.targets_K, rows, model.segments.score_chunk

@@ -262,9 +262,7 @@ class Decoder(CausalLM):
             if level == "keep" or (level == "cheap" and segments is not None):
                 x = run(x, *rest)
             else:
-                x = recompute(
-                    run, x, *rest, store=store if level == "offload" else None, random=block.draws
-                )
+                x = recompute(run, x, *rest, store=store if level == "offload" else None, random=block.draws)
         return self.norm(x)
 
     @property

@@ -248,17 +248,17 @@ class Segments:
         self.is_compiled = compiled
         if compiled:
             self.keep = BlockFunctions(_compile(make_heads), _compile(finish), _compile(finish_kept))
-            again = make_heads_again, finish_again, finish_kept_again
-            self.cheap = BlockFunctions(*(_compile_lean(function) for function in again))
-        else:
-            self.keep = BlockFunctions(make_heads, finish, finish_kept)
             self.cheap = BlockFunctions(
-                *(partial(function, make=make_again) for function in (make_heads, finish, finish))
+                _compile_lean(make_heads_again), _compile_lean(finish_again), _compile_lean(finish_kept_again)
             )
+        else:
+            again = partial(finish, make=make_again)
+            self.keep = BlockFunctions(make_heads, finish, finish_kept)
+            self.cheap = BlockFunctions(partial(make_heads, make=make_again), again, again)
         self.score_chunk = _compile(score_chunk) if compiled else score_chunk
 
 
-def _compile_lean(function: Any) -> Any:
+def _compile_lean(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled so that what feeds a product is made again in the backward pass, which its kernels read anyway."""
     compiled = _compile(function)
 

@@ -15,11 +15,13 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
 from tunesmith.training.keeper import Keeper
-from tunesmith.training.meter import Meter
+from tunesmith.training.meter import Meter, reset_peak_bytes
 from tunesmith.training.optim import LossScale
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.order import RowSource, StepRows, order_rows
 from tunesmith.training.outcome import Progress, TrainOutcome
+from tunesmith.training.planner import Planner
+from tunesmith.training.probe import follow_plan, settle_plan
 from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
 from tunesmith.training.signals import StopNow, StopSignals, catch_signals
 from tunesmith.training.state import Best, Pending, TrainState, copy_weights, describe_run, put_weights
@@ -51,6 +53,7 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    planner: Planner | None = None,
 ) -> TrainOutcome:
     """Train `model` in place, leave it in eval mode, return what it cost. The caller holds `run_dir.lock()`.
 
@@ -60,6 +63,7 @@ def train(
     evaluate:   validation loss of the model as it is, nats per target token; called in eval mode.
     resume:     continue from the newest intact checkpoint, if there is one.
     identity:   what else must be equal for a checkpoint to fit (method, data, base model), JSON.
+    planner:    chooses micro-batches and what is kept of each block; without it, a fixed number of tokens.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and torch.
     Raises TrainingFailed (not finite, out of memory), Interrupted (signal, checkpoint saved), RunDirError (disk),
@@ -103,6 +107,7 @@ def train(
         )
         try:
             run.open(resume=resume)
+            run.settle_memory(planner)
             return run.finish_all_steps()
         finally:
             run.close()
@@ -141,6 +146,17 @@ class _Run:
             self.spec.trackers, run_root=self.run_dir.root, config=self.keeper.identity, first_step=logged
         )
         self.model.train()
+
+    def settle_memory(self, planner: Planner | None) -> None:
+        """Follow the plan that the run began with, or make one."""
+        keeper = self.keeper
+        if keeper.plan is not None:
+            follow_plan(self.model, keeper.plan)
+        elif planner is not None and keeper.continued_from is None:
+            rows = next(self.source.steps_from(None)).rows
+            keeper.plan = settle_plan(planner, self.stepper, rows, self.meter.device)
+            # What a probe took beyond the plan is not the run's.
+            self.meter.peak_is_own = reset_peak_bytes(self.meter.device)
 
     def close(self) -> None:
         # Whoever judges or saves the model next must not meet active dropout.
@@ -313,6 +329,7 @@ class _Run:
             cpu_seconds=totals["cpu_seconds"],
             peak_bytes=int(totals["peak_bytes"]),
             micro_batch_tokens=self.stepper.budget_tokens,
+            memory_plan=None if self.keeper.plan is None else self.keeper.plan.to_json(),
             continued_from=self.keeper.continued_from,
             warnings=self.state.warnings,
         )

@@ -133,6 +133,14 @@ class Stepper:
         self.scale.count_good_step()
         return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets, tuple(notes))
 
+    def rehearse(self, rows: Sequence[TokenRow]) -> bool:
+        """Forward and backward pass of `rows` as one micro-batch, and nothing of it stays; False if they don't fit."""
+        random = read_random(self._device)
+        fits = isinstance(self._run_micro_batches(rows, [range(len(rows))], 1), Tensor)
+        self.optimizer.clear_gradients()
+        set_random(random, self._device)
+        return fits
+
     def _accumulate(
         self, rows: Sequence[TokenRow], num_targets: int, step: int, notes: list[str]
     ) -> tuple[float, float]:
