@@ -139,10 +139,10 @@ def make_again(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
         with torch.no_grad():
             return function(*inputs)
 
-    def pack(tensor: Tensor) -> Any:
-        return again if (tensor.data_ptr(), tensor.shape) == (place, shape) else tensor.detach()
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if (tensor.data_ptr(), tensor.shape) == (place, shape) else tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept() if callable(kept) else kept):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: again() if kept is None else kept):
         yield output
 
 

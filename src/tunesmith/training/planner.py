@@ -152,10 +152,15 @@ class Planner:
         if self.is_cpu:
             levels: tuple[Level, ...] = ("keep",) * self.model.config.num_layers
             return self.describe(self.micro_batch_tokens or CPU_BUDGET, 2**25, levels)
-        plans = [plan for budget in self._budgets() for plan in self._plans(budget)]
-        fitting = [plan for plan in plans if plan.fits]
-        if fitting:
-            return min(fitting, key=lambda plan: (plan.seconds_per_1k, plan.peak_bytes, plan.budget_tokens))
+        # What only fits with all its estimates right is better than nothing: a probe follows.
+        tight = dataclasses.replace(self, share=PROBED)
+        plans: list[MemoryPlan] = []
+        for planner in (self, tight):
+            plans = [plan for budget in self._budgets() for plan in planner._plans(budget)]
+            if fitting := [plan for plan in plans if plan.fits]:
+                return min(
+                    fitting, key=lambda plan: (plan.seconds_per_1k, plan.peak_bytes, plan.budget_tokens)
+                )
         return min(plans, key=lambda plan: (plan.peak_bytes, plan.budget_tokens))
 
     def correct(self, plan: MemoryPlan, *, tokens: int, resident_bytes: int, peak_bytes: int) -> MemoryPlan:
@@ -201,13 +206,10 @@ class Planner:
         blocks = self.model.config.num_layers
 
         def make(shrunk: int, cheap: int) -> MemoryPlan:
-            counts: dict[Level, int] = {
-                shrink: shrunk,
-                "cheap": cheap,
-                "keep": blocks - shrunk - cheap,
-            }
-            levels = (level for level, count in counts.items() for _ in range(count))
-            return self.describe(budget, chunk, tuple(levels))
+            first: tuple[Level, ...] = (shrink,) * shrunk
+            middle: tuple[Level, ...] = ("cheap",) * cheap
+            last: tuple[Level, ...] = ("keep",) * (blocks - shrunk - cheap)
+            return self.describe(budget, chunk, first + middle + last)
 
         shrunk = _find_first(range(blocks), lambda count: make(count, blocks - count).fits)
         if shrunk is None:
