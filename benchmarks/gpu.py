@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --list                                       the cases
     python benchmarks/gpu.py --case lora-bf16 --wheels .whl --out OUT.json   one case (minutes), merged into OUT.json;
                                                                           several share inputs and --minutes
+    python benchmarks/gpu.py --case lora-bf16 --ours-only --wheels .whl --out OUT.json   our side alone
     python benchmarks/gpu.py --tune full-8b --wheels .whl --out OUT.json  find the peer's fastest settings first
     python benchmarks/gpu.py --merge OUT.json ...                         into benchmarks/results/gpu.json
     python benchmarks/gpu.py --table                                      docs/benchmarks.md from the results
@@ -31,7 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,8 @@ class Options:
     plain: bool
     skip_parity: bool
     job: dict[str, Any]
+    # The most that a case may take, its inputs apart.
+    case_seconds: float = 240.0
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -390,8 +394,10 @@ class Side:
         self.stop()
         return seconds
 
-    def describe(self) -> dict[str, Any]:
-        last = self.rounds[-1] if self.rounds else self.warm_up
+    def describe(self, num_rounds: int) -> dict[str, Any]:
+        """What it has done, its first `num_rounds` rounds: as many as the other side has."""
+        rounds = self.rounds[:num_rounds]
+        last = rounds[-1] if rounds else self.warm_up
         record: dict[str, Any] = {
             "who": self.who,
             "settings": self.settings,
@@ -403,10 +409,10 @@ class Side:
         }
         if self.start_seconds:
             record["start_seconds"] = self.start_seconds
-        if self.rounds:
-            record |= summarize(self.rounds)
-            record |= {key: max(r[key] for r in self.rounds) for key in ("peak_bytes", "reserved_bytes")}
-            record["rounds"] = [{k: r[k] for k in ("seconds", "tokens", "targets")} for r in self.rounds]
+        if rounds:
+            record |= summarize(rounds)
+            record |= {key: max(r[key] for r in rounds) for key in ("peak_bytes", "reserved_bytes")}
+            record["rounds"] = [{k: r[k] for k in ("seconds", "tokens", "targets")} for r in rounds]
         return record
 
 
@@ -421,46 +427,123 @@ def start_contender(side: Side) -> Contender:
     )
 
 
-def run_case(case: Case, options: Options, *, setting: str, only: str | None) -> dict[str, Any]:
-    """Measure a case; with `only`, one side of it. Raises CaseFailed or ContenderFailed."""
-    # Of one process: those that take turns start from the first step every time.
-    num_steps = case.warm_up + (options.rounds if case.together else 1) * (SETTLE + case.steps)
-    say(f"{case.name}: {case.what}, against {case.peer.label} ({setting})")
-    inputs = make_inputs(case, options, num_steps=num_steps)
-    roles = ["ours", "peer"] if only is None else [only]
-    sides = [Side(role, case, setting, inputs, options) for role in roles]
-    try:
-        parity: Any = "skipped"
-        if not options.skip_parity:
-            if case.together:
+class CaseRun:
+    """A case being measured: its sides, what the gate said of them, and the record of what there is so far."""
+
+    def __init__(
+        self, case: Case, options: Options, *, setting: str, only: str | None, on_record: OnRecord
+    ) -> None:
+        # Of one process: those that take turns start from the first step every time.
+        num_steps = case.warm_up + (options.rounds if case.together else 1) * (SETTLE + case.steps)
+        self.case, self.setting, self._on_record = case, setting, on_record
+        self.inputs = make_inputs(case, options, num_steps=num_steps)
+        # Inputs are shared by cases: the time they take is nobody's.
+        until = min(options.deadline, time.monotonic() + options.case_seconds)
+        self.options = dataclasses.replace(options, deadline=until)
+        roles = ["ours", "peer"] if only is None else [only]
+        self.sides = [Side(role, case, setting, self.inputs, self.options) for role in roles]
+        self.is_pair = only is None
+        self.parity: Any = "skipped" if options.skip_parity else {}
+
+    def run(self) -> dict[str, Any]:
+        try:
+            if self.case.together and not self.options.skip_parity:
                 # Their imports take a while: meanwhile the reference is computed.
-                for side in sides:
+                for side in self.sides:
                     _ = side.process
-            reference = make_reference(case, inputs, options)
-            parity = {}
-            for side in sides:
-                parity[side.role] = side.check_gradients(reference)
-                if not case.together:
-                    side.stop()
-        if case.measure == "start":
-            measure_starts(sides, options)
-        else:
-            measure_speed(sides, options)
-    finally:
-        for side in sides:
+            if self.case.measure == "start":
+                for side in self.sides:
+                    self._check(side)
+                self._measure_starts()
+            else:
+                self._measure_speed()
+        finally:
+            for side in self.sides:
+                side.stop()
+        return self.describe()
+
+    def _check(self, side: Side) -> None:
+        if self.options.skip_parity or side.role in self.parity:
+            return
+        self.parity[side.role] = side.check_gradients(make_reference(self.case, self.inputs, self.options))
+        if not self.case.together:
             side.stop()
-    return {
-        "case": dataclasses.asdict(case),
-        "peer_setting": setting,
-        "parity": parity,
-        "num_rounds": len(sides[0].rounds or sides[0].start_seconds),
-        "steps": case.steps,
-        "rows_sha256": inputs.digests[0],
-        **{side.role: side.describe() for side in sides},
-        "job": make_task(case, "ours", {}, inputs, options)["job"],
-        "hardware": describe_hardware() | sides[0].warm_up["facts"]["gpu"],
-        **describe_origin(),
-    }
+
+    def _measure_speed(self) -> None:
+        """A-B-A-B until the rounds are done or another one would not fit the time. A side is checked, and gets warm,
+        when its first round comes: ours is measured whatever becomes of the peer."""
+        longest = 0.0
+        for number in range(self.options.rounds):
+            if number and self.options.seconds_left() < 1.3 * longest:
+                say(f"  time is up after {number} of {self.options.rounds} rounds")
+                break
+            took = 0.0
+            for side in self.sides:
+                self._check(side)
+                if self.case.together:
+                    side.get_warm()
+                began = time.monotonic()
+                side.run_round()
+                took += time.monotonic() - began
+                self._on_record(self.describe())
+            longest = max(longest, took)
+
+    def _measure_starts(self) -> None:
+        """The first pair warms the caches on disk and does not count."""
+        longest = 0.0
+        for number in range(1 + self.options.rounds):
+            began = time.monotonic()
+            if number > 1 and self.options.seconds_left() < 1.3 * longest:
+                say(f"  time is up after {number - 1} of {self.options.rounds} rounds")
+                break
+            for side in self.sides:
+                seconds = side.time_start()
+                if number:
+                    side.start_seconds.append(seconds)
+            longest = max(longest, time.monotonic() - began)
+            if number:
+                self._on_record(self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """The record: whole once every side has a round; before, `failed` says that it is not."""
+        done = [max(len(side.rounds), len(side.start_seconds)) for side in self.sides]
+        num_rounds = min(done) or max(done)
+        record = {
+            "case": dataclasses.asdict(self.case),
+            "peer_setting": self.setting,
+            "parity": self.parity,
+            "num_rounds": num_rounds,
+            "steps": self.case.steps,
+            "rows_sha256": self.inputs.digests[0],
+            **{side.role: side.describe(num_rounds) for side in self.sides if side.warm_up},
+            "job": make_task(self.case, "ours", {}, self.inputs, self.options)["job"],
+            "hardware": describe_hardware() | self.sides[0].warm_up["facts"]["gpu"],
+            **describe_origin(),
+        }
+        if not self.is_pair:
+            record["failed"] = f"only {self.sides[0].role} was run"
+        elif not min(done):
+            record["failed"] = "the peer was not measured"
+        return record
+
+
+OnRecord = Callable[[dict[str, Any]], None]
+
+
+def run_case(
+    case: Case,
+    options: Options,
+    *,
+    setting: str,
+    only: str | None,
+    on_record: OnRecord = lambda record: None,
+) -> dict[str, Any]:
+    """Measure a case; with `only`, one side of it. Raises CaseFailed or ContenderFailed.
+
+    on_record: called after every round with the record so far.
+    """
+    say(f"{case.name}: {case.what}, against {case.peer.label} ({setting})")
+    return CaseRun(case, options, setting=setting, only=only, on_record=on_record).run()
 
 
 def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
@@ -476,40 +559,9 @@ def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
     return folder
 
 
-def measure_speed(sides: list[Side], options: Options) -> None:
-    """A-B-A-B until the rounds are done or another one would not fit the time."""
-    if all(side.case.together for side in sides):
-        for side in sides:
-            side.get_warm()
-    longest = 0.0
-    for number in range(options.rounds):
-        began = time.monotonic()
-        if number and options.seconds_left() < 1.3 * longest:
-            say(f"  time is up after {number} of {options.rounds} rounds")
-            break
-        for side in sides:
-            side.run_round()
-        longest = max(longest, time.monotonic() - began)
-
-
-def measure_starts(sides: list[Side], options: Options) -> None:
-    """The first pair warms the caches on disk and does not count."""
-    longest = 0.0
-    for number in range(1 + options.rounds):
-        began = time.monotonic()
-        if number > 1 and options.seconds_left() < 1.3 * longest:
-            say(f"  time is up after {number - 1} of {options.rounds} rounds")
-            break
-        for side in sides:
-            seconds = side.time_start()
-            if number:
-                side.start_seconds.append(seconds)
-        longest = max(longest, time.monotonic() - began)
-
-
 def describe_origin() -> dict[str, Any]:
     return {
-        "commit": os.environ.get("TUNESMITH_COMMIT") or describe_versions().get("commit", ""),
+        "commit": describe_versions().get("commit", ""),
         "code": hash_code(),
         # Names of files and folders, not where they happened to lie.
         "command": " ".join(["python benchmarks/gpu.py", *(Path(word).name for word in sys.argv[1:])]),
@@ -576,6 +628,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-rows", type=int, help="another number of rows in a step than the case's")
     parser.add_argument("--contender", choices=["ours", "peer"], help="run one side; nothing is recorded")
     parser.add_argument(
+        "--ours-only",
+        action="store_true",
+        help="run our side alone; the record says that the peer is missing",
+    )
+    parser.add_argument("--case-seconds", type=float, default=240.0, help="the most that one case may take")
+    parser.add_argument(
         "--setting", help="name of the peer's settings; default: the tuned ones, else the first"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peer")
@@ -614,6 +672,7 @@ def make_options(arguments: argparse.Namespace) -> Options:
         plain=arguments.plain,
         skip_parity=arguments.skip_parity,
         job=job,
+        case_seconds=arguments.case_seconds,
     )
 
 
@@ -632,28 +691,41 @@ def change_case(case: Case, arguments: argparse.Namespace) -> Case:
 
 
 def measure(name: str, arguments: argparse.Namespace, options: Options) -> bool:
-    """Run a case and merge its record. Returns whether it ran."""
+    """Run a case and merge its record, round by round. Returns whether it ran; never raises for what happens in it."""
     case = change_case(CASES[name], arguments)
-    results = load_results(arguments.out)
-    tuned = results["tuned"].get(name, {}).get("best")
+    before = load_results(arguments.out)
+    tuned = before["tuned"].get(name, {}).get("best")
     setting = arguments.setting or tuned or next(iter(case.peer.settings))
-    try:
-        record = run_case(case, options, setting=setting, only=arguments.contender)
-    except (CaseFailed, ContenderFailed, subprocess.TimeoutExpired) as error:
-        say(f"{name} failed: {error}")
-        show_logs(name, options)
-        record = {"failed": str(error), **describe_origin()}
+    latest: dict[str, Any] = {}
+
+    def keep(record: dict[str, Any]) -> None:
+        latest.clear()
+        latest.update(record)
+        if "failed" not in record:
+            latest["ratio"] = compute_ratio(case, record)
         if arguments.contender is None:
-            new = {"cases": {name: record}, "tuned": {}}
-            save_results(arguments.out, merge_results(results, strip_paths(new, options)))
+            new = strip_paths({"cases": {name: latest}, "tuned": {}}, options)
+            save_results(arguments.out, merge_results(before, new))
+
+    try:
+        only = "ours" if arguments.ours_only else arguments.contender
+        keep(run_case(case, options, setting=setting, only=only, on_record=keep))
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        say(f"{name} failed: {' '.join(told.split())[:600]}")
+        show_logs(name, options)
+        # Whole rounds stand; of a case without any, what there is stands beside the reason.
+        if "failed" in latest or not latest:
+            keep({**latest, "failed": str(error), **describe_origin()})
         return False
     if arguments.contender is not None:
-        print(json.dumps(record, indent=1))
+        print(json.dumps(latest, indent=1))
         return True
-    record["ratio"] = compute_ratio(case, record)
-    new = strip_paths({"cases": {name: record}, "tuned": {}}, options)
-    save_results(arguments.out, merge_results(results, new))
-    print(f"{name}: {record['ratio']['of_medians']:.3f}  {judge(case, record)}")
+    if arguments.ours_only:
+        print(f"{name}: ours {latest['ours'].get('tokens_per_second', 0):,.0f} tokens/s")
+        return True
+    print(f"{name}: {latest['ratio']['of_medians']:.3f}  {judge(case, latest)}")
     return True
 
 
@@ -702,9 +774,12 @@ def main() -> None:
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
     if arguments.table:
-        PAGE.write_text(
-            make_page(load_results(arguments.out), read_cpu_results(RESULT.parent)), encoding="utf-8"
+        import attention_choice
+
+        page = make_page(
+            load_results(arguments.out), read_cpu_results(RESULT.parent), attention_choice.read_table()
         )
+        PAGE.write_text(page, encoding="utf-8")
     if not ok:
         raise SystemExit(1)
 

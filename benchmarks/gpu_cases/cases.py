@@ -43,6 +43,13 @@ SHAPES = {
         | {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768}
         | {"rope_theta": 1000000.0, "tie_word_embeddings": True}
     ),
+    # For trying every path in seconds (gpu_smoke.py), and the harness on a GPU.
+    "smoke": Shape(
+        _LLAMA
+        | {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}
+        | {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+        | {"rope_theta": 500000.0, "tie_word_embeddings": False}
+    ),
     # For trying the harness on a CPU.
     "tiny": Shape(
         _LLAMA

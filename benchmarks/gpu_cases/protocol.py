@@ -209,6 +209,7 @@ class Contender:
                 env=environment,
                 cwd=folder,
             )
+        self._hangs = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_lines, daemon=True)
         self._reader.start()
@@ -224,6 +225,7 @@ class Contender:
         try:
             line = self._lines.get(timeout=max(timeout, 0.0))
         except queue.Empty:
+            self._hangs = True
             raise ContenderFailed(f"{self.module}: no answer to {command['do']} in time") from None
         if not line:
             raise ContenderFailed(self._describe_death())
@@ -239,7 +241,7 @@ class Contender:
         except OSError:
             pass
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=0.1 if self._hangs else 20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 import time
 import zipfile
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import gpu
 import slim_wheels
+from attention_choice import read_table
 from gpu_cases.cases import CASES, Case, Peer, Rows
 from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_random_rows
 from gpu_cases.parity import check_parity, measure_distance, split_name
@@ -110,6 +112,65 @@ def test_a_job_that_our_engine_refuses_fails_the_case_with_its_line(folder, reco
 
     with pytest.raises(ContenderFailed, match="no_such_key"):
         gpu.run_case(TINY, options, setting="same", only="ours")
+
+
+@pytest.mark.slow
+def test_our_figures_stand_when_the_peer_cannot_even_start(folder, record):
+    peer = dataclasses.replace(ITSELF, who="trl", settings={"same": {"sft": {}, "micro_rows": 1}})
+    case = dataclasses.replace(TINY, peer=peer)
+    kept: list[dict[str, Any]] = []
+
+    with pytest.raises(ContenderFailed, match="trl_peer ended with 1"):
+        gpu.run_case(
+            case,
+            make_options(folder, peer_python="/bin/false"),
+            setting="same",
+            only=None,
+            on_record=kept.append,
+        )
+    assert kept[0]["ours"]["tokens_per_second"] > 0
+    assert kept[0]["failed"] == "the peer was not measured"
+    assert "peer" not in kept[0]
+
+
+def test_a_case_that_breaks_is_told_in_one_line_and_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    def break_down(*_given: Any, **_more: Any) -> None:
+        raise RuntimeError("something\nnobody thought of")
+
+    monkeypatch.setattr(gpu, "run_case", break_down)
+    out = tmp_path / "out.json"
+    arguments = gpu.make_parser().parse_args(["--case", "lora-bf16", "--out", str(out)])
+
+    assert not gpu.measure("lora-bf16", arguments, make_options(tmp_path))
+    assert not gpu.measure("lora-fp8", arguments, make_options(tmp_path))
+
+    assert (
+        "lora-bf16 failed: RuntimeError: something nobody thought of (test_gpu.py:" in capsys.readouterr().err
+    )
+    assert {name: case["failed"] for name, case in load_results(out)["cases"].items()} == {
+        "lora-bf16": "something\nnobody thought of",
+        "lora-fp8": "something\nnobody thought of",
+    }
+
+
+@pytest.mark.slow
+def test_the_smoke_test_of_a_gpu_runs_a_path_on_a_cpu(tmp_path):
+    command = [sys.executable, str(gpu.CHECKOUT / "benchmarks" / "gpu_smoke.py"), "--device", "cpu"]
+    command += [
+        "--folder",
+        str(tmp_path),
+        "--only",
+        "attention-even",
+        "--only",
+        "bf16-eager",
+        "--only",
+        "unpacking",
+    ]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()[:3]) == ["PASS", "PASS", "SKIP"]
 
 
 def test_a_process_that_dies_is_told_in_one_line(tmp_path):
@@ -316,7 +377,7 @@ def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
 def test_the_page_in_the_docs_is_what_the_results_give():
     results, cpu = load_results(gpu.RESULT), read_cpu_results(gpu.RESULT.parent)
 
-    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu), (
+    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu, read_table()), (
         "run: python benchmarks/gpu.py --table"
     )
 

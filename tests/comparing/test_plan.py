@@ -189,3 +189,61 @@ def test_an_arm_that_the_jobs_optimizer_cannot_train_is_refused() -> None:
         JobError, match=r"compare\.arms\[1\]: train\.optimizer is muon, and the method is lora"
     ):
         plan_arms(job(["full", "lora"], **muon))
+
+
+def test_a_quantised_arm_shares_the_training_of_the_same_arm_without() -> None:
+    listed = [
+        {"method": "lora", "quantize": "int4"},
+        "lora",
+        {"method": "zero-shot", "quantize": "int8"},
+        {"method": {"name": "lora", "qat": "int4"}},
+        {"method": "lora", "quantize": {"scheme": "int4", "group_size": 128}, "rag": True},
+    ]
+    arms = plan_arms(job(listed))
+    assert [(arm.name, arm.trained_by, arm.quantize and arm.quantize.label) for arm in arms] == [
+        ("lora-int4", "lora", "int4"),
+        ("lora", "lora", None),
+        ("zero-shot-int8", None, "int8"),
+        ("lora-qat-int4", "lora-qat-int4", "int4"),
+        ("lora-int4-g128+rag", "lora", "int4-g128"),
+    ]
+    assert arms[2].seeds == (0,)
+
+
+def test_quantised_arms_alone_share_one_training_and_equal_ones_do_not() -> None:
+    arms = plan_arms(job([{"method": "lora", "quantize": "int4"}, {"method": "lora", "quantize": "int8"}]))
+    assert [arm.trained_by for arm in arms] == ["lora-int4", "lora-int4"]
+    twice = [{"name": name, "method": "lora", "quantize": "int4"} for name in ("a", "b")]
+    assert [arm.trained_by for arm in plan_arms(job(twice))] == ["a", "b"]
+
+
+def test_a_default_group_written_out_is_the_default() -> None:
+    qat = {"name": "lora", "qat": {"scheme": "int4", "group_size": 32}}
+    (arm,) = plan_arms(job([{"method": qat, "quantize": "int4"}]))
+    assert arm.name == "lora-qat-int4"
+    assert arm.trains
+
+
+def test_a_method_by_name_keeps_qat_only_where_it_can_be() -> None:
+    arms = plan_arms(job(["full", "lora"], method={"name": "full", "qat": "int4"}))
+    assert [arm.name for arm in arms] == ["full-qat-int4", "lora"]
+    arms = plan_arms(job(["lora", "qlora"], method={"name": "lora", "qat": "int8-int4"}))
+    assert [arm.name for arm in arms] == ["lora-qat-int8-int4", "qlora"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "finding"),
+    [
+        (
+            {"method": {"name": "lora", "qat": "int4"}, "quantize": "int8"},
+            "quantize is int8, and qat is int4",
+        ),
+        (
+            {"name": "zero-shot", "method": "zero-shot", "quantize": "int8"},
+            "a quantised arm called 'zero-shot'",
+        ),
+    ],
+)
+def test_quantised_arms_that_would_mislead_are_refused(arm: Any, finding: str) -> None:
+    with pytest.raises(JobError, match=rf"^compare\.arms\[0\]: {finding}"):
+        plan_arms(job([arm]))

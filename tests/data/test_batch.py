@@ -20,9 +20,21 @@ def test_the_order_follows_seed_and_epoch():
     assert first != plan_epoch(50, batch_rows=8, seed=1, epoch=0)
 
 
-def test_rows_are_grouped_from_long_to_short_within_the_budget():
-    # 9 + 1 does not fit with 5 in 12; 5 + 4 + 3 does.
-    assert plan_micro_batches([3, 9, 5, 4], budget_tokens=12) == [[1], [2, 3, 0]]
+def test_each_row_goes_where_it_leaves_the_least_room():
+    # Long to short: 9 begins a group (room 3), 5 another (room 7), 4 fits there (room 3); 3 fills the first.
+    assert plan_micro_batches([3, 9, 5, 4], budget_tokens=12) == [[1, 0], [2, 3]]
+    # 7 and 6 stand apart; 3 fits both, and leaves less with the 7.
+    assert plan_micro_batches([6, 7, 3], budget_tokens=10) == [[1, 2], [0]]
+
+
+def test_best_fit_needs_fewer_passes_than_rows_in_order():
+    # In order: 6 + 3, 5 + 4, 7, 2 + 1 do not fill 10 tokens; best fit: 7 + 3, 6 + 4, 5 + 2 + 1.
+    groups = plan_micro_batches([6, 5, 3, 4, 7, 2, 1], budget_tokens=10)
+    assert [sorted([6, 5, 3, 4, 7, 2, 1][n] for n in group) for group in groups] == [
+        [3, 7],
+        [4, 6],
+        [1, 2, 5],
+    ]
 
 
 def test_a_row_longer_than_the_budget_stands_alone():

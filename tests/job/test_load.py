@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.core.errors import JobError
 from tunesmith.job.load import job_from, load_job
-from tunesmith.job.spec import FullSpec, LoraSpec
+from tunesmith.job.spec import FullSpec, LoraSpec, QuantizeSpec
 
 HEAD = "model: tunesmith/tiny\ndata: {train: tunesmith/tickets}\n"
 
@@ -41,6 +41,14 @@ def write(folder: Path, text: str | bytes) -> Path:
         (HEAD + "method: lorra\n", 3, "method is 'lorra'; it should be 'full', 'lora' or 'qlora' or a mapping"),
         (HEAD + "method: {rank: 4}\n", 3, "key 'method.name' is missing"),
         (HEAD + "method: {name: qlora, base: int8}\n", 3, "qlora trains on an nf4 base"),
+        (HEAD + "method: {name: lora, qat: int3}\n", 3, "method.qat is 'int3'; it should be 'int4' or 'int8-int4'"),
+        (HEAD + "method: {name: qlora, qat: int4}\n", 3, "this base is nf4; write `name: lora` without base, or leave"),
+        (HEAD + "method: {name: lora, base: fp8, qat: int4}\n", 3, "this base is fp8; write"),
+        (HEAD + "method: {name: lora, dropout: 0.1, qat: int4}\n", 3, "set dropout: 0, or leave qat out"),
+        (HEAD + "method: {name: full, qat: {scheme: int8}}\n", 3, "qat is for int4 and int8-int4; int8 costs little"),
+        (HEAD + "method: {name: full, qat: {scheme: int4, group_size: 48}}\n", 3, "group_size is 48; it should be"),
+        (HEAD + "compare: {arms: [{method: lora, quantize: {scheme: fp8, group_size: 32}}]}\n", 3, "group_size is for"),
+        (HEAD + "compare: {arms: [{method: lora, quantize: int5}]}\n", 3, "'int8', 'int4', 'fp8' or 'int8-int4'"),
         (HEAD + "train:\n  optimizer: muon\n", 4, "optimizer is muon, and the method is lora; muon updates"),
         (HEAD + "method: qlora\ntrain: {optimizer: adamw-bf16}\n", 4, "adamw-bf16, and the method is qlora"),
         (HEAD + "method: full\ntrain: {optimizer: adamw-bf16, precision: fp16}\n", 4, "train.precision is fp16; fp16"),
@@ -124,6 +132,8 @@ def test_overrides_win_and_open_short_forms(tmp_path: Path) -> None:
     assert job.train.epochs == 0.5
     assert job.data.split.test == 0.2
     assert job.model_spec.revision == "main"
+    job = load_job(path, ["method.qat=int4", "method.qat.group_size=64"])
+    assert job.method_spec.qat_spec == QuantizeSpec(scheme="int4", group_size=64)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.api.opening import open_base, open_run, writing_to
+from tunesmith.api.opening import check_quantize, open_base, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
@@ -49,6 +49,8 @@ def compare(
     job = job if isinstance(job, Job) else job_from(job)
     arms = plan_arms(job)
     base = open_base(job)
+    for arm in arms:
+        check_quantize(arm.quantize, base, place=f"compare.arms, {arm.name}")
     with open_run(out, fresh=fresh, verb="compare") as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if "test" not in prepared.splits:
@@ -234,10 +236,11 @@ class _Comparing:
         weights = "base" if method is None else "adapter" if isinstance(method, LoraSpec) else "model"
         trained = self.run.arm(arm.trained_by, seed) if arm.trained_by else None
         folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
+        quantize = arm.quantize.model_dump(mode="json") if arm.quantize else None
         job = self._arm_job(arm, seed).model_dump(mode="json", exclude={"compare"})
         general = (
             str(self.job.evaluate.general or GENERAL_TEXT)
-            if self.job.evaluate.forgetting and trained
+            if self.job.evaluate.forgetting and (trained or arm.quantize)
             else None
         )
         return JudgeTask(
@@ -251,6 +254,7 @@ class _Comparing:
                 {
                     "job": job,
                     "prompting": arm.prompting,
+                    "quantize": quantize,
                     "files": self._hash_named_files(general),
                     **self._shared_hashes(("train", "validation", "test")),
                 }
@@ -260,6 +264,7 @@ class _Comparing:
             storage=method.storage if isinstance(method, LoraSpec) else "full",
             double_quant=method.double_quant if isinstance(method, LoraSpec) else True,
             compute=method.compute if isinstance(method, LoraSpec) else "auto",
+            quantize=quantize,
             prompting=arm.prompting,
             seed=seed,
             general=general,

@@ -24,7 +24,15 @@ from tunesmith.data.sources import find_sources
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.resolve import resolve_model
-from tunesmith.job.spec import DataSpec, Job, LoraSpec, ModelSpec, SamplingSpec, SourceSpec
+from tunesmith.job.spec import (
+    DataSpec,
+    Job,
+    LoraSpec,
+    ModelSpec,
+    QuantizeSpec,
+    SamplingSpec,
+    SourceSpec,
+)
 from tunesmith.models.headers import check_adapter, check_model
 
 if TYPE_CHECKING:
@@ -36,7 +44,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is scored: a base, and what lies on it. `template` is the run's own, if it had one."""
+    """What is scored: a base, what lies on it, and what both are quantised to. `template` is the run's own, if it had
+    one."""
 
     model_name: str
     model_folder: Path
@@ -46,6 +55,7 @@ class Target:
     template: str | None = None
     double_quant: bool = True
     compute: Compute = "auto"
+    quantize: QuantizeSpec | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -90,8 +100,15 @@ def _target_of_run(run: RunDir) -> Target:
     method = job.method_spec
     if isinstance(method, LoraSpec):
         kept = (method.storage, job.data.template, method.double_quant, method.compute)
-        return Target(resolved.name, resolved.folder, "adapter", run.adapter, *kept)
-    return Target(resolved.name, resolved.folder, "model", run.model, template=job.data.template)
+        return Target(resolved.name, resolved.folder, "adapter", run.adapter, *kept, quantize=method.qat_spec)
+    return Target(
+        resolved.name,
+        resolved.folder,
+        "model",
+        run.model,
+        template=job.data.template,
+        quantize=method.qat_spec,
+    )
 
 
 def check_target(target: Target) -> Tokenizer:
@@ -177,6 +194,7 @@ def evaluate(
             general=None,
             double_quant=found.double_quant,
             compute=found.compute,
+            quantize=found.quantize.model_dump(mode="json") if found.quantize else None,
         )
         return run_judge_task(task, on_event)
 
@@ -252,6 +270,7 @@ def run_judge_task(
         task.storage,
         double_quant=task.double_quant,
         compute=task.compute,
+        quantize=QuantizeSpec.model_validate(task.quantize) if task.quantize else None,
     )
     tokenizer = load_tokenizer(target.tokenizer_folder)
     prepared = load_prepared(Path(task.prepared))
@@ -270,6 +289,7 @@ def run_judge_task(
         seed=task.seed,
         model_name=task.model_name,
         adapter=task.weights_folder if task.weights == "adapter" else None,
+        quantize=target.quantize.label if target.quantize else None,
         forgetting=forgetting,
         task=task.label or pick_device().type,
         on_event=_name_seed(task.seed, on_event) if task.label else on_event,
@@ -291,13 +311,14 @@ def _find_forgetting(
     from tunesmith.eval.forgetting import Forgetting, read_general_text
 
     precision = Job.model_validate(task.job).evaluate.precision
-    held = (task.storage, task.double_quant, task.compute)
+    held = (task.storage, task.double_quant, task.compute, task.quantize is None)
     key = repr((task.model_folder, task.weights, *held, precision, task.general))
     if key not in bases:
-        whole = task.weights == "model"
+        # Adapters can be switched off, unless they were folded in.
+        apart = task.weights == "model" or task.quantize is not None
         base = (
             load_target(Target(task.model_name, Path(task.model_folder)), precision=precision)
-            if whole
+            if apart
             else None
         )
         bases[key] = Forgetting(read_general_text(general, tokenizer), base=base)
@@ -305,7 +326,7 @@ def _find_forgetting(
 
 
 def load_target(target: Target, *, precision: str = "auto") -> CausalLM:
-    """A model ready to be judged: the base, an adapter on it, or another whole model in its place."""
+    """A model ready to be judged: the base, an adapter on it, or another whole model in its place; then quantised."""
     from tunesmith.api.devices import pick_device, pick_dtype
     from tunesmith.models.adapter_files import load_adapter
     from tunesmith.models.load import load_model
@@ -324,6 +345,10 @@ def load_target(target: Target, *, precision: str = "auto") -> CausalLM:
     if target.weights == "adapter":
         assert target.weights_folder is not None
         load_adapter(model, target.weights_folder)
+    if target.quantize:
+        from tunesmith.models.quantize import quantize_model
+
+        quantize_model(model, target.quantize)
     return model.eval()
 
 
@@ -336,6 +361,7 @@ def evaluation_json(record: EvalRecord) -> dict[str, Any]:
         "num_target_tokens": record.num_target_tokens,
         "model": record.model,
         "adapter": record.adapter,
+        "quantize": record.quantize,
         "data_sha256": record.data_sha256,
         "wall_seconds": record.wall_seconds,
         "cpu_seconds": record.cpu_seconds,

@@ -11,9 +11,9 @@ from tunesmith.core.errors import RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.job.resolve import ResolvedModel, resolve_model
-from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
 from tunesmith.models.config import load_config
-from tunesmith.models.headers import check_adapter, check_model
+from tunesmith.models.headers import check_adapter, check_model, list_expected
 
 
 def open_base(job: Job) -> ResolvedModel:
@@ -23,6 +23,22 @@ def open_base(job: Job) -> ResolvedModel:
     if isinstance(job.method_spec, LoraSpec) and job.method_spec.adapter:
         check_adapter(Path(job.method_spec.adapter), config)
     return base
+
+
+def check_quantize(spec: QuantizeSpec | None, base: ResolvedModel, *, place: str) -> None:
+    """Raise SetupError without torchao, ModelError if a matrix of the own decoder's does not divide into groups.
+
+    place: the setting. What only the fallback runs is looked at when it is loaded.
+    """
+    if spec is None:
+        return
+    from tunesmith.models.quantize import check_groups, check_torchao
+
+    check_torchao(place=place)
+    config = load_config(base.folder)
+    for name, shape in list_expected(config).items() if config.own else ():
+        if name.endswith("_proj.weight"):
+            check_groups(name, shape[1], spec, place=place)
 
 
 def note_long_rows(report: CheckReport, job: Job, base: ResolvedModel) -> None:

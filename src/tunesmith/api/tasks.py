@@ -47,6 +47,7 @@ class JudgeTask:
     weights: what to put on the base: nothing, an adapter folder, or a whole model instead of it.
     storage, double_quant, compute: how the base is held and multiplied, as it was in training: an adapter trained on
              NF4 is judged on NF4.
+    quantize: fields of a `QuantizeSpec`: what the model is quantised to after that, None to leave it as it is.
     general: text for the forgetting measure, None to leave it out.
     """
 
@@ -65,6 +66,7 @@ class JudgeTask:
     general: str | None
     double_quant: bool = True
     compute: Compute = "auto"
+    quantize: dict[str, Any] | None = None
 
 
 Task = TrainTask | JudgeTask

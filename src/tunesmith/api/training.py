@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
-from tunesmith.api.opening import note_long_rows, open_base, open_run
+from tunesmith.api.opening import check_quantize, note_long_rows, open_base, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.errors import DataError, RunDirError, SetupError
 from tunesmith.core.events import Event, OnEvent, ignore_event
@@ -63,6 +63,7 @@ def train(
     """
     job = job if isinstance(job, Job) else job_from(job)
     base = open_base(job)
+    check_quantize(job.method_spec.qat_spec, base, place="method.qat")
     with open_run(out, fresh=fresh) as run:
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
@@ -316,27 +317,35 @@ def load_trainable(
     *,
     fp8_check: Fp8Check | None = None,
 ) -> CausalLM:
-    """The base model with what the job's method trains made trainable. fp8_check: measures the base on the way."""
+    """The base model with what the job's method trains made trainable, rounding as QAT asks.
+
+    fp8_check: measures the base on the way.
+    """
     from tunesmith.models.load import load_model
     from tunesmith.models.lora import add_lora
 
     method = job.method_spec
-    if not isinstance(method, LoraSpec):
+    if isinstance(method, LoraSpec):
+        model = load_model(
+            folder,
+            device=device,
+            dtype=dtype,
+            base=method.storage,
+            double_quant=method.double_quant,
+            compute=method.compute,
+            on_reference=fp8_check.measure_reference if fp8_check else None,
+        )
+        if fp8_check:
+            fp8_check.measure(model)
+        num_tokens = tokenizer.vocab_size if method.new_tokens else None
+        add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
+    else:
         masters = pick_master_dtype(job, dtype)
-        return load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
-    model = load_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        base=method.storage,
-        double_quant=method.double_quant,
-        compute=method.compute,
-        on_reference=fp8_check.measure_reference if fp8_check else None,
-    )
-    if fp8_check:
-        fp8_check.measure(model)
-    num_tokens = tokenizer.vocab_size if method.new_tokens else None
-    add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
+        model = load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
+    if method.qat_spec:
+        from tunesmith.models.quantize import fake_quantize_model
+
+        fake_quantize_model(model, method.qat_spec)
     return model
 
 

@@ -96,6 +96,8 @@ def print_evaluation(record: EvalRecord) -> None:
     rows = {name: f"{value:.4f}" for name, value in record.metrics.items()}
     rows |= {"rows": f"{record.num_rows:,}", "target tokens": f"{record.num_target_tokens:,}"}
     rows |= {f"forgetting: {name}": f"{value:.4f}" for name, value in (record.forgetting or {}).items()}
+    if record.quantize:
+        rows["quantised to"] = f"{record.quantize}, {format_bytes(record.size_bytes)} as a whole model"
     rows |= {"time": format_seconds(record.wall_seconds), "peak memory": format_bytes(record.peak_bytes)}
     _print_pairs(rows, record.warnings)
 

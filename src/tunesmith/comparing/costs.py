@@ -43,9 +43,12 @@ def describe_arm(arm: ArmFiles) -> ArmResult:
         gpu_seconds=train_wall if on_gpu else 0.0,
         tune_wall_seconds=sum(trial.wall_seconds for trial in arm.trials),
         peak_bytes=max([run.peak_bytes for run in runs] + [e.peak_bytes for e in evals], default=0),
-        size_bytes=_mean_count(runs, lambda run: run.size_bytes),
+        size_bytes=round(mean(e.size_bytes for e in evals))
+        if plan.quantize
+        else _mean_count(runs, lambda run: run.size_bytes),
         forgetting=_mean_forgetting(arm),
         trials=arm.trials,
+        quantize=plan.quantize.label if plan.quantize else None,
     )
 
 

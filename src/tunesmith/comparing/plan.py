@@ -1,7 +1,7 @@
 """From `compare.arms` to a list of arms that can be run: names, kinds, seeds, and which arms share one training.
 
-A prompted arm answers with the base model; a trained arm answers with what its training left. `lora` and
-`lora+rag` are two arms over one training: the second only puts retrieved examples into the prompt.
+A prompted arm answers with the base model; a trained arm answers with what its training left. `lora`, `lora+rag` and
+`lora-int4` are arms over one training: the second puts retrieved examples into the prompt, the third is quantised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import JobError
 from tunesmith.job.combinations import check_optimizer
-from tunesmith.job.spec import ArmSpec, FullSpec, Job, LoraSpec, TuneSpec, as_method_spec
+from tunesmith.job.spec import (
+    ArmSpec,
+    FullSpec,
+    Job,
+    LoraSpec,
+    QuantizeSpec,
+    TuneSpec,
+    as_method_spec,
+    as_quantize_spec,
+)
 
 Prompting = Literal["zero-shot", "few-shot", "rag"]
 PROMPTED = ("zero-shot", "few-shot", "rag")
@@ -34,6 +43,7 @@ class PlannedArm:
     epochs:        None when the job counts steps and this arm does not say otherwise.
     seeds:         seeds to score: all of the job's, or the first alone where the seed changes nothing.
     trained_by:    name of the arm whose training it uses (its own, where it trains); None when prompted.
+    quantize:      what its model is quantised to before it is judged; with QAT always what it was trained for.
     """
 
     name: str
@@ -46,6 +56,7 @@ class PlannedArm:
     seeds: tuple[int, ...]
     deterministic: bool
     trained_by: str | None
+    quantize: QuantizeSpec | None = None
 
     @property
     def trains(self) -> bool:
@@ -56,6 +67,18 @@ class PlannedArm:
     def settings(self) -> tuple[Any, ...]:
         """What decides the trained weights, seed aside: arms with equal settings share a training."""
         return (self.method, self.framework, self.learning_rate, self.epochs)
+
+    @property
+    def judged(self) -> tuple[Any, ...]:
+        """What else decides its answers: arms over one training differ in it."""
+        return (self.prompting, self.quantize)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if it is judged as its training left it: no retrieval, not quantised more than it was trained for."""
+        return self.prompting == "zero-shot" and self.quantize == (
+            self.method.qat_spec if self.method else None
+        )
 
 
 def plan_arms(job: Job) -> list[PlannedArm]:
@@ -114,19 +137,20 @@ def _parse_name(text: str, job: Job, place: str) -> ArmSpec:
 
 
 def _inherit_settings(name: str, job: Job) -> FullSpec | LoraSpec:
-    """A method given by name alone takes the job's own settings, so that `lora` and `qlora` differ in the base only."""
+    """A method given by name alone takes the job's own settings, so that `lora` and `qlora` differ in the base only
+    (and in QAT, which wants a 16-bit base)."""
     own = job.method_spec
     if isinstance(own, LoraSpec) and name in ("lora", "qlora"):
         return (
             own
             if own.name == name
-            else own.model_copy(update={"name": name, "base": "auto", "compute": "auto"})
+            else own.model_copy(update={"name": name, "base": "auto", "compute": "auto", "qat": None})
         )
-    return as_method_spec(name)
+    return own if own.name == name else as_method_spec(name)
 
 
 def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
-    sampled = job.evaluate.sampling.temperature > 0
+    sampled, quantize = job.evaluate.sampling.temperature > 0, as_quantize_spec(spec.quantize)
     if isinstance(spec.method, str) and spec.method in PROMPTED:
         if spec.rag and spec.method == "few-shot":
             raise JobError(
@@ -144,10 +168,18 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
             )
         prompting: Prompting = "rag" if spec.rag else spec.method
         method = None
-        default_name = prompting
+        default_name = prompting + (f"-{quantize.label}" if quantize else "")
     else:
         method = _inherit_settings(spec.method, job) if isinstance(spec.method, str) else spec.method
         prompting = "rag" if spec.rag else "zero-shot"
+        if method.qat_spec and quantize not in (None, method.qat_spec):
+            raise JobError(
+                place,
+                f"quantize is {quantize.label if quantize else None}, and qat is {method.qat_spec.label}",
+                rule="what is trained for one rounding ships with it",
+                cure="Leave quantize out, or qat",
+            )
+        quantize = quantize or method.qat_spec
         default_name = _name_arm(method, spec, job)
     deterministic = method is None and prompting != "few-shot" and not sampled
     name = spec.name or default_name
@@ -157,6 +189,13 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
             f"name {name!r}",
             rule="arm names are folder names: letters, digits, . _ + -, at most 60",
             cure="Rename it",
+        )
+    if name == "zero-shot" and quantize:
+        raise JobError(
+            place,
+            "a quantised arm called 'zero-shot'",
+            rule="that is the base model as it is, which others are held against",
+            cure="Leave the name out",
         )
     train = job.train
     return PlannedArm(
@@ -170,6 +209,7 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
         seeds=tuple(job.compare.seeds[:1] if deterministic else job.compare.seeds),
         deterministic=deterministic,
         trained_by=name if method else None,
+        quantize=quantize,
     )
 
 
@@ -230,26 +270,29 @@ def _name_arm(method: FullSpec | LoraSpec, spec: ArmSpec, job: Job) -> str:
         parts += [flag for flag in ("rslora", "dora") if getattr(method, flag) and not getattr(usual, flag)]
         if method.targets != usual.targets:
             parts.append("targets")
+    if method.qat_spec:
+        parts.append(f"qat-{method.qat_spec.label}")
     if spec.framework != "tunesmith":
         parts.append(spec.framework)
     if spec.learning_rate is not None and spec.learning_rate != job.train.learning_rate:
         parts.append(f"lr{spec.learning_rate:g}" if spec.learning_rate != "auto" else "lr-auto")
     if spec.epochs is not None and spec.epochs != job.train.epochs:
         parts.append(f"e{spec.epochs:g}")
+    if (quantize := as_quantize_spec(spec.quantize)) and not method.qat_spec:
+        parts.append(quantize.label)
     return "-".join(parts) + ("+rag" if spec.rag else "")
 
 
 def _share_training(arms: Sequence[PlannedArm]) -> list[PlannedArm]:
-    """Point retrieval arms at a training with equal settings. Two arms without retrieval each train: an A/A comparison
-    of equal arms is wanted, not optimised away."""
+    """Point retrieval arms and quantised ones at a training with equal settings: a plain arm's, else the first one's.
+    Two arms judged alike each train: an A/A comparison of equal arms is wanted, not optimised away."""
     shared: list[PlannedArm] = []
-    for arm in arms:
-        if arm.method is not None and arm.prompting != "zero-shot":
-            owners = [
-                o
-                for o in arms
-                if o.method is not None and o.prompting == "zero-shot" and o.settings == arm.settings
-            ]
+    for number, arm in enumerate(arms):
+        if arm.method is not None and not arm.is_plain:
+            equal = [other for other in arms if other.method is not None and other.settings == arm.settings]
+            owners = [other for other in equal if other.is_plain]
+            if not owners and equal[0].judged != arm.judged and equal[0] in arms[:number]:
+                owners = equal[:1]
             if owners:
                 arm = replace(arm, trained_by=owners[0].name)
         shared.append(arm)

@@ -15,7 +15,11 @@ _COSTS = (
         "eval_wall_seconds", "Scoring", "Wall time to score and answer all test rows once; below: CPU time"
     ),
     Column("peak_bytes", "Peak memory", "Largest memory in use, training or scoring"),
-    Column("size_bytes", "Size", "What has to be kept on disk beside the base model"),
+    Column(
+        "size_bytes",
+        "Size",
+        "What has to be kept on disk beside the base model; of a quantised arm the whole model",
+    ),
 )
 
 
@@ -108,6 +112,8 @@ def _cost_cell(key: str, arm: ArmResult) -> Cell:
     value = getattr(arm, key)
     if not value:
         return Cell("–", tone="muted")
+    if key == "size_bytes" and arm.quantize:
+        return Cell(format_bytes(value), f"{arm.quantize}, whole model")
     if key == "trained_parameters":
         share = 100 * arm.trained_parameters / arm.total_parameters if arm.total_parameters else 0
         return Cell(format_count(value), f"{share:.3g}%" if share else "")

@@ -96,6 +96,7 @@ class ArmResult:
     per_seed:    metric -> value of each seed, in the order of `seeds`.
     costs:       means over seeds of one training plus one scoring, the shared training included; `wall_seconds` is the
                  sum of `train_wall_seconds` and `eval_wall_seconds`, and so for CPU. `peak_bytes` is the largest.
+    quantize:    what its model was quantised to before it was judged, or None; `size_bytes` is then the whole model's.
     dominated_by: cost name -> an arm that is better and cheaper beyond noise.
     """
 
@@ -131,6 +132,7 @@ class ArmResult:
     size_bytes: int = 0
     forgetting: dict[str, float] | None = None
     trials: list[Trial] = field(default_factory=list[Trial])
+    quantize: str | None = None
     dominated_by: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -233,6 +235,7 @@ class Comparison:
                 "gpu_seconds": arm.gpu_seconds,
                 "peak_bytes": arm.peak_bytes,
                 "size_bytes": arm.size_bytes,
+                "quantize": arm.quantize,
                 "forgetting": arm.forgetting,
             }
             for arm in self.arms

@@ -14,7 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_VERSIONED = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "peft")
+_VERSIONED = (
+    "tunesmith",
+    "torch",
+    "torchao",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "peft",
+)
 
 
 def hash_row(ids: Sequence[int], mask: Sequence[int]) -> str:
@@ -75,7 +85,10 @@ def describe_versions() -> dict[str, str]:
 
 
 def _read_commit() -> str | None:
-    """Commit of a source checkout, `+dirty` when it has changes; None for an installed package."""
+    """Commit of a source checkout, `+dirty` when it has changes; None for an installed package. A copy that has lost
+    its history is told by the environment: TUNESMITH_COMMIT."""
+    if told := os.environ.get("TUNESMITH_COMMIT"):
+        return told
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None

@@ -89,6 +89,7 @@ class EvalRecord(_Record):
 
     metrics:    name -> mean over rows; `nll` is token-weighted; `perplexity` = exp(nll); `bits_per_byte`.
     forgetting: `general_nll`, `general_nll_base`, `general_tokens`, `kl_from_base` (nats per token), None if not asked.
+    quantize:   what the judged model was quantised to, such as `int4`; `size_bytes` is then its whole size.
     """
 
     model: str
@@ -102,6 +103,8 @@ class EvalRecord(_Record):
     cpu_seconds: float
     peak_bytes: int
     forgetting: dict[str, float] | None = None
+    quantize: str | None = None
+    size_bytes: int = 0
     warnings: list[str] = field(default_factory=list[str])
 
 

@@ -19,20 +19,25 @@ def plan_epoch(num_rows: int, *, batch_rows: int, seed: int, epoch: int) -> list
 
 
 def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
-    """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens.
+    """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens: best fit.
 
-    lengths: tokens of each row. A row longer than the budget stands alone.
-    Rows are taken from long to short, so that a group's rows have similar lengths; ties keep their order.
+    lengths: tokens of each row. A row longer than the budget stands alone. No row is ever cut.
+    From long to short, each row goes where it leaves the least room, or begins a group: at most 2 in 9 more groups than
+    the fewest there can be (and a few). Ties keep their order.
+    Source: Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms".
     """
     if budget_tokens < 1:
         raise ValueError(f"budget_tokens is {budget_tokens}, must be positive")
     groups: list[list[int]] = []
-    used = 0
+    room: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        if groups and used + lengths[position] <= budget_tokens:
-            groups[-1].append(position)
-            used += lengths[position]
+        length = lengths[position]
+        fits = [number for number, left in enumerate(room) if left >= length]
+        if fits:
+            best = min(fits, key=lambda number: room[number])
+            groups[best].append(position)
+            room[best] -= length
         else:
             groups.append([position])
-            used = lengths[position]
+            room.append(budget_tokens - length)
     return groups

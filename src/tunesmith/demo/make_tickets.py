@@ -20,6 +20,7 @@ import random
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +36,13 @@ from tunesmith.demo.ticket_values import (
 ISSUES = ("late", "damaged", "wrong", "missing", "faulty", "overcharged", "ignored")
 WANTS = ("refund", "replacement", "repair", "cancel", "update")
 URGENCIES = ("low", "normal", "high")
-SYSTEM_PROMPT = "Ticket to JSON: order, name, item, date, issues, amount, wants, urgency."
+SYSTEM_PROMPT = (
+    f"Ticket to JSON: order, name, item, date, issues ({'|'.join(ISSUES)}), amount, "
+    f"wants ({'|'.join(WANTS)}), urgency ({'|'.join(URGENCIES)})."
+)
 OWN_CLAUSE_SHARE = 0.03  # of labels said by a clause of the split's own instead of a shared core
 POOL_SHARE = 0.3  # of a training family's frames that come from the training pool
+DEAL = "4:"  # goes into the hash that deals: another one deals another sealed test
 # How many writers, names and product words belong to the sealed test and to validation alone; train has the rest.
 NUM_WRITERS = {"test": 30, "validation": 12}
 NUM_OWN_VALUES = {"test": 30, "validation": 20}
@@ -57,7 +62,25 @@ CONNECTIVES = (
     "on top of that ",
     "moreover, ",
 )
-ISSUE_COUNTS = (0.55, 0.33, 0.12)  # how often a message tells of one, two or three troubles
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of messages that tell of one, two or three troubles, that name their own order, and that hold small talk
+    or another order number."""
+
+    issue_counts: tuple[float, float, float]
+    order: float
+    distractor: float
+
+
+# Validation and test are as a desk would get them. Train, as one would label rows for training, has more of what is
+# hard and seldom: several troubles, another order's number where the own one is absent.
+MIXES = {
+    "train": Mix(issue_counts=(0.34, 0.33, 0.33), order=0.65, distractor=0.5),
+    "validation": Mix(issue_counts=(0.55, 0.33, 0.12), order=0.85, distractor=0.33),
+    "test": Mix(issue_counts=(0.55, 0.33, 0.12), order=0.85, distractor=0.33),
+}
 ROWS = {"train": 2880, "validation": 240, "test": 300}
 
 Family = dict[str, Any]
@@ -105,7 +128,7 @@ def split_dated(family: Family) -> dict[str, list[str]]:
 
 def deal(names: Sequence[str], counts: dict[str, int]) -> dict[str, str]:
     """Name -> split: in the order of a hash the first go to the test, the next to validation, the rest to train."""
-    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    shuffled = sorted(names, key=lambda name: hashlib.sha256((DEAL + name).encode()).hexdigest())
     splits = [split for split, count in counts.items() for _ in range(count)]
     return {name: splits[at] if at < len(splits) else "train" for at, name in enumerate(shuffled)}
 
@@ -215,14 +238,14 @@ def draw_answer(draw: Draw, *, split: str) -> tuple[dict[str, Any], dict[str, st
         "date": draw_date(draw), "otherdate": draw_date(draw), "amount": written,
     }  # fmt: skip
     answer: dict[str, Any] = {}
-    if draw.chance(0.85):
+    if draw.chance(MIXES[split].order):
         answer["order"] = order
     if draw.chance(0.75):
         answer["name"] = slots["name"]
     answer["item"] = product
     if draw.chance(0.5):
         answer["date"] = slots["date"]
-    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), ISSUE_COUNTS))
+    answer["issues"] = draw.sample(ISSUES, draw.weighted((1, 2, 3), MIXES[split].issue_counts))
     if draw.chance(0.45):
         answer["amount"] = amount
     answer["wants"] = draw.pick(WANTS)
@@ -282,7 +305,7 @@ def write_message(family: Family, answer: dict[str, Any], slots: dict[str, str],
         if part == "noise_fixed" and draw.chance(0.5):
             continue
         clauses += list_part(part, family, answer, draw)
-    if draw.chance(0.33):  # a distractor: small talk, or another order number
+    if draw.chance(MIXES[family["split"]].distractor):  # a distractor: small talk, or another order number
         clauses.insert(1 + draw.below(len(clauses) - 1), pick_frame(family, "noise", draw))
     if draw.chance(0.55):
         clauses = [misspell(clause, draw, rate=0.08) for clause in clauses]

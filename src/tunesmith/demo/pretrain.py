@@ -276,7 +276,7 @@ def find_prepared(arguments: argparse.Namespace) -> Path:
     if not (folder / "stock.json").is_file():
         if arguments.text is None:
             raise SystemExit("pretrain: nothing is prepared, so --text must name a folder of texts")
-        save_prepared(prepare(arguments.text, vocab_size=arguments.vocab, start=arguments.start), folder)
+        save_prepared(prepare(arguments.text, vocab_size=arguments.vocab, start=arguments.weights), folder)
     return folder
 
 
@@ -319,8 +319,8 @@ def train(arguments: argparse.Namespace) -> None:
     tokenizer = load_prepared(folder).tokenizer
     shape = Shape(vocab_size=arguments.vocab, layers=arguments.layers, feed_forward=arguments.feed_forward)
     model = Decoder(shape).to(team.device)
-    if arguments.start:
-        model.load_state_dict(load_file(arguments.start / "model.safetensors"))
+    if arguments.weights:
+        model.load_state_dict(load_file(arguments.weights / "model.safetensors"))
     run = Run(
         model, make_optimizers(model, matrix_rate=arguments.matrix_rate, other_rate=arguments.other_rate)
     )
@@ -356,7 +356,7 @@ def write_record(run: Run, arguments: argparse.Namespace, team: Team) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()), "devices": team.size,
         "device": torch.cuda.get_device_name() if team.device.type == "cuda" else "cpu",
     }  # fmt: skip
-    del record["text"], record["out"], record["start"], record["prepared"], record["prepare_only"]
+    del record["text"], record["out"], record["weights"], record["prepared"], record["prepare_only"]
     (arguments.out / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
 
@@ -426,7 +426,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prepare-only", action="store_true", help="stop before training")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="go on from this model folder, with its tokenizer")
+    parser.add_argument("--weights", type=Path, help="go on from this model folder, with its tokenizer")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time after compilation")
     parser.add_argument(
         "--pause", type=float, default=0.0, help="stop after so many minutes; the same command goes on"

@@ -25,6 +25,7 @@ from tunesmith.eval.metrics import METRICS
 from tunesmith.eval.prompting import PromptingKind
 from tunesmith.job.spec import EvaluateSpec
 from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.quantize import count_stored_bytes
 
 
 def judge(
@@ -39,12 +40,14 @@ def judge(
     split: str = "test",
     model_name: str = "",
     adapter: str | None = None,
+    quantize: str | None = None,
     forgetting: Forgetting | None = None,
     task: str = "",
     on_event: OnEvent = ignore_event,
 ) -> EvalRecord:
     """Score one arm and seed; writes `answers.jsonl` and `eval.json` into `out`.
 
+    quantize: what the model was quantised to, for the record.
     prompting: what stands before each row; examples come from the train split and are drawn with `seed`.
     forgetting: measures it, where it is wanted; kept over several seeds, it runs the base once.
     Raises DataError if the split has no rows, ArmFailed if a likelihood is not finite.
@@ -60,6 +63,8 @@ def judge(
     record = EvalRecord(
         model=model_name,
         adapter=adapter,
+        quantize=quantize,
+        size_bytes=count_stored_bytes(model) if quantize else 0,
         prompting=prompting,
         metrics=metrics,
         num_rows=len(cases),

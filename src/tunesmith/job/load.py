@@ -27,6 +27,8 @@ from tunesmith.job.spec import Job
 
 MAX_JOB_BYTES = 1 << 20
 Location = tuple[str | int, ...]
+# Mappings that may be written as one text, and the key it stands for.
+_SHORT_FORMS = {"method": "name", "model": "name", "qat": "scheme"}
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -177,8 +179,8 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[Location
     for name in parents:
         at = (*at, name)
         child: Any = node.get(name)
-        if isinstance(child, str) and name in ("method", "model"):
-            child = {"name": child}  # the short form of a mapping
+        if isinstance(child, str) and name in _SHORT_FORMS:
+            child = {_SHORT_FORMS[name]: child}
         if child is None:
             child = {}
         if not isinstance(child, dict):

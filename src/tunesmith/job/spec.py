@@ -26,6 +26,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 Storage = Literal["full", "int8", "nf4", "fp8"]
 Compute = Literal["auto", "bf16", "fp8"]
+Scheme = Literal["int8", "int4", "fp8", "int8-int4"]
+QatScheme = Literal["int4", "int8-int4"]
 
 
 def _check_amount(text: str) -> str:
@@ -99,11 +101,66 @@ class DataSpec(Spec):
     """Seed of the split. The order of training rows follows `train.seed`."""
 
 
+class QuantizeSpec(Spec):
+    """What linear layers are rounded to, by torchao (extra `quant`). A bare string is `{scheme: ...}`."""
+
+    scheme: Scheme
+    """`int8`, `fp8` (e4m3): weights, a scale per output. `int4`: weights, a scale per group of inputs. `int8-int4`: the
+    same weights, and activations rounded to int8 token by token."""
+    group_size: Literal[32, 64, 128, 256] | None = None
+    """Inputs that share a scale, of int4 weights. Default: 32."""
+
+    @property
+    def inputs_per_scale(self) -> int | None:
+        """None where a whole row shares one."""
+        return (self.group_size or 32) if "int4" in self.scheme else None
+
+    @property
+    def label(self) -> str:
+        """`int4`, `int4-g64`."""
+        return self.scheme + (f"-g{self.group_size}" if self.group_size else "")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> QuantizeSpec:
+        if self.group_size and self.inputs_per_scale is None:
+            raise ValueError(
+                f"group_size is for int4 weights; {self.scheme} has a scale per output, leave it out"
+            )
+        return self
+
+
+def as_quantize_spec(value: str | QuantizeSpec | None) -> QuantizeSpec | None:
+    """The full spec of a scheme given by name or as a spec. 32 inputs a scale are the default, written out or not."""
+    spec = QuantizeSpec.model_validate({"scheme": value}) if isinstance(value, str) else value
+    return spec.model_copy(update={"group_size": None}) if spec and spec.group_size == 32 else spec
+
+
+def _check_qat(qat: str | QuantizeSpec | None) -> None:
+    spec = as_quantize_spec(qat)
+    if spec and "int4" not in spec.scheme:
+        raise ValueError(
+            f"qat is for int4 and int8-int4; {spec.scheme} costs little without it: train plainly, and give an arm "
+            f"of `compare` quantize: {spec.scheme}"
+        )
+
+
 class FullSpec(Spec):
     """Full fine-tuning: every weight, fp32 master copies (none with `train.optimizer: adamw-bf16`)."""
 
     name: Literal["full"]
     """The method."""
+    qat: QatScheme | QuantizeSpec | None = None
+    """Quantisation-aware training: every product sees weights (and activations) rounded as they will ship, gradients
+    pass the rounding straight through. The result is judged quantised."""
+
+    @property
+    def qat_spec(self) -> QuantizeSpec | None:
+        return as_quantize_spec(self.qat)
+
+    @model_validator(mode="after")
+    def _check_scheme(self) -> FullSpec:
+        _check_qat(self.qat)
+        return self
 
 
 class LoraSpec(Spec):
@@ -136,6 +193,8 @@ class LoraSpec(Spec):
     """Quantise the NF4 block scales too."""
     compute: Compute = "auto"
     """What an nf4 base is unpacked to for its products: `auto` is the training precision, `fp8` is checked as above."""
+    qat: QatScheme | QuantizeSpec | None = None
+    """Quantisation-aware training, as for `full`: what is rounded is the base's weight with its adapter folded in."""
 
     @property
     def scaling_alpha(self) -> float:
@@ -146,6 +205,25 @@ class LoraSpec(Spec):
         if self.base == "auto":
             return "nf4" if self.name == "qlora" else "full"
         return self.base
+
+    @property
+    def qat_spec(self) -> QuantizeSpec | None:
+        return as_quantize_spec(self.qat)
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> LoraSpec:
+        _check_qat(self.qat)
+        if self.qat and self.storage != "full":
+            raise ValueError(
+                f"qat rounds the base's own weights together with the adapters, and this base is {self.storage}; "
+                "write `name: lora` without base, or leave qat out"
+            )
+        if self.qat and self.dropout:
+            raise ValueError(
+                "qat folds adapters into the weights, where they have no input of their own to drop from; "
+                "set dropout: 0, or leave qat out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_storage(self) -> LoraSpec:
@@ -295,6 +373,9 @@ class ArmSpec(Spec):
     """Who trains it."""
     rag: bool = False
     """Answer with retrieved examples in the prompt."""
+    quantize: Scheme | QuantizeSpec | None = None
+    """Judge the model with its linear layers quantised, adapters folded in; embeddings and head stay. It shares the
+    training of the same arm without. An arm with `qat` is always judged as it was trained for, and needs none."""
     learning_rate: Annotated[float, Field(gt=0)] | Auto | None = None
     """This arm's learning rate; default: the job's."""
     epochs: Annotated[float, Field(gt=0)] | None = None

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
+from tunesmith.models.memory import count_chunk_rows
 
 # Logits of a chunk in fp32 take at most this much memory: what a core's cache likes, what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
@@ -42,7 +43,7 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
         raise ValueError("a batch without target tokens has no loss")
     hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
     chunk_bytes = model.loss_chunk_bytes or CHUNK_BYTES[hidden_KD.device.type]
-    rows = chunk or max(64, chunk_bytes // (4 * model.config.vocab_size))
+    rows = chunk or count_chunk_rows(model.config.vocab_size, chunk_bytes)
     if model.has_plain_head and model.segments is not None:
         total = _SegmentHeadLoss.apply(
             hidden_KD, model.head_weight, batch.targets_K, rows, model.segments.score_chunk

@@ -68,7 +68,7 @@ def attend_rotated(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int, cap: float = 0.0
 ) -> Tensor:
     """Attention of queries (T, H, d) and keys that are rotated already. k, v: (T, N, d). Returns (T, H * d)."""
-    # Torch's variable-length kernel has no softcap.
+    # benchmarks/attention_choice.py measures which is fastest for what. The variable-length kernel has no softcap.
     if cap or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return attend_plain(q, k, v, layout, scale=scale, window=window, cap=cap)
     size = layout.max_length

@@ -17,7 +17,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,10 +138,12 @@ class Layout:
     @cached_property
     def order_T(self) -> Tensor | None:
         """Flat position -> row of the bucket outputs laid end to end; None where that is the identity."""
+        if len(self.buckets) == 1:
+            return None  # of one bucket, documents and their tokens lie in the order of the stream
         flat_T = torch.cat([bucket.flat_n for bucket in self.buckets])
         order_T = torch.empty_like(flat_T)
         order_T[flat_T] = torch.arange(len(flat_T), device=flat_T.device)
-        return None if len(self.buckets) == 1 and bool((flat_T[1:] > flat_T[:-1]).all()) else order_T
+        return order_T
 
     def fold(self, num_kv_heads: int, groups: int) -> tuple[Fold, Fold]:
         """Folds of a stream of queries, keys and values, N * (G + 2) heads per token, and of its queries alone, N * G.
@@ -187,7 +191,9 @@ class Layout:
         return Fold(into, back, (own != 1).nonzero().flatten(), copies)
 
     def _make_bucket(self, size: int, documents: list[int]) -> Bucket:
-        starts = self.cumulative_N1.tolist()
+        # Counted again on the host: to read `cumulative_N1` would be to wait for a GPU.
+        own = (length - self.shares(number) for number, length in enumerate(self.lengths))
+        starts = list(accumulate(own, initial=0))
         starts_B1 = torch.tensor([starts[document] for document in documents])[:, None]
         lengths_B1 = torch.tensor([self.lengths[document] for document in documents])[:, None]
         shared_B1 = torch.tensor([self.shares(document) for document in documents])[:, None]
@@ -271,20 +277,21 @@ def make_batch(
     Raises ValueError if a row's first token is a target: nothing precedes it.
     """
     num_shared = _count_shared(rows) if share_prefix else 0
-    ids, mask, row = [], [], []
+    ids, mask = [], []
     for number, token_row in enumerate(rows):
         if token_row.mask[0]:
             raise ValueError(
                 f"{token_row.origin.place}: the first token is a target, but nothing precedes it"
             )
         own = slice(num_shared if number else 0, None)
-        ids.extend(token_row.ids[own])
-        mask.extend(token_row.mask[own])
-        row.extend([number] * len(token_row.ids[own]))
-    fillers = _split_filler(-len(ids) % round_tokens)
-    ids.extend([0] * sum(fillers))
-    ids_T = torch.tensor(ids, dtype=torch.int64)
-    places_K = torch.tensor(mask, dtype=torch.uint8).nonzero().flatten()
+        # Through numpy: to go through Python's integers takes a hundred times as long.
+        ids.append(np.asarray(token_row.ids[own], dtype=np.int64))
+        mask.append(np.asarray(token_row.mask[own], dtype=np.uint8))
+    sizes = torch.tensor([len(part) for part in ids])
+    row_T = torch.arange(len(rows)).repeat_interleave(sizes)
+    fillers = _split_filler(-int(sizes.sum()) % round_tokens)
+    ids_T = torch.from_numpy(np.concatenate([*ids, np.zeros(sum(fillers), dtype=np.int64)]))
+    places_K = torch.from_numpy(np.concatenate(mask)).nonzero().flatten()
     return Batch(
         ids_T=send(ids_T, device),
         layout=make_layout(
@@ -295,7 +302,7 @@ def make_batch(
         ),
         sources_K=send(places_K - 1, device),
         targets_K=send(ids_T[places_K], device),
-        row_K=send(torch.tensor(row, dtype=torch.int64)[places_K], device),
+        row_K=send(row_T[places_K], device),
     )
 
 

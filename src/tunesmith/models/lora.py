@@ -179,11 +179,12 @@ def merge(model: CausalLM) -> None:
         for number in range(len(projection.adapters)):
             projection.drop_adapter(number)
     for table in model.tables():
-        _merge_table(table)
+        merge_table(table)
     model.adapter_config = None
 
 
-def _merge_table(table: TokenTable) -> None:
+def merge_table(table: TokenTable) -> None:
+    """Put the table that was trained whole in the base's place."""
     if table.tuned is not None:
         table.weight = nn.Parameter(table.tuned.detach().to(table.weight.dtype), requires_grad=False)
         table.tuned = None

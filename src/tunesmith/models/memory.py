@@ -222,7 +222,7 @@ class MemoryModel:
         states = tokens * self.config.hidden_size * value
         final = self.final_bytes() * tokens
         # 1: the head scores a chunk: logits and their gradient, without a compiler in fp32 again and again.
-        rows = min(tokens, max(64, loss_chunk_bytes // (4 * self.config.vocab_size)))
+        rows = min(tokens, count_chunk_rows(self.config.vocab_size, loss_chunk_bytes))
         chunk = rows * self.config.vocab_size * (2 * value + (0 if self._compiles_head else 16))
         trains_head = not setup.rank or setup.tuned_tables > 0
         head = tables * (4 + value) if trains_head else 0
@@ -248,6 +248,12 @@ class MemoryModel:
     @property
     def _compiles_head(self) -> bool:
         return self.setup.compiled and not self.config.logit_cap
+
+
+def count_chunk_rows(vocab_size: int, chunk_bytes: int) -> int:
+    """Target tokens whose fp32 logits are held at a time. A power of two: equal chunks of a round batch are one shape,
+    for which a compiler compiles once."""
+    return max(64, 1 << (chunk_bytes // (4 * vocab_size)).bit_length() - 1)
 
 
 def _list_linears(config: DecoderConfig, setup: TrainingSetup) -> list[Linear]:

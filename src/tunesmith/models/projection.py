@@ -8,7 +8,7 @@ T: tokens  I: inputs  O: outputs of all parts  R: ranks of all parts together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,17 @@ class PackedWeight(Protocol):
 
     def form(self) -> tuple[PackedTensors, PackedPlan] | None:
         """What `packed.project_packed` needs to be `linear`; None if it is not."""
+        ...
+
+
+class FakeQuantizer(Protocol):
+    """Rounds the operands of a product as a quantised model will (see quantize.py)."""
+
+    def linear(self, x: Tensor, weigh: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        """The product of rounded x (T, I) and rounded weight, differentiable as if neither were rounded.
+
+        weigh: makes the fp32 (O, I) weight; may be called again in backward.
+        """
         ...
 
 
@@ -157,6 +168,7 @@ class Projection(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed: PackedWeight | None = None
+        self.quantizer: FakeQuantizer | None = None
         self.adapters = nn.ModuleList([_NoAdapter() for _ in names])
         self.dropout, self.enabled = 0.0, True
         self._weight_cast, self._bias_cast = MasterCast(), MasterCast()
@@ -200,6 +212,8 @@ class Projection(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self._bias_cast.of(self.bias, self.dtype)
+        if self.quantizer is not None and self.enabled:
+            return self.quantizer.linear(x, self.merged, bias)
         loras = self.loras() if self.enabled else []
         if not loras:
             return self._base_output(x, bias)
@@ -216,8 +230,9 @@ class Projection(nn.Module):
 
     @property
     def has_plain_form(self) -> bool:
-        """Whether `tensors` and `plan` say all there is: no DoRA, and a packed weight that a compiler can read."""
-        readable = self.packed is None or self.packed.form() is not None
+        """Whether `tensors` and `plan` say all there is: no DoRA, nothing rounded in training, and a packed weight that
+        a compiler can read."""
+        readable = self.quantizer is None and (self.packed is None or self.packed.form() is not None)
         return readable and all(lora.magnitude is None for _, _, lora in self.loras())
 
     def plan(self) -> LinearPlan:
@@ -308,17 +323,30 @@ class Projection(nn.Module):
         y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
         return y if bias is None else y + bias
 
+    def merged(self) -> Tensor:
+        """Weight with the adapters folded in, fp32, (O, I); differentiable in what is trained.
+
+        A master counts as what products see of it, and a folder stores: its copy in the compute dtype.
+        """
+        weight = self.packed.dense(torch.float32) if self.packed is not None else self.dense().float()
+        loras = {rows.start: lora for _, rows, lora in self.loras()}
+        if not loras:
+            return weight
+        parts = []
+        for _, rows in self.rows():
+            part, lora = weight[rows], loras.get(rows.start)
+            if lora is not None:
+                part = part + lora.delta()
+                if lora.magnitude is not None:
+                    part = part * (lora.magnitude / part.detach().norm(dim=1))[:, None]
+            parts.append(part)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
     def effective(self) -> Tensor:
-        """Weight with the adapters folded in, fp32, (O, I); detached."""
-        weight = self.packed.dense(torch.float32) if self.packed is not None else self.weight
-        assert weight is not None
-        weight = weight.detach().float().clone()
-        for _, rows, lora in self.loras():
-            part = weight[rows] + lora.delta().detach()
-            if lora.magnitude is not None:
-                part = part * (lora.magnitude.detach() / part.norm(dim=1))[:, None]
-            weight[rows] = part
-        return weight
+        """`merged`, detached, in memory of its own."""
+        merged = self.merged()
+        return merged.clone() if merged is self.weight else merged
 
 
 class _NoAdapter(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
+from tunesmith.training.feed import StepsAhead
 from tunesmith.training.keeper import Keeper
 from tunesmith.training.meter import Meter, reset_peak_bytes
 from tunesmith.training.optim import LossScale
@@ -159,6 +161,7 @@ class _Run:
             self.meter.peak_is_own = reset_peak_bytes(self.meter.device)
 
     def close(self) -> None:
+        self.stepper.feed.close()
         # Whoever judges or saves the model next must not meet active dropout.
         self.model.train(False)
         for tracker in self.trackers:
@@ -171,11 +174,14 @@ class _Run:
     def finish_all_steps(self) -> TrainOutcome:
         if self.state.pending is not None:
             self._finish_step(self.state.pending)
-        steps = self.source.steps_from(self.state.position)
+        steps = StepsAhead(self.source.steps_from(self.state.position))
         self.meter.skip_time()
-        while self.state.step < self.total_steps:
+        left = self.total_steps - self.state.step
+        for number in range(left):
             self._stop_if_asked()
-            self._finish_step(self._take_step(next(steps)))
+            step = steps.read(number)
+            self.stepper.following = partial(steps.read, number + 1) if number + 1 < left else None
+            self._finish_step(self._take_step(step))
         self._stop_if_asked()
         return self._conclude()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from tunesmith.core.errors import TrainingFailed
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_micro_batches
+from tunesmith.training.feed import Feed, MakeBatch
 from tunesmith.training.optim import LossScale, Optimizer, clip_factor
+from tunesmith.training.order import StepRows
 
 _MAX_NAMED_ROWS = 5
 
@@ -34,7 +37,6 @@ class TrainableModel(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
-MakeBatch = Callable[[Sequence[TokenRow], torch.device], Any]
 LossFunction = Callable[[Any, Any], LossSum]
 
 
@@ -84,6 +86,9 @@ class Stepper:
     which are counted before the first backward. How rows are spread over micro-batches therefore changes nothing
     but rounding. `budget_tokens` bounds the tokens of one forward pass; running out of memory halves it and repeats
     the step from the same random state.
+
+    While a micro-batch runs, the next one is made in the background (feed.py). following: reads the step after
+    the one that is taken, in the background; None if there is none or nobody knows.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer, self.scale = model, optimizer, scale
         self.budget_tokens = budget_tokens
+        self.feed = Feed(make_batch, device)
+        self.following: Callable[[], StepRows] | None = None
         self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
 
     def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
@@ -151,7 +158,7 @@ class Stepper:
             plan = plan_micro_batches(lengths, budget_tokens=self.budget_tokens)
             outcome = self._run_micro_batches(rows, plan, num_targets)
             if isinstance(outcome, Tensor):
-                # The one place where the host waits for the device.
+                # The one place where the host waits for the device: what is not finite must not reach the weights.
                 loss_sum, norm = torch.stack([outcome, self.optimizer.gradient_norm().double()]).tolist()
                 return loss_sum, norm
             self.optimizer.clear_gradients()
@@ -175,9 +182,11 @@ class Stepper:
     ) -> Tensor | int:
         """The step's loss sum, a float64 scalar on the device; or the number of the micro-batch that didn't fit."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        for index, numbers in enumerate(plan):
+        groups = [[rows[number] for number in numbers] for numbers in plan]
+        for index, group in enumerate(groups):
             try:
-                batch = self._make_batch([rows[number] for number in numbers], self._device)
+                batch = self.feed.take(group)
+                self.feed.begin(partial(self._choose_next, groups, index + 1))
                 total = self._loss(self.model, batch).total
                 (total * (self.scale.value / num_targets)).backward()
             except (MemoryError, RuntimeError) as error:
@@ -187,6 +196,16 @@ class Stepper:
                 return index
             loss_sum += total.detach()
         return loss_sum
+
+    def _choose_next(self, groups: Sequence[Sequence[TokenRow]], index: int) -> Sequence[TokenRow] | None:
+        """The step's micro-batch of that number; after its last, the first of the step that follows."""
+        if index < len(groups):
+            return groups[index]
+        if self.following is None:
+            return None
+        trained = [row for row in self.following().rows if count_targets(row)]
+        plan = plan_micro_batches([len(row.ids) for row in trained], budget_tokens=self.budget_tokens)
+        return [trained[number] for number in plan[0]] if plan else None
 
     def _explain_non_finite(
         self, rows: Sequence[TokenRow], *, step: int, loss: float, norm: float

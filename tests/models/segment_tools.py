@@ -1,0 +1,57 @@
+"""What tests of segments.py and of the compiler share: a small model, its loss and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import make_rows, relative_error
+
+from tunesmith.job.spec import LoraSpec
+from tunesmith.methods.sft import sft_loss
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.layout import make_batch
+from tunesmith.models.load import load_model
+from tunesmith.models.lora import add_lora
+
+ROWS = [20, 7, 33, 64]
+
+
+def open_model(folder: Path, *, rank: int = 0, targets: Any = "all-linear", **options: Any) -> Decoder:
+    """A decoder in training mode: adapters that are not zero, or all weights (rank 0)."""
+    model = load_model(folder, trainable=not rank, **options)
+    assert isinstance(model, Decoder)
+    if rank:
+        spec = LoraSpec(name="lora", rank=rank, targets=targets)
+        add_lora(model, spec, seed=0)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.train()
+    return model
+
+
+def compute_loss(
+    model: Decoder, lengths: Sequence[int] = ROWS, *, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The loss and every gradient."""
+    total = sft_loss(model, make_batch(make_rows(list(lengths)), device=device)).total
+    total.backward()
+    found = {"loss": total.detach()}
+    for name, parameter in model.named_trainable():
+        assert parameter.grad is not None, name
+        found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert relative_error(tensor, expected[name]) < bound, name
+
+
+def relative_errors(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[float]:
+    return [float(relative_error(f, w)) for f, w in zip(found, wanted, strict=True)]
