@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["check", "compare", "evaluate", "generate", "job_from", "load_job", "preview", "train"]
+__all__ = ["check", "compare", "evaluate", "generate", "job_from", "load_job", "plan", "preview", "train"]
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, compare, evaluate, generate, job_from, load_job, preview, train
+    from tunesmith.api import check, compare, evaluate, generate, job_from, load_job, plan, preview, train
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.api.devices import _repays
+from tunesmith.api.devices import _count_tokens, compiles
 from tunesmith.core.bundled import bundled_path
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.tokenizer import load_tokenizer
@@ -37,4 +37,5 @@ def test_only_long_trainings_are_compiled(tmp_path: Path, train: dict[str, Any],
     prepared = prepare_data(
         job, tokenizer=load_tokenizer(folder), folder=tmp_path / "out", on_bad_row="refuse"
     )
-    assert _repays(load_model(folder), job, prepared) is expected
+    values = sum(p.in_features * p.out_features for p in load_model(folder).projections())
+    assert compiles(job, values, _count_tokens(job, prepared)) is expected

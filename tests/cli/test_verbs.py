@@ -168,3 +168,17 @@ def test_tasks_without_lm_eval_say_what_to_install(folder: Path) -> None:
     assert run.stderr == (
         "error: lm-eval: is not installed; its tasks need the extra. Run: pip install 'tunesmith[lm-eval]'\n"
     )
+
+
+def test_plan_prints_a_row_for_each_method(folder: Path) -> None:
+    done = tunesmith("plan", "job.yaml", "--device", "rtx3090", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "RTX 3090, 23.6 GiB; 2 steps" in done.stdout
+    for name in ("lora", "full", "qlora", "5 keep"):
+        assert name in done.stdout
+    told = json.loads(tunesmith("plan", "job.yaml", "--memory", "4GiB", "--json", cwd=folder).stdout)
+    assert told["limit_bytes"] == 4 * 2**30
+    assert {method["name"] for method in told["methods"]} == {"lora", "full", "qlora"}
+    wrong = tunesmith("plan", "job.yaml", "--memory", "4", cwd=folder)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1

@@ -107,11 +107,11 @@ def test_a_row_that_cannot_be_read_fails_its_own_step_and_is_named(tmp_path, ahe
     seen: list[int] = []
     source = Torn(make_rows(22), batch_rows=4, seed=0)
     with pytest.raises(DataError, match=r"train.jsonl:17: is not JSON"):
-        run_torn(tmp_path, source, lambda progress: seen.append(progress.step))
+        run_source(tmp_path, source, lambda progress: seen.append(progress.step))
     assert seen == [1, 2, 3]
 
 
-def run_torn(root: Path, source: EpochOrder, on_step) -> None:
+def run_source(root: Path, source: EpochOrder, on_step) -> None:
     from tunesmith.training.loop import train
 
     run_dir = RunDir(root).create()
@@ -132,20 +132,37 @@ def test_a_batch_that_cannot_be_made_fails_in_the_main_thread_and_names_its_row(
     assert any(entry.name == "_run_micro_batches" for entry in caught.traceback)
 
 
-def test_nothing_is_read_beyond_the_last_step():
+def make_steps(read: list[int]) -> Iterator[StepRows]:
+    for number in range(100):
+        read.append(number)
+        yield StepRows(rows=make_rows(2), epoch=0.0, ends_epoch=False, position={"row": number})
+
+
+def test_a_step_that_was_read_ahead_is_the_step_that_is_taken():
     read: list[int] = []
-
-    def steps() -> Iterator[StepRows]:
-        for number in range(100):
-            read.append(number)
-            yield StepRows(rows=make_rows(2), epoch=0.0, ends_epoch=False, position={"row": number})
-
-    ahead = StepsAhead(steps(), count=3)
+    ahead = StepsAhead(make_steps(read))
     for number in range(3):
-        ahead.peek()
-        assert ahead.take().position == {"row": number}
-    assert ahead.peek() is None
-    assert read == [0, 1, 2]
+        assert ahead.read(number).position == {"row": number}
+        assert ahead.read(number + 1).position == {"row": number + 1}
+        # A background thread that comes late meets a step that has been taken already.
+        assert ahead.read(number).position == {"row": number}
+    assert read == [0, 1, 2, 3]
+
+
+def test_nothing_is_read_beyond_the_last_step(tmp_path, monkeypatch, ahead):
+    taken: list[int] = []
+
+    class Counted(EpochOrder):
+        def steps_from(self, position):
+            for step in super().steps_from(position):
+                taken.append(len(taken))
+                yield step
+
+    steps: list[int] = []
+    run_source(
+        tmp_path, Counted(make_rows(22), batch_rows=4, seed=0), lambda progress: steps.append(progress.step)
+    )
+    assert len(taken) == len(steps)
 
 
 def test_a_batch_begun_of_other_rows_is_not_used():

@@ -76,8 +76,8 @@ def set_up_segments(model: CausalLM, job: Job, prepared: Prepared, device: torch
     from tunesmith.models.segments import Segments
 
     if device.type == "cuda" and isinstance(model, Decoder):
-        wanted = job.train.compile
-        model.segments = Segments(compiled=_repays(model, job, prepared) if wanted == "auto" else wanted)
+        values = sum(projection.out_features * projection.in_features for projection in model.projections())
+        model.segments = Segments(compiled=compiles(job, values, _count_tokens(job, prepared)))
         # Weights that adapters are joined to are laid out anew, each a little larger: what they leave behind fits none.
         for projection in model.projections():
             if projection.has_plain_form:
@@ -85,15 +85,21 @@ def set_up_segments(model: CausalLM, job: Job, prepared: Prepared, device: torch
         torch.cuda.empty_cache()
 
 
-def _repays(model: CausalLM, job: Job, prepared: Prepared) -> bool:
-    """Whether training takes so long that what compiled blocks save is more than compiling costs."""
+def compiles(job: Job, num_values: int, num_tokens: float) -> bool:
+    """Whether blocks are compiled on a GPU: as the job says, or if training takes so long that it repays.
+
+    num_values: of the blocks' matrices. num_tokens: of all steps.
+    """
+    if job.train.compile != "auto":
+        return job.train.compile
+    return 6 * num_values * num_tokens > COMPILE_FROM_FLOPS
+
+
+def _count_tokens(job: Job, prepared: Prepared) -> float:
     if job.data.streaming:
-        num_tokens = (job.train.steps or 0) * job.train.batch_rows * job.data.max_tokens / 2
-    else:
-        lengths = prepared.rows("train").lengths
-        share = job.train.epochs
-        if job.train.steps is not None:
-            share = job.train.steps * job.train.batch_rows / max(1, len(lengths))
-        num_tokens = share * sum(lengths)
-    parameters = sum(projection.out_features * projection.in_features for projection in model.projections())
-    return 6 * parameters * num_tokens > COMPILE_FROM_FLOPS
+        return (job.train.steps or 0) * job.train.batch_rows * job.data.max_tokens / 2
+    lengths = prepared.rows("train").lengths
+    share = job.train.epochs
+    if job.train.steps is not None:
+        share = job.train.steps * job.train.batch_rows / max(1, len(lengths))
+    return share * sum(lengths)

@@ -159,8 +159,8 @@ def prepare(
 def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     """Carry out one training in this process and write its record."""
     from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, set_up_segments
+    from tunesmith.api.planning import make_planner
     from tunesmith.methods.sft import sft_loss
-    from tunesmith.models.layout import make_batch
     from tunesmith.models.sizes import count_parameters
     from tunesmith.training.loop import train as run_loop
 
@@ -186,6 +186,10 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     if fp8_check:
         fp8_check.tell(label=task.label, on_event=on_event)
     set_up_segments(model, job, prepared, device)
+    planner, warning = make_planner(model, job, training_lengths(job, prepared), device)
+    if warning:
+        warnings.append(warning)
+        on_event(Event("warning", task.label, text=warning))
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = _fingerprint(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
@@ -194,9 +198,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         _training_rows(job, rejects, prepared, tokenizer),
         job.train.model_copy(update={"learning_rate": rate}),
         run,
-        make_batch=lambda rows, where: make_batch(
-            rows, device=where, round_tokens=ROUND_TOKENS, share_prefix=shares_prefix(job, where)
-        ),
+        make_batch=make_training_batch(job, device),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
         on_step=_report_steps(task.label, on_event),
@@ -206,6 +208,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             "method": job.model_dump(mode="json")["method"],
             **{k: v for k, v in fingerprints.items() if k != "code"},
         },
+        planner=planner,
     )
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{skipped} bad rows of the stream were skipped ({run.stream_rejects.name} holds them)"
@@ -236,6 +239,22 @@ def shares_prefix(job: Job, device: torch.device) -> bool:
     """Whether what all rows of a step begin with is computed once. Dropout draws anew for every row."""
     method = job.method_spec
     return device.type == "cpu" and not (isinstance(method, LoraSpec) and method.dropout)
+
+
+def make_training_batch(job: Job, device: torch.device) -> Any:
+    """(rows, device) -> batch, as the job trains it."""
+    from tunesmith.models.layout import make_batch
+
+    share = shares_prefix(job, device)
+    return lambda rows, where: make_batch(rows, device=where, round_tokens=ROUND_TOKENS, share_prefix=share)
+
+
+def training_lengths(job: Job, prepared: Prepared) -> Sequence[int]:
+    """Tokens of every training row. Those of a stream are not known: a typical step with one row of the longest."""
+    if not job.data.streaming:
+        return prepared.rows("train").lengths
+    longest = job.data.max_tokens
+    return [longest, *[max(1, longest // 2)] * (job.train.batch_rows - 1)]
 
 
 def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:

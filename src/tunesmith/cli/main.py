@@ -111,6 +111,39 @@ def preview(
 
 
 @app.command()
+def plan(
+    job_file: JobFile,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Load the model and take two micro-steps to correct the job's row."),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Plan for a card that is not here: h200, a100, rtx4090 ...")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="24GiB", help="Memory of that card.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    on_bad_row: OnBadRow = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Predict peak memory and time of each method without training."""
+    from tunesmith import api
+    from tunesmith.cli import show
+    from tunesmith.cli.progress import watch
+
+    job = api.load_job(job_file, overrides)
+    with watch() as on_event:
+        planned = api.plan(
+            job, probe=probe, device=device, memory=memory, on_bad_row=on_bad_row, on_event=on_event
+        )
+    if as_json:
+        _print_json(planned.to_json())
+    else:
+        show.print_plan(planned)
+
+
+@app.command()
 def train(
     job_file: JobFile,
     out: OutDir,

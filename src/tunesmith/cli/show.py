@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -13,11 +13,14 @@ from rich.text import Text
 
 from tunesmith.cli.console import open_console, style_text
 from tunesmith.core.comparison import Cell, Comparison
-from tunesmith.core.quantities import format_bytes, format_count, format_seconds
+from tunesmith.core.quantities import format_bytes, format_count, format_gib, format_seconds
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.checks import CheckReport, SplitFacts
 from tunesmith.data.preview import RowPreview
+
+if TYPE_CHECKING:
+    from tunesmith.api.planning import Planned
 
 TONES = {"better": "green", "best": "bold green", "worse": "red", "muted": "dim"}
 
@@ -172,6 +175,48 @@ _OVERLAP_ROWS = (
 def _overlap(report: CheckReport, split: str, key: str) -> str:
     found = report.overlap.get(split)
     return "" if found is None else f"{getattr(found, key):,}" if getattr(found, key) else "–"
+
+
+def print_plan(planned: Planned) -> None:
+    """A row for each method: what it takes, of what that consists, and what is done to stay within the limit."""
+    console = open_console()
+    facts = f"{planned.steps:,} steps, {format_count(planned.total_tokens)} tokens"
+    blocks = (
+        "" if planned.card == "CPU" else ", compiled blocks" if planned.compiled else ", blocks not compiled"
+    )
+    console.print(style_text(f"{planned.card}, {format_gib(planned.limit_bytes)}; {facts}{blocks}"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method")
+    for title in ("peak\nGiB", "weights\nGiB", "states\nGiB", "step\nGiB", "tokens\na pass"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("blocks", min_width=12)
+    for title in ("ms per\n1k tokens", "training"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for method in planned.methods:
+        plan = method.plan
+        parts = plan.parts
+        split = [parts.get("weights"), parts.get("optimizer"), parts["step"]]
+        if "weights and optimizer" in parts:
+            split[0] = parts["weights and optimizer"]
+        timed = method.seconds is not None
+        table.add_row(
+            style_text((method.name, "bold" if method.is_own else "")),
+            style_text((_gib(plan.peak_bytes), "" if plan.fits else "red")),
+            *("–" if part is None else _gib(part) for part in split),
+            f"{plan.budget_tokens:,}",
+            plan.describe_levels() if plan.fits else f"{plan.describe_levels()}: does not fit",
+            f"{1000 * plan.seconds_per_1k:.3g}" if timed else "–",
+            format_seconds(method.seconds or 0),
+        )
+    console.print(table)
+    for method in planned.methods:
+        if probe := method.plan.probe:
+            measured = format_gib(probe["peak_bytes"])
+            console.print(style_text(f"probe of {method.name}: {measured} with {probe['tokens']:,} tokens"))
+
+
+def _gib(num_bytes: int) -> str:
+    return format_gib(num_bytes).removesuffix(" GiB")
 
 
 _PIECES = {"trained": "black on green", "stop": "bold white on blue", "masked": "dim"}

@@ -3,6 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
+
+_UNITS = {
+    unit: base**power
+    for base, infix in ((1000, ""), (1024, "i"))
+    for power, unit in (
+        (1, f"k{infix}B".replace("ki", "Ki")),
+        (2, f"M{infix}B"),
+        (3, f"G{infix}B"),
+        (4, f"T{infix}B"),
+    )
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`19.7GiB`, `800 MB` -> bytes. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([kKMGT]i?B)", text.strip())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise ValueError(f"{text!r} is no amount of memory; write a number and {', '.join(_UNITS)}: 19.7GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def format_gib(num_bytes: float) -> str:
+    """`19.7 GiB`, as cards are sold and limits are written."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes < 10 * 2**30 else f"{num_bytes / 2**30:.1f} GiB"
 
 
 def format_bytes(num_bytes: float) -> str:

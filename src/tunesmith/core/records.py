@@ -117,6 +117,9 @@ class RunRecord(_Record):
     versions:     python, torch, tunesmith ...; hardware: cpu, cores, threads, gpu.
     fp8_check:    with products in fp8, the base's loss on the first step's rows: `reference_loss` without and
                   `fp8_loss` with fp8, nats per target token, and the relative `difference`.
+    micro_batch_tokens: most tokens of a forward pass, as the run ended.
+    memory_plan:  on a GPU, what was kept of each block and why: `budget_tokens`, `levels`, `limit_bytes`, predicted
+                  `parts` and `peak_bytes`, and the `probe` that corrected them.
     """
 
     status: str
@@ -141,4 +144,6 @@ class RunRecord(_Record):
     best_step: int | None = None
     validation_loss: float | None = None
     fp8_check: dict[str, float] | None = None
+    micro_batch_tokens: int = 0
+    memory_plan: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list[str])

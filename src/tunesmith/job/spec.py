@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+from tunesmith.core.quantities import parse_bytes
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -17,6 +28,15 @@ Storage = Literal["full", "int8", "nf4", "fp8"]
 Compute = Literal["auto", "bf16", "fp8"]
 Scheme = Literal["int8", "int4", "fp8", "int8-int4"]
 QatScheme = Literal["int4", "int8-int4"]
+
+
+def _check_amount(text: str) -> str:
+    if text != "auto":
+        parse_bytes(text)
+    return text
+
+
+MemoryAmount = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string"})]
 
 
 class Spec(BaseModel):
@@ -245,7 +265,10 @@ class TrainSpec(Spec):
     batch_rows: PositiveInt = 16
     """Rows per optimizer step: the quantity every framework can express."""
     micro_batch_tokens: PositiveInt | Auto = "auto"
-    """Tokens per forward pass. Never changes the result, only speed and memory."""
+    """Tokens per forward pass; `auto` leaves it to the memory planner. Changes speed and memory, never the result."""
+    memory_limit: MemoryAmount = "auto"
+    """GPU memory that training stays within, as in `19.7GiB`; `auto` is what the card has free. What is kept of each
+    block for the backward pass, and what is computed again, follows from it: see `tunesmith plan`."""
     learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Peak learning rate; `auto` follows the model's width and the method."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
+from tunesmith.models.memory import count_chunk_rows
 
 # Logits of a chunk in fp32 take at most this much memory: what a core's cache likes, what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
@@ -41,7 +42,8 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no loss")
     hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
-    rows = chunk or _chunk_rows(model.config.vocab_size, hidden_KD.device.type)
+    chunk_bytes = model.loss_chunk_bytes or CHUNK_BYTES[hidden_KD.device.type]
+    rows = chunk or count_chunk_rows(model.config.vocab_size, chunk_bytes)
     if model.has_plain_head and model.segments is not None:
         total = _SegmentHeadLoss.apply(
             hidden_KD, model.head_weight, batch.targets_K, rows, model.segments.score_chunk
@@ -54,11 +56,6 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
         for hidden_CD, targets_C in zip(kept_KD.split(rows), batch.targets_K.split(rows), strict=True):
             total = total + checkpoint(_chunk_loss, model, hidden_CD, targets_C, use_reentrant=False)
     return LossSum(total, batch.num_targets)
-
-
-def _chunk_rows(vocab_size: int, device_type: str) -> int:
-    """A power of two: equal chunks of a round batch are one shape, for which a compiler compiles once."""
-    return max(64, 1 << (CHUNK_BYTES[device_type] // (4 * vocab_size)).bit_length() - 1)
 
 
 def _round_up(sources_K: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class CausalLM(nn.Module, ABC):
     untied_head: TokenTable | None
     # How a GPU trains an own decoder; None on a CPU, which has passes of its own, and for the fallback.
     segments: Segments | None = None
+    # Bytes of a chunk of fp32 logits in the loss; None: what suits the device.
+    loss_chunk_bytes: int | None = None
 
     # What an adapter folder must say about how the adapter was made; set by lora.add_lora.
     adapter_config: AdapterConfig | None = None

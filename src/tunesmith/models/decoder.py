@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.attention import attend, attend_rotated, cap_scores
 from tunesmith.models.cache import CacheView, LayerCache, Session, SharedPrefix
@@ -28,8 +27,10 @@ from tunesmith.models.elementwise import (
     rotate,
 )
 from tunesmith.models.layout import Layout
+from tunesmith.models.memory import Level
 from tunesmith.models.projection import MasterCast, Projection
-from tunesmith.models.segments import BlockPlan, FinishTensors, HeadsTensors, Segments
+from tunesmith.models.recompute import HostStore, recompute
+from tunesmith.models.segments import BlockFunctions, BlockPlan, FinishTensors, HeadsTensors
 
 
 class Norm(nn.Module):
@@ -124,8 +125,19 @@ class Block(nn.Module):
     def has_plain_form(self) -> bool:
         return all(part.has_plain_form for part in (self.qkv, self.out, self.gate_up, self.down))
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass draws random numbers."""
+        return self.training and any(part.dropout for part in (self.qkv, self.out, self.gate_up, self.down))
+
     def run(
-        self, segments: Segments, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep_K: Tensor | None
+        self,
+        functions: BlockFunctions,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        keep_K: Tensor | None,
     ) -> Tensor:
         """`forward` through functions that a compiler can have."""
 
@@ -143,7 +155,7 @@ class Block(nn.Module):
         heads = HeadsTensors(
             self.norm_in.tensor(), tensor(self.norm_q), tensor(self.norm_k), self.qkv.tensors()
         )
-        q, k, v = segments.make_heads(x, cos, sin, heads, plan)
+        q, k, v = functions.make_heads(x, cos, sin, heads, plan)
         attended = attend_rotated(q, k, v, layout, scale=self.scale, window=self.window, cap=self.cap)
         rest = FinishTensors(
             tensor(self.norm_out),
@@ -152,8 +164,8 @@ class Block(nn.Module):
             *(part.tensors() for part in (self.out, self.gate_up, self.down)),
         )
         if keep_K is None:
-            return segments.finish(x, attended, rest, plan)
-        return segments.finish_kept(x.index_select(0, keep_K), attended.index_select(0, keep_K), rest, plan)
+            return functions.finish(x, attended, rest, plan)
+        return functions.finish_kept(x.index_select(0, keep_K), attended.index_select(0, keep_K), rest, plan)
 
     def step(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, view: CacheView, keep_K: Tensor | None
@@ -230,8 +242,8 @@ class Decoder(CausalLM):
         # Rounded as the embeddings are, or a bf16 model would not be the one that was trained.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._prefix: tuple[tuple[int, ...], SharedPrefix] | None = None
-        # Of so many blocks, counted from the first, training keeps the input only and computes the rest again.
-        self.num_recomputed = 0
+        # What training keeps of each block for its backward pass.
+        self.levels: tuple[Level, ...] = ("keep",) * config.num_layers
 
     def hidden(self, ids_T: Tensor, layout: Layout, keep_K: Tensor | None = None) -> Tensor:
         x, rotations = self._begin(ids_T, layout.positions_T)
@@ -239,13 +251,18 @@ class Decoder(CausalLM):
         segments = self.segments if torch.is_grad_enabled() and self.has_plain_form else None
         if segments is not None and not x.requires_grad:
             x.requires_grad_()  # the first block is then like the others, and needs no graph of its own
+        levels = self.levels if torch.is_grad_enabled() else ("keep",) * len(self.layers)
+        store = HostStore() if "offload" in levels else None
         for number, (block, rope) in enumerate(zip(self.layers, self.rope_of, strict=True)):
-            kept = keep_K if number == last else None
             assert isinstance(block, Block)
-            run = block if segments is None else partial(block.run, segments)
-            if number < self.num_recomputed and torch.is_grad_enabled():
-                run = partial(checkpoint, run, use_reentrant=False)
-            x = run(x, *rotations[rope], layout, kept)
+            level, run = levels[number], block
+            if segments is not None:
+                run = partial(block.run, segments.cheap if level == "cheap" else segments.keep)
+            rest = (*rotations[rope], layout, keep_K if number == last else None)
+            if level == "keep" or (level == "cheap" and segments is not None):
+                x = run(x, *rest)
+            else:
+                x = recompute(run, x, *rest, store=store if level == "offload" else None, random=block.draws)
         return self.norm(x)
 
     @property

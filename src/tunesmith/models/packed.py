@@ -152,8 +152,9 @@ def _keep_packed(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> Any:
-    grad = _packed_linear_gradient(grad, ctx.kind, list(ctx.saved_tensors), ctx.sizes, ctx.inputs)
-    return grad, None, [None] * len(ctx.saved_tensors), None
+    tensors = list(ctx.saved_tensors)  # read once: a checkpoint gives them out once
+    grad = _packed_linear_gradient(grad, ctx.kind, tensors, ctx.sizes, ctx.inputs)
+    return grad, None, [None] * len(tensors), None
 
 
 _packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)

@@ -9,12 +9,15 @@ T: tokens  I, O: inputs and outputs of a projection  R: ranks of its adapters to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.elementwise import gate_plain, norm_rms_plain, rotate_plain
 from tunesmith.models.packed import PackedTensors, project_packed
@@ -115,31 +118,78 @@ def _lay_out_b(tensors: LinearTensors, plan: LinearPlan, dtype: torch.dtype) -> 
     return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(dtype)
 
 
+# How a segment makes what lies between two products: (function, *inputs), a context that gives the output. What is
+# computed inside the context reads that output.
+MakeElementwise = Callable[..., Any]
+
+
+def make_and_keep(function: Callable[..., Tensor], *inputs: Tensor) -> Any:
+    """Autograd keeps for the backward pass what it likes."""
+    return nullcontext(function(*inputs))
+
+
+@contextmanager
+def make_again(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
+    """Autograd keeps the inputs; the output, and what the function saves, is made again in the backward pass."""
+    output = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(output, Tensor)
+    place, shape = output.data_ptr(), output.shape  # the output itself must not outlive the context
+
+    def again() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if (tensor.data_ptr(), tensor.shape) == (place, shape) else tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: again() if kept is None else kept):
+        yield output
+
+
 def make_heads(
-    x: Tensor, cos: Tensor, sin: Tensor, tensors: HeadsTensors, plan: BlockPlan
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    tensors: HeadsTensors,
+    plan: BlockPlan,
+    make: MakeElementwise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries (T, H, d), rotated keys and values (T, N, d) of hidden states (T, D)."""
-    qkv = project(norm_rms_plain(x, tensors.norm_in, plan.eps, plan.offset), tensors.qkv, plan.qkv)
+    make = make or make_and_keep
+    norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
+    with make(norm, x, tensors.norm_in) as normed:
+        qkv = project(normed, tensors.qkv, plan.qkv)
     heads = qkv.unflatten(1, (plan.num_heads + 2 * plan.num_kv_heads, -1))
     q, k, v = heads.split((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), 1)
     if tensors.norm_q is not None and tensors.norm_k is not None:
-        q = norm_rms_plain(q, tensors.norm_q, plan.eps, plan.offset)
-        k = norm_rms_plain(k, tensors.norm_k, plan.eps, plan.offset)
-    return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin), v
+        with make(norm, q, tensors.norm_q) as q, make(norm, k, tensors.norm_k) as k:
+            pass
+    # Values that were a window into all heads would keep all of them until the backward pass.
+    return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin), v.contiguous()
 
 
-def finish(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: BlockPlan) -> Tensor:
+def finish(
+    x: Tensor,
+    attended: Tensor,
+    tensors: FinishTensors,
+    plan: BlockPlan,
+    make: MakeElementwise | None = None,
+) -> Tensor:
     """The block's output (T, D) from its input and the attention's output (T, H * d)."""
+    make = make or make_and_keep
+    norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
     added = project(attended, tensors.out, plan.out)
     if tensors.norm_out is not None:
-        added = norm_rms_plain(added, tensors.norm_out, plan.eps, plan.offset)
+        with make(norm, added, tensors.norm_out) as added:
+            pass
     x = x + added
-    opened = project(
-        norm_rms_plain(x, tensors.norm_mlp, plan.eps, plan.offset), tensors.gate_up, plan.gate_up
-    )
-    added = project(gate_plain(opened, plan.gate), tensors.down, plan.down)
+    with make(norm, x, tensors.norm_mlp) as normed:
+        opened = project(normed, tensors.gate_up, plan.gate_up)
+    with make(partial(gate_plain, kind=plan.gate), opened) as gated:
+        added = project(gated, tensors.down, plan.down)
     if tensors.norm_down is not None:
-        added = norm_rms_plain(added, tensors.norm_down, plan.eps, plan.offset)
+        with make(norm, added, tensors.norm_down) as added:
+            pass
     return x + added
 
 
@@ -161,16 +211,64 @@ def score_chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tupl
     return loss, grad.to(hidden_CD.dtype)
 
 
+# A compiler finds a function by its code: what it shall compile in another way is a function of its own.
+def make_heads_again(
+    x: Tensor, cos: Tensor, sin: Tensor, tensors: HeadsTensors, plan: BlockPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`make_heads`, compiled to keep products only."""
+    return make_heads(x, cos, sin, tensors, plan)
+
+
+def finish_again(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: BlockPlan) -> Tensor:
+    """`finish`, compiled to keep products only."""
+    return finish(x, attended, tensors, plan)
+
+
+def finish_kept_again(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: BlockPlan) -> Tensor:
+    """`finish_kept`, compiled to keep products only."""
+    return finish(x, attended, tensors, plan)
+
+
+class BlockFunctions(NamedTuple):
+    """The functions of a block that keep the same."""
+
+    make_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    finish: Callable[..., Tensor]
+    finish_kept: Callable[..., Tensor]
+
+
 class Segments:
-    """The functions of a block and of the head, plain or compiled."""
+    """The functions of a block and of the head, plain or compiled.
+
+    keep:  for the backward pass everything is kept that it needs.
+    cheap: products and attention are kept; norms and gates are computed again, with the same values.
+    """
 
     def __init__(self, *, compiled: bool) -> None:
         self.is_compiled = compiled
-        wrap: Callable[[Any], Any] = _compile if compiled else lambda function: function
-        self.make_heads = wrap(make_heads)
-        self.finish = wrap(finish)
-        self.finish_kept = wrap(finish_kept)
-        self.score_chunk = wrap(score_chunk)
+        if compiled:
+            self.keep = BlockFunctions(_compile(make_heads), _compile(finish), _compile(finish_kept))
+            self.cheap = BlockFunctions(
+                _compile_lean(make_heads_again), _compile_lean(finish_again), _compile_lean(finish_kept_again)
+            )
+        else:
+            again = partial(finish, make=make_again)
+            self.keep = BlockFunctions(make_heads, finish, finish_kept)
+            self.cheap = BlockFunctions(partial(make_heads, make=make_again), again, again)
+        self.score_chunk = _compile(score_chunk) if compiled else score_chunk
+
+
+def _compile_lean(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled so that what feeds a product is made again in the backward pass, which its kernels read anyway."""
+    compiled = _compile(function)
+
+    def call(*arguments: Any) -> Any:
+        import torch._functorch.config as partitioning
+
+        with partitioning.patch(ban_recompute_materialized_backward=False):
+            return compiled(*arguments)
+
+    return call
 
 
 def _compile(function: Any) -> Any:

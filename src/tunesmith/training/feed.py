@@ -8,6 +8,7 @@ fails ahead of time fails again where it is asked for, in the main thread.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,37 +23,30 @@ Begun = tuple[Sequence[TokenRow], Any]
 
 
 class StepsAhead:
-    """The next `count` steps of a source, of which one may be read before its turn, by whichever thread comes first.
+    """The steps of a source by number, of which the next one may be read before its turn, by any thread.
 
     A step's position travels with it, so reading ahead moves nothing that a checkpoint keeps.
     """
 
-    def __init__(self, steps: Iterator[StepRows], *, count: int) -> None:
-        self._steps, self._left = steps, count
+    def __init__(self, steps: Iterator[StepRows]) -> None:
+        self._steps, self._num_read = steps, 0
         self._lock = threading.Lock()
-        self._read: StepRows | None = None
+        self._latest: deque[StepRows] = deque(maxlen=2)
         self._error: Exception | None = None
 
-    def peek(self) -> StepRows | None:
-        """The step that comes next; None after the last. Raises what reading it raises, every time."""
+    def read(self, number: int) -> StepRows:
+        """Step `number`, from 0: one of the two read last, or the next. Raises what reading it raises, every time."""
         with self._lock:
-            if self._error is not None:
-                raise self._error
-            if self._read is None and self._left:
+            if number == self._num_read:
+                if self._error is not None:
+                    raise self._error
                 try:
-                    self._read = next(self._steps)
+                    self._latest.append(next(self._steps))
                 except Exception as error:
                     self._error = error
                     raise
-                self._left -= 1
-            return self._read
-
-    def take(self) -> StepRows:
-        """The step that comes next, for good. There must be one."""
-        step = self.peek()
-        assert step is not None
-        self._read = None
-        return step
+                self._num_read += 1
+            return self._latest[number - self._num_read]
 
 
 class Feed:

@@ -18,6 +18,7 @@ from tunesmith.training.checkpoint import (
     write_checkpoint,
 )
 from tunesmith.training.meter import Meter
+from tunesmith.training.planner import MemoryPlan
 from tunesmith.training.state import (
     TrainState,
     describe_environment,
@@ -48,6 +49,7 @@ class Keeper:
         self.identity, self._environment = identity, describe_environment(device)
         self.continued_from: int | None = None
         self.saved_step: int | None = None
+        self.plan: MemoryPlan | None = None
 
     def open(self, *, resume: bool) -> TrainState:
         """The state to go on from, with weights, optimizer and random state put back; a fresh one if there is none.
@@ -84,11 +86,18 @@ class Keeper:
         return state
 
     def _continue_micro_batches(self, state: TrainState, stored: Mapping[str, Any]) -> None:
-        if stored["asked"] == self._spec.micro_batch_tokens:
-            # The schedule of micro-batches is part of the bits: one halved by lack of memory stays halved.
-            self._stepper.budget_tokens = stored["budget_tokens"]
-        else:
-            state.warn(f"train.micro_batch_tokens changed after step {state.step}: equal to rounding only")
+        asked = self._describe_asked()
+        if changed := [key for key, value in asked.items() if stored["asked"].get(key) != value]:
+            state.warn(f"train.{changed[0]} changed after step {state.step}: equal to rounding only")
+            return
+        # The schedule of micro-batches is part of the bits: one halved by lack of memory stays halved. So is what a
+        # compiler made of what each block keeps.
+        self._stepper.budget_tokens = stored["budget_tokens"]
+        self.plan = None if stored["plan"] is None else MemoryPlan.from_json(stored["plan"])
+
+    def _describe_asked(self) -> dict[str, int | str]:
+        spec = self._spec
+        return {"micro_batch_tokens": spec.micro_batch_tokens, "memory_limit": spec.memory_limit}
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, then delete those beyond `train.keep_checkpoints`."""
@@ -96,11 +105,14 @@ class Keeper:
         described = pack_state(
             state,
             scale=self._stepper.scale,
-            budget_tokens=self._stepper.budget_tokens,
+            micro_batches={
+                "asked": self._describe_asked(),
+                "budget_tokens": self._stepper.budget_tokens,
+                "plan": None if self.plan is None else self.plan.to_json(),
+            },
             totals=self._meter.totals(),
             identity=self.identity,
             environment=self._environment,
-            asked_budget=self._spec.micro_batch_tokens,
         )
         write_checkpoint(self._run_dir.checkpoints, state.step, tensors=tensors, state=described)
         delete_old_checkpoints(self._run_dir.checkpoints, keep=self._spec.keep_checkpoints)

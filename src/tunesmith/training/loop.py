@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from tunesmith.core.types import TokenRow
 from tunesmith.job.spec import TrainSpec
 from tunesmith.training.feed import StepsAhead
 from tunesmith.training.keeper import Keeper
-from tunesmith.training.meter import Meter
+from tunesmith.training.meter import Meter, reset_peak_bytes
 from tunesmith.training.optim import LossScale
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.order import RowSource, StepRows, order_rows
 from tunesmith.training.outcome import Progress, TrainOutcome
+from tunesmith.training.planner import Planner
+from tunesmith.training.probe import follow_plan, settle_plan
 from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
 from tunesmith.training.signals import StopNow, StopSignals, catch_signals
 from tunesmith.training.state import Best, Pending, TrainState, copy_weights, describe_run, put_weights
@@ -52,6 +55,7 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    planner: Planner | None = None,
 ) -> TrainOutcome:
     """Train `model` in place, leave it in eval mode, return what it cost. The caller holds `run_dir.lock()`.
 
@@ -61,6 +65,7 @@ def train(
     evaluate:   validation loss of the model as it is, nats per target token; called in eval mode.
     resume:     continue from the newest intact checkpoint, if there is one.
     identity:   what else must be equal for a checkpoint to fit (method, data, base model), JSON.
+    planner:    chooses micro-batches and what is kept of each block; without it, a fixed number of tokens.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and torch.
     Raises TrainingFailed (not finite, out of memory), Interrupted (signal, checkpoint saved), RunDirError (disk),
@@ -104,6 +109,7 @@ def train(
         )
         try:
             run.open(resume=resume)
+            run.settle_memory(planner)
             return run.finish_all_steps()
         finally:
             run.close()
@@ -143,6 +149,17 @@ class _Run:
         )
         self.model.train()
 
+    def settle_memory(self, planner: Planner | None) -> None:
+        """Follow the plan that the run began with, or make one."""
+        keeper = self.keeper
+        if keeper.plan is not None:
+            follow_plan(self.model, keeper.plan)
+        elif planner is not None and keeper.continued_from is None:
+            rows = next(self.source.steps_from(None)).rows
+            keeper.plan = settle_plan(planner, self.stepper, rows, self.meter.device)
+            # What a probe took beyond the plan is not the run's.
+            self.meter.peak_is_own = reset_peak_bytes(self.meter.device)
+
     def close(self) -> None:
         self.stepper.feed.close()
         # Whoever judges or saves the model next must not meet active dropout.
@@ -157,13 +174,14 @@ class _Run:
     def finish_all_steps(self) -> TrainOutcome:
         if self.state.pending is not None:
             self._finish_step(self.state.pending)
-        left = self.total_steps - self.state.step
-        steps = StepsAhead(self.source.steps_from(self.state.position), count=left)
-        self.stepper.following = lambda: step.rows if (step := steps.peek()) else None
+        steps = StepsAhead(self.source.steps_from(self.state.position))
         self.meter.skip_time()
-        while self.state.step < self.total_steps:
+        left = self.total_steps - self.state.step
+        for number in range(left):
             self._stop_if_asked()
-            self._finish_step(self._take_step(steps.take()))
+            step = steps.read(number)
+            self.stepper.following = partial(steps.read, number + 1) if number + 1 < left else None
+            self._finish_step(self._take_step(step))
         self._stop_if_asked()
         return self._conclude()
 
@@ -317,6 +335,7 @@ class _Run:
             cpu_seconds=totals["cpu_seconds"],
             peak_bytes=int(totals["peak_bytes"]),
             micro_batch_tokens=self.stepper.budget_tokens,
+            memory_plan=None if self.keeper.plan is None else self.keeper.plan.to_json(),
             continued_from=self.keeper.continued_from,
             warnings=self.state.warnings,
         )

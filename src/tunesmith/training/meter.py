@@ -30,6 +30,19 @@ def reset_peak_bytes(device: torch.device) -> bool:
     return True
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """What is taken now: device memory on CUDA, resident memory of this process on a CPU (0 where nobody tells)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak since the last reset: allocated device memory on CUDA, resident memory of this process on a CPU."""
     if device.type == "cuda":

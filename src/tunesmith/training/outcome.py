@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +43,5 @@ class TrainOutcome:
     peak_bytes: int
     micro_batch_tokens: int
     continued_from: int | None = None
+    memory_plan: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)

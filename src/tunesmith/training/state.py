@@ -20,9 +20,9 @@ from tunesmith.training.checkpoint import Checkpoint
 from tunesmith.training.optim import LossScale, Optimizer, copy_tensors
 from tunesmith.training.step import read_random, set_random
 
-# Keys of `train:` that may differ when a run continues: they decide nothing about the weights. (The last one decides
+# Keys of `train:` that may differ when a run continues: they decide nothing about the weights. (The last two decide
 # how sums are rounded; changing it is allowed, because another machine may need it, and warned about.)
-_FREE_KEYS = ("save_every", "keep_checkpoints", "trackers", "micro_batch_tokens")
+_FREE_KEYS = ("save_every", "keep_checkpoints", "trackers", "micro_batch_tokens", "memory_limit")
 
 
 @dataclass(slots=True)
@@ -136,11 +136,10 @@ def pack_state(
     state: TrainState,
     *,
     scale: LossScale,
-    budget_tokens: int,
+    micro_batches: Mapping[str, Any],
     totals: Mapping[str, float],
     identity: Mapping[str, Any],
     environment: Mapping[str, Any],
-    asked_budget: int | str,
 ) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     return {
@@ -158,7 +157,7 @@ def pack_state(
             "steps_without_overflow": scale.steps_without_overflow,
             "overflows": scale.overflows,
         },
-        "micro_batches": {"asked": asked_budget, "budget_tokens": budget_tokens},
+        "micro_batches": dict(micro_batches),
         "totals": dict(totals),
         "warnings": state.warnings,
         "identity": dict(identity),

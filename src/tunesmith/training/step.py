@@ -16,6 +16,7 @@ from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_micro_batches
 from tunesmith.training.feed import Feed, MakeBatch
 from tunesmith.training.optim import LossScale, Optimizer, clip_factor
+from tunesmith.training.order import StepRows
 
 _MAX_NAMED_ROWS = 5
 
@@ -86,8 +87,8 @@ class Stepper:
     but rounding. `budget_tokens` bounds the tokens of one forward pass; running out of memory halves it and repeats
     the step from the same random state.
 
-    While a micro-batch runs, the next one is made in the background (feed.py). following: the rows of the step after
-    the one that is taken, None if there is none or nobody knows; called in the background, too.
+    While a micro-batch runs, the next one is made in the background (feed.py). following: reads the step after
+    the one that is taken, in the background; None if there is none or nobody knows.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Stepper:
         self.model, self.optimizer, self.scale = model, optimizer, scale
         self.budget_tokens = budget_tokens
         self.feed = Feed(make_batch, device)
-        self.following: Callable[[], Sequence[TokenRow] | None] = lambda: None
+        self.following: Callable[[], StepRows] | None = None
         self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
 
     def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
@@ -138,6 +139,14 @@ class Stepper:
         self.optimizer.update(learning_rate=learning_rate, gradient_factor=factor)
         self.scale.count_good_step()
         return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets, tuple(notes))
+
+    def rehearse(self, rows: Sequence[TokenRow]) -> bool:
+        """Forward and backward pass of `rows` as one micro-batch, and nothing of it stays; False if they don't fit."""
+        random = read_random(self._device)
+        fits = isinstance(self._run_micro_batches(rows, [range(len(rows))], 1), Tensor)
+        self.optimizer.clear_gradients()
+        set_random(random, self._device)
+        return fits
 
     def _accumulate(
         self, rows: Sequence[TokenRow], num_targets: int, step: int, notes: list[str]
@@ -192,7 +201,9 @@ class Stepper:
         """The step's micro-batch of that number; after its last, the first of the step that follows."""
         if index < len(groups):
             return groups[index]
-        trained = [row for row in self.following() or () if count_targets(row)]
+        if self.following is None:
+            return None
+        trained = [row for row in self.following().rows if count_targets(row)]
         plan = plan_micro_batches([len(row.ids) for row in trained], budget_tokens=self.budget_tokens)
         return [trained[number] for number in plan[0]] if plan else None
 
