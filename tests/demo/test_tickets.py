@@ -45,7 +45,7 @@ def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
 def test_every_family_belongs_to_one_split(rows: dict[str, list[dict]]) -> None:
     families = {split: {row["family"] for row in rows[split]} for split in SPLITS}
     assert [len(families[split]) for split in SPLITS] == [138, 12, 30]
-    assert [len(rows[split]) for split in SPLITS] == [2880, 240, 300]
+    assert [len(rows[split]) for split in SPLITS] == [2400, 240, 300]
     assert not families["train"] & families["test"]
     assert not families["train"] & families["validation"]
     assert not families["validation"] & families["test"]

@@ -81,7 +81,7 @@ MIXES = {
     "validation": Mix(issue_counts=(0.55, 0.33, 0.12), order=0.85, distractor=0.33),
     "test": Mix(issue_counts=(0.55, 0.33, 0.12), order=0.85, distractor=0.33),
 }
-ROWS = {"train": 2880, "validation": 240, "test": 300}
+ROWS = {"train": 2400, "validation": 240, "test": 300}
 
 Family = dict[str, Any]
 T = TypeVar("T")
