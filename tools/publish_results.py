@@ -6,7 +6,7 @@
 Writes benchmarks/results/demo.json (the public JSON with hardware, versions, commit, seeds) and the text between the
 `results: begin` and `results: end` marks of README.md and docs/which-method.md.
 
-    .venv/bin/tunesmith demo --out rates-run --set compare.tune.trials=5 --set 'compare.seeds=[0]'
+    .venv/bin/tunesmith demo --out rates-run --set compare.tune.trials=3 --set 'compare.seeds=[0]'
     .venv/bin/python tools/publish_results.py --rates rates-run
 
 Writes benchmarks/results/demo_rates.json: the validation loss of every learning rate tried for every trained arm.
@@ -52,7 +52,7 @@ def publish_rates(run: Path) -> None:
         point = {key: record[key] for key in ("learning_rate", "validation_loss", "seed")}
         trials.setdefault(path.parents[2].name, []).append(point)
         origin = {key: record[key] for key in ("versions", "hardware", "train_tokens")}
-    command = "tunesmith demo --set compare.tune.trials=5 --set 'compare.seeds=[0]'"
+    command = "tunesmith demo --set compare.tune.trials=3 --set 'compare.seeds=[0]'"
     result = {"command": command, "trials": trials} | origin
     write_json(ROOT / "benchmarks" / "results" / "demo_rates.json", result)
 
