@@ -187,6 +187,7 @@ def main() -> None:
     device = pick_device()
     if device.type != "cuda" and not options.tiny:
         parser.error("needs a GPU; --tiny tries the script without one")
+    out = options.out or (None if options.tiny or options.only else RESULT)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         for case in list_cases():
@@ -200,7 +201,12 @@ def main() -> None:
                 told += f", predicted {100 * found['error']:+.1f}%"
                 told += f", as planned {100 * found['error_after_probe']:+.1f}%"
             say(f"{name}: {told}, {found['seconds']:.0f} s")
-    record = {
+            if out is not None:  # after every case: what is measured stays, whatever ends the script
+                out.write_text(json.dumps(describe(results, device), indent=1) + "\n")
+
+
+def describe(results: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    return {
         "hardware": {**describe_hardware(), **describe_gpu(device)},
         "versions": describe_versions(),
         "code": hash_code(),
@@ -212,10 +218,6 @@ def main() -> None:
         "cases": results,
         "is_within_bound": all(abs(found.get("error", 1.0)) <= BOUND for found in results),
     }
-    out = options.out or (None if options.tiny or options.only else RESULT)
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        say(f"wrote {out}")
 
 
 if __name__ == "__main__":
