@@ -98,7 +98,7 @@ def test_mappings_are_named_after_what_differs() -> None:
 def test_an_unknown_arm_is_refused_with_the_nearest_name(wrong: str, meant: str) -> None:
     with pytest.raises(JobError) as caught:
         plan_arms(job(["zero-shot", wrong]))
-    assert str(caught.value).startswith(f"compare.arms[1]: unknown arm {wrong!r}")
+    assert str(caught.value).startswith(f"job: compare.arms.1: unknown arm {wrong!r}")
     assert str(caught.value).endswith(f"Did you mean {meant!r}?")
 
 

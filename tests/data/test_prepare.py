@@ -191,7 +191,7 @@ def test_a_mix_takes_the_share_of_each_source(write_lines, make_job, chat_tokeni
 @pytest.mark.parametrize(
     ("rows", "data", "finding"),
     [
-        ([row("a?", "b")], {}, "would be empty: 1 rows form too few groups"),
+        ([row("a?", "b")], {}, "would be empty: 1 row in too few groups"),
         (
             [row("a?", "b")],
             {"max_tokens": 3, "split": {"validation": 0.0, "test": 0.0}},

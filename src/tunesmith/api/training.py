@@ -23,6 +23,7 @@ from tunesmith.core.fingerprint import (
     hash_text,
 )
 from tunesmith.core.jsonl import read_json, read_settings, write_json
+from tunesmith.core.quantities import format_number
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.core.types import TokenRow
@@ -211,7 +212,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         planner=planner,
     )
     if job.data.streaming and (skipped := rejects.write()):
-        text = f"{skipped} bad rows of the stream were skipped ({run.stream_rejects.name} holds them)"
+        text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"
         outcome.warnings.append(text)
     outcome.warnings[:0] = warnings
     size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0
