@@ -1,8 +1,8 @@
 """Strict JSON and JSONL: what Python's `json` lets through silently is refused with file and line.
 
-Refused: bad UTF-8, NUL bytes, duplicate keys, NaN, Infinity and numbers that overflow to it, lone surrogates, a truncated
-last line, rows above `max_row_bytes`. A UTF-8 byte order mark at the start of a file is refused too: read literally it would become part of
-the first key.
+Refused: bad UTF-8, NUL bytes, duplicate keys, NaN, Infinity and numbers that overflow to it, lone surrogates, a
+truncated last line, rows above `max_row_bytes`. A UTF-8 byte order mark at the start of a file is refused too: read
+literally it would become part of the first key.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class ChatText:
                 str(self.tokenizer.folder or "tokenizer"),
                 "the tokenizer has no chat template",
                 rule="chat rows are rendered with one",
-                cure="Give a name (chatml, llama-3, alpaca, ...) or a Jinja file as data.template, or to eval as --template",
+                cure="Give a name (chatml, llama-3, alpaca, ...) or a Jinja file: data.template; for eval --template",
             )
         return ChatTemplate(
             self.tokenizer.chat_template, name=f"{self.tokenizer.folder or 'tokenizer'} chat template"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.core.quantities import format_number
 from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import Likeness, split_words

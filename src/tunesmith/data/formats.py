@@ -108,7 +108,9 @@ def _holds_nul(value: Any) -> bool:
     if isinstance(value, str):
         return "\0" in value
     if isinstance(value, Mapping):
-        return any(_holds_nul(key) or _holds_nul(item) for key, item in cast("Mapping[Any, Any]", value).items())
+        return any(
+            _holds_nul(key) or _holds_nul(item) for key, item in cast("Mapping[Any, Any]", value).items()
+        )
     return isinstance(value, list) and any(_holds_nul(item) for item in cast("list[Any]", value))
 
 

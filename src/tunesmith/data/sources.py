@@ -143,8 +143,8 @@ def _split_word(file: Path, folder: Path) -> str | None:
 def read_rows(source: Source, *, on_bad: OnBad | None = None) -> Iterator[RawRow]:
     """Rows of one split in order, in constant memory for .jsonl, .csv and .parquet.
 
-    on_bad: gets the origin, the row (bytes where it is no JSON) and the error of one that cannot be read; without it the
-            error is raised.
+    on_bad: gets the origin, the row (bytes where it is no JSON) and the error of one that cannot be read; without it
+            the error is raised.
     """
     if source.hub is not None:
         for number, value in enumerate(read_hub(*source.hub, revision=source.revision), 1):

@@ -203,7 +203,10 @@ def find_template(name: str) -> ChatTemplate:
         return ChatTemplate(path.read_text(encoding="utf-8"), name=name)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            name, f"cannot be read ({error})", rule="a template is UTF-8 text", cure="Repair it, or name another"
+            name,
+            f"cannot be read ({error})",
+            rule="a template is UTF-8 text",
+            cure="Repair it, or name another",
         ) from None
 
 

@@ -373,7 +373,9 @@ def _check_arm_name(text: str) -> str:
         return text
     near = difflib.get_close_matches(name.replace("_", "-"), ARM_NAMES, n=1, cutoff=0.5)
     guess = f". Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown arm {text!r}; arms are {', '.join(ARM_NAMES)}, or a mapping with `method:`{guess}")
+    raise ValueError(
+        f"unknown arm {text!r}; arms are {', '.join(ARM_NAMES)}, or a mapping with `method:`{guess}"
+    )
 
 
 def _check_seeds(seeds: list[int]) -> list[int]:
