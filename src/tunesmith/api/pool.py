@@ -125,8 +125,8 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
 def plan_parallel(parallel: int | str, *, model_bytes: int) -> tuple[int, int]:
     """(workers at a time, threads each). `auto`: on a GPU one; on a CPU one per core, as far as memory allows.
 
-    On a CPU each has one thread, unless OMP_NUM_THREADS says otherwise: small models gain nothing from a second one (two
-    on a busy machine are slower than one), so cores go to arms.
+    On a CPU each has one thread, unless OMP_NUM_THREADS says otherwise: small models gain nothing from a second one
+    (two on a busy machine are slower than one), so cores go to arms.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if _has_gpu():

@@ -152,11 +152,11 @@ def check_adapter(folder: Path, base: DecoderConfig) -> int:
         elif weight and part == "magnitude_vector" and config.dora:
             check_shape(place, name, shape, (weight[0],))
         elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-            check_shape(place, name, shape, (max(base.vocab_size, *shape[:1]), base.hidden_size))
+            check_shape(place, name, shape, (max([base.vocab_size, *shape[:1]]), base.hidden_size))
         else:
             refuse_tensor(place, name, shape)
     rows = (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape)
-    return max(base.vocab_size, *rows)
+    return max([base.vocab_size, *rows])
 
 
 def refuse_tensor(place: str, name: str, shape: Sequence[int]) -> None:
