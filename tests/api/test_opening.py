@@ -200,6 +200,7 @@ def test_a_continued_adapter_that_does_not_fit_is_refused_before_the_data_is_rea
         assert re.search(finding, early_refusal(job, tmp_path, ModelError))
 
     refuse("method.rank: the job and the adapter .* disagree", rank=8)
+    refuse("method.rank: the job and the adapter .* disagree", rank=32)
     refuse("method.targets: the job and the adapter .* disagree", targets=["k_proj"])
     config.write_text(json.dumps(settings | {"r": 2}))
     refuse(r"q_proj\.lora_A\.weight has rank 4, adapter_config\.json says 2; .*Give the adapter_config\.json")

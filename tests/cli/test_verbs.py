@@ -140,7 +140,9 @@ def test_init_where_nothing_can_be_written_is_one_line(folder: Path) -> None:
     (folder / "file").write_text("x")
     run = tunesmith("init", "file/job.yaml", cwd=folder)
     assert run.returncode == 2
-    assert run.stderr == "error: file/job.yaml: not a directory. Give another name or folder\n"
+    assert (
+        run.stderr == "error: file/job.yaml: cannot be written (File exists). Give another name or folder\n"
+    )
 
 
 def test_schema_is_json(folder: Path) -> None:

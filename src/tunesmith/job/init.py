@@ -29,7 +29,7 @@ def write_example_job(path: Path, *, model: str | None = None, data: str | None 
         write_bytes_atomic(path, text.encode())
     except OSError as error:
         raise JobError(
-            str(path), (error.strerror or str(error)).lower(), cure="Give another name or folder"
+            str(path), f"cannot be written ({error.strerror or error})", cure="Give another name or folder"
         ) from None
 
 

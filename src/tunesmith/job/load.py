@@ -363,11 +363,12 @@ _JUDGE_KEYS = (("evaluate", "documents"), ("evaluate", "schema_file"), ("evaluat
 
 def resolve_paths(job: Job, folder: Path) -> Job:
     """Make paths that exist beside the job file absolute; names (bundled, hub) stay as written."""
-    values = job.model_dump()
+    # What was not written stays so: a continued adapter decides it.
+    values = job.model_dump(exclude_unset=True)
     for key in _PATH_KEYS:
         node: Any = values
         for part in key[:-1]:
-            node = node[part] if isinstance(node, dict) else None
+            node = node.get(part) if isinstance(node, dict) else None
             if node is None:
                 break
         if isinstance(node, dict) and key[-1] in node:

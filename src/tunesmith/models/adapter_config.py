@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,19 @@ def check_lora(spec: LoraSpec, base: DecoderConfig) -> None:
         check_adapter(folder, base)
         marks = (name.removeprefix(PREFIX).partition(".lora_A.") for name in read_adapter_header(folder))
         adapted = {module for module, mark, _ in marks if mark}
-        check_continued(spec, read_adapter_config(folder), adapted=adapted, linears=linears)
+        found = read_adapter_config(folder)
+        check_continued(spec, found, spec.model_fields_set, adapted=adapted, linears=linears)
     elif base.own:
         find_targets(linears, spec.targets)
         check_modules(spec.modules_to_save)
 
 
 def check_continued(
-    spec: LoraSpec, found: AdapterConfig, *, adapted: set[str], linears: Sequence[str]
+    spec: LoraSpec, found: AdapterConfig, said: Container[str], *, adapted: set[str], linears: Sequence[str]
 ) -> None:
-    """Raise ModelError if what the job says explicitly contradicts the adapter it goes on from.
+    """Raise ModelError if what the job says contradicts the adapter it goes on from.
 
+    said:    keys that the job gives; the adapter decides the others.
     adapted: linear layers that the adapter is on. linears: those of the base, empty where they are not known yet.
     """
     checks: dict[str, tuple[Any, Any]] = {
@@ -228,7 +230,7 @@ def check_continued(
     if linears:
         checks["targets"] = (find_targets(linears, spec.targets), adapted)
     for key, (wanted, stored) in checks.items():
-        if key in spec.model_fields_set and wanted is not None and wanted != stored:
+        if key in said and wanted is not None and wanted != stored:
             raise ModelError(
                 f"method.{key}",
                 f"the job and the adapter {spec.adapter} disagree",

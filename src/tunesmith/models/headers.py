@@ -77,9 +77,9 @@ def check_model(folder: Path) -> DecoderConfig:
 
 
 def _check_known_type(config: DecoderConfig, folder: Path) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    if config.model_type not in CONFIG_MAPPING_NAMES:
+    if config.model_type not in CONFIG_MAPPING:
         raise ModelError(
             str(folder / "config.json"),
             f"model_type {config.model_type!r} is known neither here nor to transformers",

@@ -110,14 +110,16 @@ def _continue_adapter(model: CausalLM, spec: LoraSpec, num_tokens: int | None) -
     assert spec.adapter is not None
     found = load_adapter(model, Path(spec.adapter), trainable=True)
     adapted = {name for projection in model.projections() for name, _, _ in projection.loras()}
-    check_continued(spec, found, adapted=adapted, linears=_linear_names(model))
+    # A task file has every default written out. What was written and is a default is looked at before: `check_lora`.
+    said = {key for key, field in type(spec).model_fields.items() if getattr(spec, key) != field.default}
+    check_continued(spec, found, said, adapted=adapted, linears=_linear_names(model))
     if num_tokens is not None and num_tokens > model.config.vocab_size:
         raise ModelError(
             "method.new_tokens",
             "the continued adapter does not hold them",
             cure="Start a new adapter to add tokens",
         )
-    dropout = spec.dropout if "dropout" in spec.model_fields_set else found.dropout
+    dropout = spec.dropout if "dropout" in said else found.dropout
     for projection in model.projections():
         projection.dropout = dropout
     model.adapter_config = dataclasses.replace(found, dropout=dropout)
