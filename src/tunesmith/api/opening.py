@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.comparing.plan import PlannedArm
-from tunesmith.core.errors import RunDirError
+from tunesmith.core.errors import ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.job.resolve import ResolvedModel, resolve_model
@@ -45,9 +45,13 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
     if not arms:
         check_quantize(job.method_spec.qat_spec, base, place="method.qat")
     for arm in arms:
+        place = f"compare.arms, {arm.name}"
         if isinstance(arm.method, LoraSpec):
-            check_lora(arm.method, load_config(base.folder))
-        check_quantize(arm.quantize, base, place=f"compare.arms, {arm.name}")
+            try:
+                check_lora(arm.method, load_config(base.folder))
+            except ModelError as e:
+                raise ModelError(f"{place}: {e.place}", e.finding, rule=e.rule, cure=e.cure) from None
+        check_quantize(arm.quantize, base, place=place)
     return base
 
 

@@ -319,7 +319,8 @@ def main() -> None:
     """
     try:
         code = app(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
         sys.exit(code)
     except _UsageError as error:  # typer itself would draw a frame of five lines
         if type(error).__name__ == "NoArgsIsHelpError":
