@@ -335,7 +335,7 @@ def main() -> None:
         if error.filename is not None:
             raise
         # Python would try to write what is left once more as it exits, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno == errno.EPIPE:
             sys.exit(1)
         _say(f"error: stdout: {(error.strerror or str(error)).lower()}. Send the output elsewhere")
