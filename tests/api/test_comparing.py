@@ -10,7 +10,7 @@ import pytest
 
 import tunesmith
 from tunesmith import api
-from tunesmith.core.errors import JobError
+from tunesmith.core.errors import JobError, ModelError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_jsonl
 
@@ -114,13 +114,22 @@ def test_running_again_starts_no_worker_and_a_new_arm_only_itself(finished: Path
 
 
 def test_an_arm_that_fails_is_a_warning_and_the_others_count(tmp_path: Path) -> None:
-    arms = ["zero-shot", {"name": "broken", "method": {"name": "lora", "targets": ["no_such_layer"]}}]
+    arms = ["zero-shot", {"name": "broken", "method": "full", "learning_rate": 1e30}]
     comparison = tunesmith.compare(job(arms), out=tmp_path)
-    (warning,) = [warning for warning in comparison.warnings if "no_such_layer" in warning]
+    (warning,) = [warning for warning in comparison.warnings if "ended without a result" in warning]
     assert warning.startswith("broken: ended without a result: seed 0: ")
     assert warning.count("broken seed 0") == 0
     assert comparison.verdict.startswith("No trained arm has a result (broken failed): zero-shot (")
     assert comparison.find_arm("zero-shot").status == "done"
+
+
+def test_an_arm_that_the_base_cannot_have_is_refused_before_any_work(tmp_path: Path) -> None:
+    arms = ["zero-shot", {"name": "broken", "method": {"name": "lora", "targets": ["no_such_layer"]}}]
+    with pytest.raises(
+        ModelError, match=r"compare\.arms, broken: method\.targets: no linear layer ends in 'no_such_"
+    ):
+        tunesmith.compare(job(arms), out=tmp_path)
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_learning_rates_are_searched_equally_and_chosen_on_validation(tmp_path: Path) -> None:

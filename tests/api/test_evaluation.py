@@ -35,7 +35,7 @@ def test_bad_rows_are_refused_or_set_aside(rows: Path, tmp_path: Path) -> None:
     assert record.num_rows == 4
     assert [row["place"] for _, row in read_jsonl(out / "rejected_rows.jsonl")] == ["rows.jsonl:3"]
     assert len(list(read_jsonl(out / "answers.jsonl"))) == 4
-    assert [e.text for e in events if e.kind == "warning" and "1 bad rows skipped" in e.text]
+    assert [e.text for e in events if e.kind == "warning" and "1 bad row skipped" in e.text]
     assert [row.place for row in tunesmith.preview(
         {"model": "tunesmith/tiny", "data": {"train": str(rows), "split": {"validation": 0.0, "test": 0.0}}},
         rows=3, on_bad_row="skip",

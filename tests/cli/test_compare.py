@@ -66,8 +66,18 @@ def test_compare_and_report_print_the_same_json_object(folder: Path) -> None:
 
 
 def test_a_failed_arm_is_in_the_json_and_the_exit_code(folder: Path) -> None:
-    arm = '[zero-shot, {name: broken, method: {name: lora, targets: ["no_such_layer"]}}]'
-    arguments = ["compare", "job.yaml", "--out", "failed", "--json", "--set", f"compare.arms={arm}"]
+    arm = "[zero-shot, {name: broken, method: full, learning_rate: 1e30}]"
+    arguments = [
+        "compare",
+        "job.yaml",
+        "--out",
+        "failed",
+        "--json",
+        "--set",
+        f"compare.arms={arm}",
+        "--set",
+        "train.steps=3",
+    ]
     code, out, err = finish(start(*arguments, cwd=folder))
     assert code == 1, err
     value = json.loads(out)

@@ -118,6 +118,33 @@ def test_an_unwritable_folder_is_one_line(folder: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [["schema"], ["--help"], ["check", "job.yaml", "--json"], ["check", "job.yaml"]]
+)
+def test_a_full_disk_under_stdout_is_one_line_and_a_closed_pipe_none(
+    folder: Path, arguments: list[str]
+) -> None:
+    command = [sys.executable, "-m", "tunesmith.cli.main", *arguments]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "error: stdout: no space left on device. Send the output elsewhere\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    piped = subprocess.run(command, cwd=folder, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (piped.returncode, piped.stderr) == (1, "")
+
+
+def test_init_where_nothing_can_be_written_is_one_line(folder: Path) -> None:
+    (folder / "file").write_text("x")
+    run = tunesmith("init", "file/job.yaml", cwd=folder)
+    assert run.returncode == 2
+    assert (
+        run.stderr == "error: file/job.yaml: cannot be written (File exists). Give another name or folder\n"
+    )
+
+
 def test_schema_is_json(folder: Path) -> None:
     run = tunesmith("schema", cwd=folder)
     assert json.loads(run.stdout)["title"] == "Tunesmith job"

@@ -8,12 +8,13 @@ import pytest
 
 from tunesmith.comparing.plan import ChosenRate, choose_rate, plan_arms, plan_trials
 from tunesmith.core.errors import JobError
+from tunesmith.job.load import job_from
 from tunesmith.job.spec import Job, LoraSpec, TuneSpec
 
 
 def job(arms: list[Any], **more: Any) -> Job:
     compare = {"arms": arms, "seeds": more.pop("seeds", [0, 1, 2])}
-    return Job.model_validate({"model": "m", "data": {"train": "d"}, "compare": compare, **more})
+    return job_from({"model": "m", "data": {"train": "d"}, "compare": compare, **more})
 
 
 def test_names_expand_in_order_with_their_kinds() -> None:
@@ -98,7 +99,7 @@ def test_mappings_are_named_after_what_differs() -> None:
 def test_an_unknown_arm_is_refused_with_the_nearest_name(wrong: str, meant: str) -> None:
     with pytest.raises(JobError) as caught:
         plan_arms(job(["zero-shot", wrong]))
-    assert str(caught.value).startswith(f"compare.arms[1]: unknown arm {wrong!r}")
+    assert str(caught.value).startswith(f"job: compare.arms.1: unknown arm {wrong!r}")
     assert str(caught.value).endswith(f"Did you mean {meant!r}?")
 
 

@@ -59,6 +59,11 @@ def test_an_honest_comparison_raises_only_what_the_judge_saw(example: Example) -
         ("full", lambda r: r.update(status="interrupted"), "full: training is interrupted"),
         (
             "full",
+            lambda r: r.update(config={"train": {"optimizer": "adamw-bf16"}}),
+            "full: pure bf16 full fine-tuning (adamw-bf16)",
+        ),
+        (
+            "full",
             lambda r: r.update(warnings=["3 of 90 rows were truncated"]),
             "full: 3 of 90 rows were truncated",
         ),

@@ -18,6 +18,8 @@ from tunesmith.core.jsonl import dump_json, parse_json, read_json, read_jsonl, w
         (b'{"a": {"b": 1, "b": 2}}', "'b' appears twice"),
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b'{"a": -1e999}', "-1e999 is too large for a number"),
+        (b'{"a": "b', "Unterminated string starting at column 7"),
         (b'{"a": "\\ud800"}', "lone surrogate"),
         (b'{"\\udfff": 1}', "lone surrogate"),
         (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
@@ -37,6 +39,25 @@ def test_what_is_not_strict_json_is_refused_in_one_line(raw: bytes, finding: str
     assert finding in message
     assert "\n" not in message
     assert caught.value.exit_code == 2
+
+
+def test_a_whole_file_is_told_by_line_and_never_advised_to_skip_rows(tmp_path: Path) -> None:
+    for raw, finding in [
+        (
+            b'[\n{"a": 1},\n{"a" 2}]',
+            "x.json:3: Expecting ':' delimiter at column 6; the file is one JSON value",
+        ),
+        (b'[\n"\x00"]', "x.json:2: contains a NUL byte"),
+        (b'[\n\n"\xff"]', "x.json:3: byte 4 is not UTF-8"),
+        (b'{"a": 1, "a": 2}', "x.json: key 'a' appears twice; the file is strict JSON"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            parse_json(raw, place="x.json", whole=True)
+        assert str(caught.value).startswith(finding)
+        assert "on-bad-row" not in str(caught.value)
+    (tmp_path / "x.json").write_text('{\n"a": }')
+    with pytest.raises(DataError, match=r"x\.json:2: Expecting value at column 6; .*Correct it"):
+        read_json(tmp_path / "x.json")
 
 
 def test_escaped_surrogate_pairs_are_one_character() -> None:

@@ -48,6 +48,14 @@ def test_failed_writes_are_told_with_their_cure(number: int, finding: str) -> No
     assert error.exit_code == 2
 
 
+def test_clearing_leaves_nothing_that_a_run_wrote(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for path in (run.job, run.record, run.harness, run.answers, run.tasks, run.comparison):
+        path.write_text("{}")
+    run.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_creating_leaves_no_trace(tmp_path: Path) -> None:
     RunDir(tmp_path / "a" / "b").create()
     assert list((tmp_path / "a" / "b").iterdir()) == []

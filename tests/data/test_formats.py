@@ -157,6 +157,10 @@ BAD_ROWS = {
     "output is a list": ({"instruction": "a", "output": ["b"]}, "output is a list"),
     "turn without value": ({"conversations": [{"from": "human"}]}, "turn 1 has no from or no value"),
     "text is empty": ({"text": ""}, "text is empty"),
+    "NUL": (
+        {"messages": [USER, {"role": "assistant", "content": "a\0b"}]},
+        "contains a NUL character; rows are text",
+    ),
 }
 
 

@@ -1,11 +1,14 @@
 """A prepared folder holds exactly what was rendered, its test split apart, and tells what was lost on the way."""
 
+import datetime
 import json
 
 import pytest
 
 from tunesmith.core.errors import DataError, RunDirError
+from tunesmith.core.types import Origin
 from tunesmith.data.checks import CheckReport
+from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import load_prepared, prepare_data
 from tunesmith.data.render import Renderer
 from tunesmith.data.survey import check
@@ -110,10 +113,35 @@ def test_bad_rows_are_refused_or_set_aside_with_their_reasons(
     lines = (tmp_path / "run" / "rejected_rows.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["place"] for line in lines) == ["train.jsonl:13", "train.jsonl:14"]
     assert all(json.loads(line)["reason"].startswith("train.jsonl:1") for line in lines)
+    assert not any("on-bad-row" in json.loads(line)["reason"] for line in lines)
+    assert [json.loads(line)["row"] for line in lines] == ["{", json.loads(row("why?", ""))]
     report = prepared.report
     assert report.sources[0].num_rejected == 2
     assert report.counts["rows_with_special_tokens"] == 1
     assert any("2 bad rows skipped" in text for text in report.warnings)
+
+
+def test_a_rejected_row_is_kept_whole_also_from_a_table(chat_tokenizer, make_job, tmp_path):
+    long = "why? " * 1000
+    good = [
+        {"messages": [{"role": "user", "content": f"{s * 9}?"}, {"role": "assistant", "content": s}]}
+        for s in SUBJECTS
+    ]
+    bad = {"messages": [{"role": "user", "content": long}]}
+    (tmp_path / "train.json").write_text(json.dumps([*good, bad]))
+    prepare_data(
+        make_job(train=str(tmp_path / "train.json")),
+        tokenizer=chat_tokenizer,
+        folder=tmp_path / "prepared",
+        on_bad_row="skip",
+    )
+    (line,) = (tmp_path / "rejected_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == bad
+    rejects = Rejects(tmp_path / "cells.jsonl")
+    cells = {"day": datetime.date(2026, 1, 2), "share": float("nan")}
+    rejects.add(Origin("t.parquet:1", "t.parquet", 1), cells, DataError("t.parquet:1", "is bad"))
+    rejects.write()
+    assert json.loads(rejects.path.read_text())["row"] == {"day": "2026-01-02", "share": "NaN"}
 
 
 def test_long_rows_are_dropped_cut_or_refused_and_their_loss_is_counted(
@@ -191,7 +219,7 @@ def test_a_mix_takes_the_share_of_each_source(write_lines, make_job, chat_tokeni
 @pytest.mark.parametrize(
     ("rows", "data", "finding"),
     [
-        ([row("a?", "b")], {}, "would be empty: 1 rows form too few groups"),
+        ([row("a?", "b")], {}, "would be empty: 1 row in too few groups"),
         (
             [row("a?", "b")],
             {"max_tokens": 3, "split": {"validation": 0.0, "test": 0.0}},

@@ -107,6 +107,8 @@ BAD_FILES = {
     "Infinity": (b'{"text": -Infinity}', "t.jsonl:2", "Infinity is not JSON"),
     "lone surrogate": (b'{"text": "\\ud800"}', "t.jsonl:2", "lone surrogate"),
     "not an object": (b'["text"]', "t.jsonl:2", "a row that is a list"),
+    "a number": (b"7", "t.jsonl:2", "a row that is a number"),
+    "overflow": (b'{"text": 1e999}', "t.jsonl:2", "1e999 is too large for a number"),
     "not JSON": (b"hello", "t.jsonl:2", "Expecting value"),
     "50 MB": (b'{"text": "' + b"a" * 50_000_000 + b'"}', "t.jsonl:2", "row is larger than 32 MB"),
 }
@@ -160,18 +162,26 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "finding"),
     [
-        ("t.csv", "a,a\n1,2\n", "column name appears twice"),
-        ("t.csv", "a,b\n1,\0\n", "contains a NUL byte"),
+        ("t.csv", "a,a\n1,2\n", "t.csv:1: a column name appears twice; columns have different names. Rename"),
         ("t.csv", "a,b\n1\n", "not 2 fields like the header"),
+        ("t.csv", 'a,b\n1,2\n3,"4"5\n', "t.csv:3: "),
+        ("t.csv", b"a,b\n1,2\n3,\xff\n", "t.csv:3: is not UTF-8"),
+        (
+            "t.json",
+            '[{"a": 1},\n{"a" 2}]',
+            "t.json:2: Expecting ':' delimiter at column 6; the file is one JSON",
+        ),
+        ("t.json", '[{"a": 1e999}]', "1e999 is too large for a number"),
         ("t.json", '{"a": 1}', "not a list of rows"),
         ("t.parquet", "hello", "rule"),
-        ("t.txt", "hello", "a .txt file"),
+        ("t.txt", "hello", 'Write plain text as rows {"text": ...} of a .jsonl file'),
     ],
 )
 def test_other_files_that_are_not_what_they_say(tmp_path, name, text, finding):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as caught:
         values(source(tmp_path / name)["train"])
+    assert "on-bad-row" not in str(caught.value) or "fields like the header" in finding
     assert finding in str(caught.value) or (finding == "rule" and "the file is Parquet" in str(caught.value))
     assert "\n" not in str(caught.value)
 

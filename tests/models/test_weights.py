@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import ModelError, RunDirError
 from tunesmith.models.config import parse_config
 from tunesmith.models.headers import check_model
 from tunesmith.models.load import load_model
@@ -48,6 +49,22 @@ def test_a_saved_model_is_the_model_it_was(folder: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     save_model(load_model(folder), folder, source_folder=folder)
     load_model(folder)
+
+
+def test_a_disk_that_refuses_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """Python ignores the signal of the limit, so writing past it fails as it does on a full disk."""
+    model = load_model(folder)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(
+            RunDirError, match=r"model\.safetensors: File too large\. Give another --out"
+        ) as caught:
+            save_model(model, tmp_path / "out", source_folder=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.exit_code == 2
+    assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
 def test_a_tied_matrix_may_lie_under_either_name(folder: Path) -> None:

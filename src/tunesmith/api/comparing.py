@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.api.opening import check_quantize, open_base, open_run, writing_to
+from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
@@ -48,9 +48,7 @@ def compare(
     """
     job = job if isinstance(job, Job) else job_from(job)
     arms = plan_arms(job)
-    base = open_base(job)
-    for arm in arms:
-        check_quantize(arm.quantize, base, place=f"compare.arms, {arm.name}")
+    base = open_job(job, arms)
     with open_run(out, fresh=fresh, verb="compare") as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if "test" not in prepared.splits:

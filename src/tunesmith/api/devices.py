@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @cache
 def pick_device() -> torch.device:
-    """The first CUDA GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first CUDA GPU, else the CPU; that with one thread, unless OMP_NUM_THREADS says otherwise (decision 004)."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.device("cpu")
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

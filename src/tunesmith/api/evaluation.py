@@ -33,7 +33,8 @@ from tunesmith.job.spec import (
     SamplingSpec,
     SourceSpec,
 )
-from tunesmith.models.headers import check_adapter, check_model
+from tunesmith.models.adapter_config import check_adapter
+from tunesmith.models.headers import check_model
 
 if TYPE_CHECKING:
     from tunesmith.api.tasks import Weights

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.api.opening import note_long_rows, open_base
+from tunesmith.api.opening import note_long_rows, open_base, open_job
 from tunesmith.api.training import load_job_tokenizer
 from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
@@ -26,9 +26,7 @@ def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"]
     Arms other than the default ones are looked at too; a job for `train` alone names none.
     """
     job = job if isinstance(job, Job) else job_from(job)
-    if job.compare.arms != CompareSpec().arms:
-        plan_arms(job)
-    base = open_base(job)
+    base = open_job(job, plan_arms(job) if job.compare.arms != CompareSpec().arms else ())
     report = check_data(job, tokenizer=load_job_tokenizer(job, base.folder), on_bad_row=on_bad_row)
     note_long_rows(report, job, base)
     return report

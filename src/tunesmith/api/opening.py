@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.core.errors import RunDirError
+from tunesmith.comparing.plan import PlannedArm
+from tunesmith.core.errors import ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
+from tunesmith.models.adapter_config import check_lora
 from tunesmith.models.config import load_config
-from tunesmith.models.headers import check_adapter, check_model, list_expected
+from tunesmith.models.headers import check_model, list_expected
+from tunesmith.training.trackers import check_trackers
 
 
 def open_base(job: Job) -> ResolvedModel:
-    """The job's base model. Raises ModelError in one line if its files, or an adapter to go on from, are unsound."""
+    """The job's base model. Raises ModelError in one line if its files, or an adapter to go on from, are unsound, or if
+    the job's method asks for layers that it has not."""
     base = resolve_model(job.model_spec)
     config = check_model(base.folder)
-    if isinstance(job.method_spec, LoraSpec) and job.method_spec.adapter:
-        check_adapter(Path(job.method_spec.adapter), config)
+    if isinstance(job.method_spec, LoraSpec):
+        check_lora(job.method_spec, config)
+    return base
+
+
+def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
+    """The base, once everything was looked at that can be refused before data is read: `check`, `train` and `compare`
+    begin with it.
+
+    arms: what is compared; without any, the job's own method is trained.
+    Raises ModelError, and SetupError for what this machine lacks.
+    """
+    base = open_base(job)
+    check_trackers(job.train.trackers)
+    if job.train.precision == "fp16":
+        from tunesmith.api.devices import pick_device, pick_dtype
+
+        pick_dtype(job.train.precision, pick_device())
+    if not arms:
+        check_quantize(job.method_spec.qat_spec, base, place="method.qat")
+    for arm in arms:
+        place = f"compare.arms, {arm.name}"
+        if isinstance(arm.method, LoraSpec):
+            try:
+                check_lora(arm.method, load_config(base.folder))
+            except ModelError as e:
+                raise ModelError(f"{place}: {e.place}", e.finding, rule=e.rule, cure=e.cure) from None
+        check_quantize(arm.quantize, base, place=place)
     return base
 
 

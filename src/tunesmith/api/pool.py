@@ -125,18 +125,21 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
 def plan_parallel(parallel: int | str, *, model_bytes: int) -> tuple[int, int]:
     """(workers at a time, threads each). `auto`: on a GPU one; on a CPU one per core, as far as memory allows.
 
-    Small models gain nothing from a second thread (two on a busy machine are slower than one), so cores go to arms.
+    On a CPU each has one thread, unless OMP_NUM_THREADS says otherwise: small models gain nothing from a second one
+    (two on a busy machine are slower than one), so cores go to arms.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if parallel != "auto":
-        return int(parallel), max(1, cores // int(parallel))
     if _has_gpu():
-        return 1, cores
+        workers = 1 if parallel == "auto" else int(parallel)
+        return workers, max(1, cores // workers)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() and int(given) else 1
+    if parallel != "auto":
+        return int(parallel), threads
     # A worker holds the base, gradients, two fp32 moments and activations: about 20 bytes a weight, plus torch itself.
     per_worker = 600 * 2**20 + 10 * model_bytes
     fitting = max(1, int(_free_bytes() * 0.8 // per_worker))
-    workers = min(cores, fitting)
-    return workers, max(1, cores // workers)
+    return min(max(1, cores // threads), fitting), threads
 
 
 def _has_gpu() -> bool:

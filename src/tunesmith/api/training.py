@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
-from tunesmith.api.opening import check_quantize, note_long_rows, open_base, open_run
+from tunesmith.api.opening import note_long_rows, open_job, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.errors import DataError, RunDirError, SetupError
 from tunesmith.core.events import Event, OnEvent, ignore_event
@@ -23,6 +23,7 @@ from tunesmith.core.fingerprint import (
     hash_text,
 )
 from tunesmith.core.jsonl import read_json, read_settings, write_json
+from tunesmith.core.quantities import format_number
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.core.types import TokenRow
@@ -62,8 +63,7 @@ def train(
     Raises TunesmithError in one line: JobError, DataError, ModelError, RunDirError, TrainingFailed, Interrupted.
     """
     job = job if isinstance(job, Job) else job_from(job)
-    base = open_base(job)
-    check_quantize(job.method_spec.qat_spec, base, place="method.qat")
+    base = open_job(job)
     with open_run(out, fresh=fresh) as run:
         task = _prepare_task(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
         if run.record.is_file():
@@ -211,7 +211,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         planner=planner,
     )
     if job.data.streaming and (skipped := rejects.write()):
-        text = f"{skipped} bad rows of the stream were skipped ({run.stream_rejects.name} holds them)"
+        text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"
         outcome.warnings.append(text)
     outcome.warnings[:0] = warnings
     size_bytes = _save(model, job, task, tokenizer, run) if task.keep_weights else 0

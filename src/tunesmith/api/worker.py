@@ -12,10 +12,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tunesmith.api.opening import writing_to
 from tunesmith.api.tasks import TrainTask, is_finished, mark_finished, mark_started, read_tasks
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.jsonl import dump_json
+from tunesmith.core.rundir import RunDir
 
 if TYPE_CHECKING:
     from tunesmith.eval.forgetting import Forgetting
@@ -29,16 +31,17 @@ def main(argv: list[str]) -> int:
         for task in read_tasks(Path(argv[1])):
             if is_finished(task):
                 continue
-            mark_started(task)
-            if isinstance(task, TrainTask):
-                from tunesmith.api.training import run_train_task
+            with writing_to(RunDir(Path(task.out))):
+                mark_started(task)
+                if isinstance(task, TrainTask):
+                    from tunesmith.api.training import run_train_task
 
-                run_train_task(task, on_event)
-            else:
-                from tunesmith.api.evaluation import run_judge_task
+                    run_train_task(task, on_event)
+                else:
+                    from tunesmith.api.evaluation import run_judge_task
 
-                run_judge_task(task, on_event, bases=bases)
-            mark_finished(task)
+                    run_judge_task(task, on_event, bases=bases)
+                mark_finished(task)
     except TunesmithError as error:
         on_event(Event("failed", text=str(error)))
         return error.exit_code

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -316,7 +318,10 @@ def main() -> None:
     Ctrl-C and a closed pipe are typer's: exit codes 130 and 1.
     """
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
+        sys.exit(code)
     except _UsageError as error:  # typer itself would draw a frame of five lines
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -326,6 +331,15 @@ def main() -> None:
     except TunesmithError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Python would try to write what is left once more as it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        _say(f"error: stdout: {(error.strerror or str(error)).lower()}. Send the output elsewhere")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

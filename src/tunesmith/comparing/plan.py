@@ -6,7 +6,6 @@ A prompted arm answers with the base model; a trained arm answers with what its 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from tunesmith.core.errors import JobError
 from tunesmith.job.combinations import check_optimizer
 from tunesmith.job.spec import (
+    PROMPTED,
     ArmSpec,
     FullSpec,
     Job,
@@ -27,9 +27,6 @@ from tunesmith.job.spec import (
 )
 
 Prompting = Literal["zero-shot", "few-shot", "rag"]
-PROMPTED = ("zero-shot", "few-shot", "rag")
-TRAINED = ("full", "lora", "qlora")
-ARM_NAMES = (*PROMPTED, *TRAINED, *(f"{method}+rag" for method in TRAINED))
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
 
 
@@ -84,20 +81,12 @@ class PlannedArm:
 def plan_arms(job: Job) -> list[PlannedArm]:
     """Expand `job.compare.arms`, in order.
 
-    Raises JobError for an unknown arm (with the nearest name), a name that is no folder name, a repeated name, and an
-    arm that cannot have what it needs.
+    Raises JobError for a name that is no folder name, a repeated name, and an arm that cannot have what it needs.
     """
     arms: list[PlannedArm] = []
-    if repeated := _find_repeated(job.compare.seeds):
-        raise JobError(
-            "compare.seeds",
-            f"seed {repeated[0]} appears twice",
-            rule="each seed is one independent run",
-            cure="Remove one",
-        )
     for number, item in enumerate(job.compare.arms):
         place = f"compare.arms[{number}]"
-        spec = _parse_name(item, job, place) if isinstance(item, str) else item
+        spec = _parse_name(item, job) if isinstance(item, str) else item
         arm = _plan_arm(spec, job, place)
         _refuse_examples_of_a_stream(arm, job, place)
         _refuse_other_tokens(arm, job, place)
@@ -115,21 +104,9 @@ def plan_arms(job: Job) -> list[PlannedArm]:
     return _share_training(arms)
 
 
-def _find_repeated(seeds: Sequence[int]) -> list[int]:
-    return [seed for index, seed in enumerate(seeds) if seed in seeds[:index]]
-
-
-def _parse_name(text: str, job: Job, place: str) -> ArmSpec:
+def _parse_name(text: str, job: Job) -> ArmSpec:
     """`lora+rag` -> ArmSpec(method=lora, rag=True)."""
     name, plus, extra = text.strip().lower().partition("+")
-    if text.strip().lower() not in ARM_NAMES:
-        near = difflib.get_close_matches(text.strip().lower().replace("_", "-"), ARM_NAMES, n=1, cutoff=0.5)
-        raise JobError(
-            place,
-            f"unknown arm {text!r}",
-            rule=f"arms are {', '.join(ARM_NAMES)}, or a mapping with `method:`",
-            cure=f"Did you mean {near[0]!r}?" if near else "",
-        )
     assert not plus or extra == "rag"
     if name in PROMPTED:
         return ArmSpec.model_validate({"method": name})

@@ -67,7 +67,7 @@ def _check_missing(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
 
 
 def _check_equality(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
-    """Steps, hardware and code that differ between trained arms; a selection split that is the report split."""
+    """Steps, hardware and code that differ between trained arms; bf16 masters; selection on the report split."""
     trained = [arm for arm in arms if arm.runs and arm.plan.trains]
     runs = {arm.plan.name: next(iter(arm.runs.values())) for arm in trained}
     steps = {name: run.steps for name, run in runs.items()}
@@ -80,6 +80,11 @@ def _check_equality(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
     if len(codes - {None}) > 1:
         yield "", "the package's code changed between trainings of this comparison"
     for name, run in runs.items():
+        if run.config.get("train", {}).get("optimizer") == "adamw-bf16":
+            yield (
+                name,
+                "pure bf16 full fine-tuning (adamw-bf16): it may fall short of fp32 masters; compare with adamw",
+            )
         validation = {value for key, value in run.fingerprints.items() if "validation" in key}
         tests = {value for key, value in run.fingerprints.items() if "test" in key}
         if validation & tests:

@@ -1,13 +1,14 @@
 """Strict JSON and JSONL: what Python's `json` lets through silently is refused with file and line.
 
-Refused: bad UTF-8, NUL bytes, duplicate keys, NaN and Infinity, lone surrogates, a truncated last line, rows above
-`max_row_bytes`. A UTF-8 byte order mark at the start of a file is refused too: read literally it would become part of
-the first key.
+Refused: bad UTF-8, NUL bytes, duplicate keys, NaN, Infinity and numbers that overflow to it, lone surrogates, a
+truncated last line, rows above `max_row_bytes`. A UTF-8 byte order mark at the start of a file is refused too: read
+literally it would become part of the first key.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from typing import Any, NoReturn, cast
 from tunesmith.core.errors import DataError, ModelError
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
+# The end of a cure, where the fault is one row's.
+OR_SKIP = ", or pass --on-bad-row skip"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -39,40 +42,67 @@ def _reject_constant(name: str) -> NoReturn:
     raise _Bad(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates, parse_constant=_reject_constant)
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _Bad(f"{text[:20]} is too large for a number")
+    return value
 
 
-def parse_json(raw: bytes, *, place: str) -> Any:
-    """Parse one JSON document strictly. Raises DataError naming `place`."""
-    cure = "Repair the line, or pass --on-bad-row skip"
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_reject_duplicates, parse_constant=_reject_constant, parse_float=_parse_float
+)
+
+
+def parse_json(raw: bytes, *, place: str, whole: bool = False) -> Any:
+    """Parse one JSON document strictly. Raises DataError naming `place`.
+
+    whole: a file and not one line of it; `place` then gets the line of the fault where that is known.
+    """
+    subject = "the file is" if whole else "every line is"
+    cure = "Repair the file" if whole else f"Repair the line{OR_SKIP}"
+
+    def at(byte: int) -> str:
+        line = raw.count(b"\n", 0, byte) + 1
+        return f"{place}:{line}" if whole else place
+
     if raw.startswith(b"\xef\xbb\xbf"):
         raise DataError(
             place, "starts with a byte order mark", rule="JSON is plain UTF-8", cure="Save it without BOM"
         )
-    if b"\x00" in raw:
-        raise DataError(place, "contains a NUL byte", rule="JSON is text", cure=cure)
+    if (byte := raw.find(b"\x00")) >= 0:
+        raise DataError(at(byte), "contains a NUL byte", rule="JSON is text", cure=cure)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            place, f"byte {error.start} is not UTF-8", rule="rows are UTF-8", cure="Convert the file to UTF-8"
+            at(error.start),
+            f"byte {error.start} is not UTF-8",
+            rule="JSON is UTF-8",
+            cure="Convert the file to UTF-8",
         ) from None
     try:
         value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
         if text[end:].strip(" \t\r\n"):
             raise _Bad(f"text after the JSON value at column {end + 1}")
     except _Bad as error:
-        raise DataError(place, str(error), rule="rows are strict JSON", cure=cure) from None
+        raise DataError(place, str(error), rule=f"{subject} strict JSON", cure=cure) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            place, f"{error.msg} at column {error.colno}", rule="every line is one JSON value", cure=cure
+            f"{place}:{error.lineno}" if whole else place,
+            f"{error.msg.removesuffix(' at')} at column {error.colno}",
+            rule=f"{subject} one JSON value",
+            cure=cure,
         ) from None
     except ValueError:  # Python refuses to convert integers of more than 4,300 digits
         raise DataError(
-            place, "holds a number of thousands of digits", rule="numbers are numbers", cure=cure
+            place,
+            "holds a number of thousands of digits",
+            rule="whole numbers have at most 4,300 digits",
+            cure=cure,
         ) from None
     except RecursionError:
-        raise DataError(place, "nested too deeply", rule="rows are shallow JSON", cure=cure) from None
+        raise DataError(place, "nested too deeply", rule=f"{subject} shallow JSON", cure=cure) from None
     # json only makes lone surrogates from \ud800-style escapes, so plain rows skip the deep scan.
     if "\\u" in text and _has_surrogate(value):
         raise DataError(place, "contains a lone surrogate escape", rule="text is valid Unicode", cure=cure)
@@ -201,11 +231,10 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(str(path), error.strerror or str(error), cure="Check the path") from None
     try:
-        return parse_json(raw, place=str(path))
+        return parse_json(raw, place=str(path), whole=True)
     except DataError as error:
-        # A whole document is no row that could be skipped.
         raise DataError(
-            str(path),
+            error.place,
             error.finding,
             rule="the file is one strict JSON value",
             cure="Correct it, or have it made again",
@@ -219,7 +248,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except DataError as error:
         raise ModelError(
-            str(path), error.finding, rule="a model's settings are strict JSON", cure=cure
+            error.place, error.finding, rule="a model's settings are strict JSON", cure=cure
         ) from None
     if not isinstance(value, dict):
         raise ModelError(

@@ -66,6 +66,11 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def format_number(count: int, thing: str) -> str:
+    """`1 row`, `12 rows`."""
+    return f"{count} {thing}" + ("s" if count != 1 else "")
+
+
 def _three_digits(value: float) -> str:
     """Three significant digits without an exponent, for values from 0 to 1000."""
     if value <= 0:

@@ -96,6 +96,7 @@ class RunDir:
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
         names += (
             "eval.json",
+            "harness.json",
             "answers.jsonl",
             "tasks.json",
             "rejected_rows.jsonl",

@@ -66,7 +66,7 @@ class ChatText:
                 str(self.tokenizer.folder or "tokenizer"),
                 "the tokenizer has no chat template",
                 rule="chat rows are rendered with one",
-                cure="Set data.template to a name (chatml, llama-3, alpaca, ...) or a Jinja file",
+                cure="Give a name (chatml, llama-3, alpaca, ...) or a Jinja file: data.template; for eval --template",
             )
         return ChatTemplate(
             self.tokenizer.chat_template, name=f"{self.tokenizer.folder or 'tokenizer'} chat template"
@@ -203,7 +203,7 @@ class ChatText:
             if place
             else f"the chat template cannot be used: {reason}",
             rule="what is trained must be exactly what the model will be asked to produce",
-            cure="Change the row, or set data.template",
+            cure="Change the row, or the template",
         )
 
 

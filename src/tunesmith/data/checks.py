@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.core.quantities import format_number
 from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import Likeness, split_words
@@ -238,7 +239,7 @@ def find_findings(report: CheckReport, renderer: Renderer) -> list[Finding]:
         found.append(Finding("warning", "rows_with_special_tokens", text, n))
     for source in report.sources:
         if source.num_rejected:
-            text = f"{source.name}: {source.num_rejected} bad rows skipped{_KEPT}"
+            text = f"{source.name}: {format_number(source.num_rejected, 'bad row')} skipped{_KEPT}"
             found.append(Finding("warning", "rejected_rows", text, source.num_rejected, source.split))
     for name, facts in report.splits.items():
         found += _find_in_split(name, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.core.errors import DataError
-from tunesmith.core.jsonl import write_jsonl
+from tunesmith.core.jsonl import OR_SKIP, dump_json, write_jsonl
+from tunesmith.core.quantities import format_number
 from tunesmith.core.types import Conversation, Origin
 from tunesmith.data.checks import CheckReport, SourceFacts, SplitFacts
 from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row, shape_of
@@ -36,17 +38,26 @@ class Rejects:
     def __post_init__(self) -> None:
         self.collect = self.collect or self.path is not None
 
-    def add(self, origin: Origin, raw: bytes, error: DataError) -> None:
-        text = raw[:2000].decode("utf-8", errors="replace")
-        self.rows.append({"place": origin.place, "source": origin.source, "reason": str(error), "row": text})
+    def add(self, origin: Origin, row: Any, error: DataError) -> None:
+        """row: as the file has it, whole; bytes where they are no JSON, which are kept as text."""
+        reason = str(error).removesuffix(OR_SKIP)
+        entry = {"place": origin.place, "source": origin.source, "reason": reason}
+        self.rows.append(entry | ({"row": _as_json(row)} if self.path else {}))
 
     def write(self) -> int:
         """Write the file, if there is anything to write; returns its number of rows."""
         # A stream meets a bad row again in every pass. Files of different folders can share name and line.
-        different = {tuple(row.values()): row for row in self.rows}
+        different = {dump_json(row): row for row in self.rows}
         if self.path is not None and different:
             write_jsonl(self.path, different.values())
         return len(different)
+
+
+def _as_json(row: Any) -> Any:
+    """A row as JSON can hold it: cells of a table may be dates, or NaN."""
+    if isinstance(row, bytes):
+        return row.decode("utf-8", errors="replace").rstrip("\r\n")
+    return json.loads(json.dumps(row, default=str), parse_constant=str)
 
 
 def read_conversations(
@@ -71,7 +82,7 @@ def read_conversations(
             except DataError as error:
                 if not rejects.collect:
                     raise
-                rejects.add(raw.origin, repr(raw.value).encode(), error)
+                rejects.add(raw.origin, raw.value, error)
                 continue
             facts.num_rows += 1
             yield conversation
@@ -177,7 +188,7 @@ def _read_all(
     if not rows:
         raise DataError(
             source.name,
-            f"all {facts.num_rejected} rows are bad",
+            "its only row is bad" if facts.num_rejected == 1 else f"all {facts.num_rejected} rows are bad",
             rule="a source has at least one good row",
             cure=f"The first: {rejects.rows[0]['reason']}" if rejects.rows else "",
         )
@@ -211,7 +222,7 @@ def _cut_off(
         if not held_out[name]:
             raise DataError(
                 "data.split",
-                f"{name} would be empty: {len(flat)} rows form too few groups of near-duplicates",
+                f"{name} would be empty: {format_number(len(flat), 'row')} in too few groups of near-duplicates",
                 rule="each split gets at least one group",
                 cure=f"Give more rows, or name a file under data.split.{name}",
             )

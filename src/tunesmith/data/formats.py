@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from tunesmith.core.errors import DataError
+from tunesmith.core.jsonl import OR_SKIP
 from tunesmith.core.types import Conversation, Message, Origin, Role
 
 FormatName = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
-SKIP_CURE = "Repair the row, or pass --on-bad-row skip"
+SKIP_CURE = f"Repair the row{OR_SKIP}"
 _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -93,11 +94,24 @@ _SHAPES: dict[FormatName, str] = {
 
 def parse_row(raw: RawRow, fmt: FormatName) -> Conversation:
     """One row as a checked `Conversation`. Raises DataError naming the row's place."""
+    if _holds_nul(raw.value):
+        raise _fail(raw.origin, "contains a NUL character", "rows are text")
     return _PARSERS[fmt](raw.value, raw.origin)
 
 
 def _fail(origin: Origin, finding: str, rule: str, cure: str = SKIP_CURE) -> DataError:
     return DataError(origin.place, finding, rule=rule, cure=cure)
+
+
+def _holds_nul(value: Any) -> bool:
+    """True if a text in `value`, keys included, has U+0000: legal in JSON, and read as an end by much software."""
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, Mapping):
+        return any(
+            _holds_nul(key) or _holds_nul(item) for key, item in cast("Mapping[Any, Any]", value).items()
+        )
+    return isinstance(value, list) and any(_holds_nul(item) for item in cast("list[Any]", value))
 
 
 def _take_text(row: Mapping[str, Any], key: str, origin: Origin, *, default: str | None = None) -> str:
@@ -108,11 +122,11 @@ def _take_text(row: Mapping[str, Any], key: str, origin: Origin, *, default: str
             return default
         raise _fail(origin, f"no {key!r}", f"{key} is a string")
     if not isinstance(value, str):
-        raise _fail(origin, f"{key} is {_name_type(value)}", f"{key} is a string")
+        raise _fail(origin, f"{key} is {name_type(value)}", f"{key} is a string")
     return value
 
 
-def _name_type(value: Any) -> str:
+def name_type(value: Any) -> str:
     """How an error calls a JSON value of the wrong type."""
     if value is None:
         return "null"
@@ -147,14 +161,14 @@ def _parse_messages(row: Mapping[str, Any], origin: Origin) -> Conversation:
 def _take_list(row: Mapping[str, Any], key: str, origin: Origin) -> Sequence[Any]:
     items = row.get(key)
     if not isinstance(items, list):
-        raise _fail(origin, f"{key} is {_name_type(items)}", f"{key} is a list of turns")
+        raise _fail(origin, f"{key} is {name_type(items)}", f"{key} is a list of turns")
     return cast("list[Any]", items)
 
 
 def _parse_message(item: Any, number: int, origin: Origin) -> Message:
     if not isinstance(item, dict):
         raise _fail(
-            origin, f"message {number} is {_name_type(item)}", "a message is an object with role and content"
+            origin, f"message {number} is {name_type(item)}", "a message is an object with role and content"
         )
     turn = cast("dict[str, Any]", item)
     if "role" not in turn:
@@ -202,7 +216,7 @@ def _take_content(value: Any, number: int, origin: Origin, *, may_be_null: bool)
                 raise _fail(origin, f"message {number} has a text part without text", "content is text")
             texts.append(text)
         return "".join(texts)
-    raise _fail(origin, f"message {number} has content that is {_name_type(value)}", "content is a string")
+    raise _fail(origin, f"message {number} has content that is {name_type(value)}", "content is a string")
 
 
 def _take_weight(turn: Mapping[str, Any], number: int, origin: Origin) -> float:
@@ -220,7 +234,7 @@ def _parse_tool_calls(value: Any, number: int, origin: Origin) -> list[dict[str,
     """Calls with their arguments as objects: templates write them with `tojson`, which would quote a string twice."""
     if not isinstance(value, list):
         raise _fail(
-            origin, f"message {number} has tool_calls that are {_name_type(value)}", "tool_calls is a list"
+            origin, f"message {number} has tool_calls that are {name_type(value)}", "tool_calls is a list"
         )
     calls: list[dict[str, Any]] = []
     for item in cast("list[Any]", value):
@@ -262,7 +276,7 @@ def _parse_tools(value: Any, origin: Origin) -> tuple[Mapping[str, Any], ...]:
         except json.JSONDecodeError:
             raise _fail(origin, "tools is a string that is not JSON", "tools is a list of objects") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in cast("list[Any]", value)):
-        raise _fail(origin, f"tools is {_name_type(value)}", "tools is a list of objects")
+        raise _fail(origin, f"tools is {name_type(value)}", "tools is a list of objects")
     tools = cast("list[dict[str, Any]]", value)
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
@@ -287,7 +301,7 @@ def _finish_chat(messages: list[Message], row: Mapping[str, Any], origin: Origin
             origin,
             f"last message is from {messages[-1].role!r}",
             "SFT learns from an assistant answer",
-            "Add one, cut the row after its last answer, or pass --on-bad-row skip",
+            f"Add one, cut the row after its last answer{OR_SKIP}",
         )
     for number, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.content.strip() and "tool_calls" not in message.extra:

@@ -323,7 +323,7 @@ def _render_batch(
         try:
             rows.append(renderer.render_conversation(conversation))
         except DataError as error:
-            rejects.add(conversation.origin, b"", error)
+            rejects.add(conversation.origin, describe_conversation(conversation), error)
             rows.append([])
     return rows
 
@@ -408,6 +408,12 @@ def _conversation_to_json(conversation: Conversation) -> dict[str, Any]:
         "extra": dict(conversation.extra),
         "origin": dataclasses.asdict(conversation.origin),
     }
+
+
+def describe_conversation(conversation: Conversation) -> dict[str, Any]:
+    """The row of a conversation, for people: what a template refused, after its shape was read."""
+    value = _conversation_to_json(conversation)
+    return {key: value[key] for key in ("kind", "messages", "tools", "extra")}
 
 
 def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.fingerprint import hash_row
+from tunesmith.core.jsonl import OR_SKIP
 from tunesmith.core.types import Conversation, Message, TokenRow
 from tunesmith.data.tokenizer import Piece
 from tunesmith.data.transcript import RenderedText, Span, TextRenderer
@@ -109,7 +110,7 @@ class Renderer(TextRenderer):
                 place,
                 f"{self.tokenizer.bos_token!r} stands twice in a row",
                 rule="a text begins once",
-                cure="Remove one from the row or the template, or pass --on-bad-row skip",
+                cure=f"Remove one from the row or the template{OR_SKIP}",
             )
 
     def _join_pieces(self, spans: Sequence[Span], pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:

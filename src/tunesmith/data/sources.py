@@ -21,7 +21,7 @@ from tunesmith.core.bundled import bundled_path
 from tunesmith.core.errors import DataError, SetupError
 from tunesmith.core.jsonl import MAX_ROW_BYTES, parse_json, read_jsonl
 from tunesmith.core.types import Origin
-from tunesmith.data.formats import RawRow
+from tunesmith.data.formats import SKIP_CURE, RawRow, name_type
 from tunesmith.data.hub import drop_nulls, is_hub_id, list_hub_splits, read_hub
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -36,7 +36,7 @@ _SPLIT_WORDS = {
     "test": "test",
     "heldout": "test",
 }
-OnBad = Callable[[Origin, bytes, DataError], None]
+OnBad = Callable[[Origin, Any, DataError], None]
 
 
 class SourceLike(Protocol):
@@ -106,6 +106,7 @@ def _check_suffix(path: Path) -> Path:
             str(path),
             f"a {path.suffix or 'nameless'} file",
             rule=f"rows are read from {', '.join(_SUFFIXES)}",
+            cure='Write plain text as rows {"text": ...} of a .jsonl file',
         )
     return path
 
@@ -142,7 +143,8 @@ def _split_word(file: Path, folder: Path) -> str | None:
 def read_rows(source: Source, *, on_bad: OnBad | None = None) -> Iterator[RawRow]:
     """Rows of one split in order, in constant memory for .jsonl, .csv and .parquet.
 
-    on_bad: gets the origin, the raw bytes and the error of a row that cannot be read; without it the error is raised.
+    on_bad: gets the origin, the row (bytes where it is no JSON) and the error of one that cannot be read; without it
+            the error is raised.
     """
     if source.hub is not None:
         for number, value in enumerate(read_hub(*source.hub, revision=source.revision), 1):
@@ -163,16 +165,14 @@ def _read_file(path: Path, label: str, source: str, on_bad: OnBad | None) -> Ite
         if error is None and not isinstance(value, dict):
             error = DataError(
                 origin.place,
-                f"a row that is {'a list' if isinstance(value, list) else type(value).__name__}",
+                f"a row that is {name_type(value)}",
                 rule="a row is a JSON object",
-                cure="Repair the row, or pass --on-bad-row skip",
+                cure=SKIP_CURE,
             )
         if error is not None:
             if on_bad is None:
                 raise error
-            on_bad(
-                origin, value if isinstance(value, bytes) else repr(cast("Any", value)).encode()[:2000], error
-            )
+            on_bad(origin, value, error)
             continue
         yield RawRow(cast("dict[str, Any]", value), origin)
     if empty:
@@ -201,7 +201,7 @@ def _take_all(bad: list[tuple[int, bytes, DataError]]) -> _Numbered:
 
 def _read_json(path: Path, label: str) -> _Numbered:
     """One JSON list of rows; `{"data": [...]}` is read too. Held in memory as a whole."""
-    value = parse_json(_read_bytes(path, label), place=label)
+    value = parse_json(_read_bytes(path, label), place=label, whole=True)
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value)
         keys = [key for key, item in items.items() if isinstance(item, list)]
@@ -227,6 +227,7 @@ def _read_bytes(path: Path, label: str) -> bytes:
 def _read_csv(path: Path, label: str) -> _Numbered:
     """Rows by the header's names; the number is that of the row's first line."""
     csv.field_size_limit(MAX_ROW_BYTES)
+    line = 1
     try:
         with path.open(encoding="utf-8", newline="") as handle:
             if handle.read(1) == "\ufeff":
@@ -240,37 +241,48 @@ def _read_csv(path: Path, label: str) -> _Numbered:
             reader = csv.DictReader(handle, strict=True)
             if reader.fieldnames and len(set(reader.fieldnames)) != len(reader.fieldnames):
                 raise DataError(
-                    f"{label}:1", "a column name appears twice", rule="columns have different names"
+                    f"{label}:1",
+                    "a column name appears twice",
+                    rule="columns have different names",
+                    cure="Rename one of them",
                 )
             line = reader.line_num + 1
             for row in reader:
                 error = None
-                if any("\0" in text for text in row.values() if isinstance(text, str)):
-                    error = DataError(
-                        f"{label}:{line}",
-                        "contains a NUL byte",
-                        rule="CSV is text",
-                        cure="Repair the row, or pass --on-bad-row skip",
-                    )
-                elif None in row or None in row.values():
+                if None in row or None in row.values():
                     error = DataError(
                         f"{label}:{line}",
                         f"not {len(reader.fieldnames or ())} fields like the header",
                         rule="every row has the header's fields",
-                        cure="Repair the row, or pass --on-bad-row skip",
+                        cure=SKIP_CURE,
                     )
                 yield line, {key: _read_cell(value) for key, value in row.items()}, error
                 line = reader.line_num + 1
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         raise DataError(
-            label, f"byte {error.start} is not UTF-8", rule="rows are UTF-8", cure="Convert the file"
+            f"{label}:{_find_undecodable(path)}",
+            "is not UTF-8",
+            rule="rows are UTF-8",
+            cure="Convert the file to UTF-8",
         ) from None
     except csv.Error as error:
         raise DataError(
-            label, str(error), rule="the file is CSV with a header", cure="Repair the file"
+            f"{label}:{line}", str(error), rule="the file is CSV with a header", cure="Repair the file"
         ) from None
     except OSError as error:
         raise DataError(label, error.strerror or str(error), cure="Check the path") from None
+
+
+def _find_undecodable(path: Path) -> int:
+    """The first line that is not UTF-8, from 1. A reader of text only knows how far into its own buffer it came."""
+    number = 1
+    with path.open("rb") as handle:
+        for number, raw in enumerate(handle, 1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def _read_cell(value: Any) -> Any:

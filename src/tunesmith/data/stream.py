@@ -16,7 +16,7 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.checks import SourceFacts, SplitFacts
 from tunesmith.data.collect import Rejects, check_stream_splits, read_conversations
-from tunesmith.data.prepare import fit_row
+from tunesmith.data.prepare import describe_conversation, fit_row
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import Source, find_sources
 from tunesmith.data.split import hash_conversation
@@ -140,7 +140,7 @@ class RowStream:
         try:
             return self.renderer.render_conversation(conversation)
         except DataError as error:
-            self.rejects.add(conversation.origin, b"", error)
+            self.rejects.add(conversation.origin, describe_conversation(conversation), error)
             return []
 
     def _read_all(self) -> Iterator[Conversation]:

@@ -131,7 +131,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"{name}:{error.lineno}", f"{error.message}", rule="a chat template is Jinja"
+                f"{name}:{error.lineno}",
+                f"{error.message}",
+                rule="a chat template is Jinja",
+                cure="Repair it, or name another template",
             ) from None
         self.writes_date = "strftime_now" in source
         self.marks_generation = re.search(r"\{%-?\s*generation\b", source) is not None
@@ -199,7 +202,12 @@ def find_template(name: str) -> ChatTemplate:
     try:
         return ChatTemplate(path.read_text(encoding="utf-8"), name=name)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(name, f"cannot be read ({error})", rule="a template is UTF-8 text") from None
+        raise DataError(
+            name,
+            f"cannot be read ({error})",
+            rule="a template is UTF-8 text",
+            cure="Repair it, or name another",
+        ) from None
 
 
 # Written so that each turn ends with a token that the model can learn to stop on. `eos` stands for the tokenizer's own

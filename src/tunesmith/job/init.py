@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tunesmith.core.errors import JobError
 from tunesmith.core.jsonl import write_bytes_atomic, write_json
-from tunesmith.core.rundir import as_rundir_error
 from tunesmith.job.schema import EXAMPLE_JOB, job_schema
 
 SCHEMA_FILE = "tunesmith.schema.json"
@@ -29,7 +28,9 @@ def write_example_job(path: Path, *, model: str | None = None, data: str | None 
         write_json(path.parent / SCHEMA_FILE, job_schema())
         write_bytes_atomic(path, text.encode())
     except OSError as error:
-        raise as_rundir_error(error, path) from None
+        raise JobError(
+            str(path), f"cannot be written ({error.strerror or error})", cure="Give another name or folder"
+        ) from None
 
 
 def _quote(value: str) -> str:

@@ -106,7 +106,9 @@ def _read_text(path: Path) -> str:
     if raw.startswith(b"\xef\xbb\xbf"):
         raise JobError(f"{path}:1", "starts with a byte order mark", cure="Save the file without BOM")
     if b"\x00" in raw:
-        raise JobError(str(path), "contains a NUL byte", rule="a job file is text", cure="Check the path")
+        raise JobError(
+            str(path), "contains a NUL byte", rule="a job file is text", cure="Save it as UTF-8 text"
+        )
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -262,6 +264,8 @@ def _finding(location: Location, item: Any, cleaned: list[tuple[Location, Any]])
         return f"key {key!r} is missing"
     if kind == "value_error":
         return f"{key}: {item['ctx']['error']}"
+    if kind == "too_short":
+        return f"{key} is empty; it should be a list with at least one entry"
     shown = (
         repr(item["input"])
         if not isinstance(item["input"], dict | list)
@@ -288,7 +292,6 @@ def _wanted(item: Any) -> str:
         "less_than": f"below {context.get('lt')}",
         "less_than_equal": f"at most {context.get('le')}",
         "finite_number": "a finite number",
-        "too_short": f"at least {context.get('min_length')} long",
     }.get(item["type"], str(item["msg"]))
 
 
@@ -301,8 +304,9 @@ def _cure(location: Location, item: Any) -> str:
     if item["type"] == "extra_forbidden" and not _guess(location):
         return f"Known keys: {', '.join(_sibling_keys(location))}"
     if item["type"] == "missing":
-        return "Add it; an example is printed by: tunesmith init"
-    return ""
+        return "Add it; tunesmith init writes an example"
+    # What a spec's own check says holds its cure.
+    return "" if item["type"] == "value_error" else "All keys and values: tunesmith schema --markdown"
 
 
 def _sibling_keys(location: Location) -> list[str]:
@@ -359,11 +363,12 @@ _JUDGE_KEYS = (("evaluate", "documents"), ("evaluate", "schema_file"), ("evaluat
 
 def resolve_paths(job: Job, folder: Path) -> Job:
     """Make paths that exist beside the job file absolute; names (bundled, hub) stay as written."""
-    values = job.model_dump()
+    # What was not written stays so: a continued adapter decides it.
+    values = job.model_dump(exclude_unset=True)
     for key in _PATH_KEYS:
         node: Any = values
         for part in key[:-1]:
-            node = node[part] if isinstance(node, dict) else None
+            node = node.get(part) if isinstance(node, dict) else None
             if node is None:
                 break
         if isinstance(node, dict) and key[-1] in node:

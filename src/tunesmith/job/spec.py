@@ -5,6 +5,7 @@ The JSON Schema for editors and `docs/job-file.md` are generated from this file;
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import (
@@ -361,6 +362,29 @@ class EvaluateSpec(Spec):
     """Measure loss on general text before and after, and KL from the base."""
 
 
+PROMPTED = ("zero-shot", "few-shot", "rag")
+TRAINED = ("full", "lora", "qlora")
+ARM_NAMES = (*PROMPTED, *TRAINED, *(f"{method}+rag" for method in TRAINED))
+
+
+def _check_arm_name(text: str) -> str:
+    name = text.strip().lower()
+    if name in ARM_NAMES:
+        return text
+    near = difflib.get_close_matches(name.replace("_", "-"), ARM_NAMES, n=1, cutoff=0.5)
+    guess = f". Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"unknown arm {text!r}; arms are {', '.join(ARM_NAMES)}, or a mapping with `method:`{guess}"
+    )
+
+
+def _check_seeds(seeds: list[int]) -> list[int]:
+    for index, seed in enumerate(seeds):
+        if seed in seeds[:index]:
+            raise ValueError(f"seed {seed} appears twice; each seed is one independent run, remove one")
+    return seeds
+
+
 class ArmSpec(Spec):
     """One thing to compare. A bare string names it: `zero-shot`, `few-shot`, `rag`, `full`, `lora`, `qlora`, or a
     trained arm with retrieval, `lora+rag`."""
@@ -390,7 +414,7 @@ class TuneSpec(Spec):
 
 
 class CompareSpec(Spec):
-    arms: Annotated[list[str | ArmSpec], Field(min_length=1)] = [
+    arms: Annotated[list[Annotated[str, AfterValidator(_check_arm_name)] | ArmSpec], Field(min_length=1)] = [
         "zero-shot",
         "few-shot",
         "rag",
@@ -398,7 +422,7 @@ class CompareSpec(Spec):
         "full",
     ]
     """What is compared: names, or mappings with settings."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_check_seeds)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
     metric: MetricName | Literal["nll"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""

@@ -6,70 +6,29 @@ Keys are `base_model.model.` + the module's checkpoint name + `.lora_A.weight`, 
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.core.errors import ModelError
-from tunesmith.core.jsonl import read_settings, write_json
+from tunesmith.core.jsonl import write_json
 from tunesmith.core.rundir import as_rundir_error
+from tunesmith.models.adapter_config import ADAPTER_CONFIG as CONFIG
+from tunesmith.models.adapter_config import ADAPTER_WEIGHTS as WEIGHTS
+from tunesmith.models.adapter_config import (
+    PREFIX,
+    AdapterConfig,
+    check_shape,
+    match_pattern,
+    read_adapter_config,
+    read_adapter_header,
+    refuse_rank,
+    refuse_tensor,
+)
 from tunesmith.models.causal_lm import CausalLM, TokenTable
-from tunesmith.models.headers import ADAPTER_CONFIG as CONFIG
-from tunesmith.models.headers import ADAPTER_WEIGHTS as WEIGHTS
-from tunesmith.models.headers import read_header
 from tunesmith.models.projection import LoraPart, Projection
 from tunesmith.models.weights import read_tensors, write_tensors
-
-_PREFIX = "base_model.model."
-# Settings of other adapters than the ones we run, with the values that mean "not used".
-_UNUSED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterConfig:
-    """What adapter_config.json says. tied: embedding and head are one trained matrix."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    rslora: bool
-    dora: bool
-    targets: tuple[str, ...]
-    modules_to_save: tuple[str, ...] = ()
-    tied: bool = False
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def scale_of(self, name: str, rank: int) -> tuple[float, float]:
-        """(alpha, scale) of the adapter of module `name`."""
-        alpha = _match_pattern(self.alpha_pattern, name, self.alpha)
-        return alpha, alpha / (rank**0.5 if self.rslora else rank)
-
-
-def _match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
 
 
 def save_adapter(model: CausalLM, folder: Path, *, base_name: str, revision: str | None = None) -> None:
@@ -95,16 +54,16 @@ def collect_tensors(model: CausalLM) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for projection in model.projections():
         for name, _, lora in projection.loras():
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora.a.detach()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora.b.detach()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.a.detach()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.b.detach()
             if lora.magnitude is not None:
-                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = lora.magnitude.detach()
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = lora.magnitude.detach()
     for table in model.tables():
         if table.tuned is not None:
-            tensors[f"{_PREFIX}{table.name}.weight"] = table.tuned.detach()
+            tensors[f"{PREFIX}{table.name}.weight"] = table.tuned.detach()
     if model.untied_head is None and model.embedding.tuned is not None:
         # Loaders that do not tie adapters read the head from its own key.
-        tensors[f"{_PREFIX}{model.head_name}.weight"] = model.embedding.tuned.detach().clone()
+        tensors[f"{PREFIX}{model.head_name}.weight"] = model.embedding.tuned.detach().clone()
     return tensors
 
 
@@ -144,55 +103,6 @@ def _describe(model: CausalLM, config: AdapterConfig, base_name: str, revision: 
     }
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read adapter_config.json. Raises ModelError for adapters of another kind."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise ModelError(
-            str(folder), f"has no {CONFIG}", rule="an adapter folder is in PEFT format", cure="Check the path"
-        )
-    raw = read_settings(path)
-    try:
-        kind = raw.get("peft_type")
-        if kind != "LORA":
-            raise ModelError(
-                str(path), f"peft_type is {kind!r}", rule="LoRA adapters (with rsLoRA, DoRA) are read"
-            )
-        for key, unused in _UNUSED.items():
-            if key in raw and raw[key] not in unused:
-                raise ModelError(
-                    str(path),
-                    f"{key} is {raw[key]!r}",
-                    rule="this variant of LoRA is not run here",
-                    cure="Merge it with peft, then use the merged model",
-                )
-        if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in (
-            "gaussian",
-            "orthogonal",
-            "eva",
-        ):
-            raise ModelError(
-                str(path),
-                f"init_lora_weights is {raw['init_lora_weights']!r}, which changes the base",
-                cure="Convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
-            )
-        targets = raw.get("target_modules") or []
-        return AdapterConfig(
-            rank=int(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
-            dropout=float(raw.get("lora_dropout") or 0.0),
-            rslora=bool(raw.get("use_rslora")),
-            dora=bool(raw.get("use_dora")),
-            targets=(targets,) if isinstance(targets, str) else tuple(targets),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-            tied=bool(raw.get("ensure_weight_tying")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(str(path), f"is not an adapter config ({error})", cure="Check the file") from None
-
-
 def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False) -> AdapterConfig:
     """Attach the adapter in `folder`, made here or by PEFT, in place.
 
@@ -200,13 +110,8 @@ def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    if not (folder / WEIGHTS).exists():
-        rule = "adapters are safetensors"
-        raise ModelError(
-            str(folder), f"has no {WEIGHTS}", rule=rule, cure="Save it with safe_serialization=True"
-        )
-    stored = read_header(folder / WEIGHTS)
-    tensors = {name.removeprefix(_PREFIX): t.float() for name, t in read_tensors(stored, stored).items()}
+    stored = read_adapter_header(folder)
+    tensors = {name.removeprefix(PREFIX): t.float() for name, t in read_tensors(stored, stored).items()}
     place = str(folder / WEIGHTS)
     for projection in model.projections():
         for number, (name, rows) in enumerate(projection.rows()):
@@ -217,12 +122,7 @@ def load_adapter(model: CausalLM, folder: Path | str, *, trainable: bool = False
     _take_tables(model, tensors, config, place, trainable=trainable)
     if tensors:
         name = next(iter(tensors))
-        raise ModelError(
-            place,
-            f"{name} {list(tensors[name].shape)} has no place in this model",
-            rule="adapter and base belong together",
-            cure="Give the adapter's own base model",
-        )
+        refuse_tensor(place, name, tensors[name].shape)
     model.adapter_config = config
     return config
 
@@ -238,27 +138,17 @@ def _take_part(
     a = tensors.pop(f"{name}.lora_A.weight")
     b = tensors.pop(f"{name}.lora_B.weight", torch.empty(0, 0))
     rank, outputs = a.shape[0], rows.stop - rows.start
-    _check_shape(place, f"{name}.lora_A.weight", a, (rank, projection.in_features))
-    _check_shape(place, f"{name}.lora_B.weight", b, (outputs, rank))
-    stated = _match_pattern(config.rank_pattern, name, config.rank)
+    check_shape(place, f"{name}.lora_A.weight", a.shape, (rank, projection.in_features))
+    check_shape(place, f"{name}.lora_B.weight", b.shape, (outputs, rank))
+    stated = match_pattern(config.rank_pattern, name, config.rank)
     if stated != rank:
-        raise ModelError(place, f"{name}.lora_A.weight has rank {rank}, {CONFIG} says {stated}")
+        refuse_rank(place, f"{name}.lora_A.weight", rank, stated)
     magnitude = None
     if config.dora:
         magnitude = tensors.pop(f"{name}.lora_magnitude_vector", torch.empty(0))
-        _check_shape(place, f"{name}.lora_magnitude_vector", magnitude, (outputs,))
+        check_shape(place, f"{name}.lora_magnitude_vector", magnitude.shape, (outputs,))
     alpha, scale = config.scale_of(name, rank)
     return LoraPart(a, b, scale=scale, alpha=alpha, magnitude=magnitude)
-
-
-def _check_shape(place: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ModelError(
-            place,
-            f"tensor {name} has shape {list(tensor.shape)}, this base asks for {list(expected)}",
-            rule="adapter and base belong together",
-            cure="Give the adapter's own base model",
-        )
 
 
 def _take_tables(
@@ -281,8 +171,11 @@ def _take_tables(
             model.untie_head()
     for table, tensor in ((model.embedding, embed), (model.head_table, head)):
         if tensor is not None:
-            _check_shape(
-                place, f"{table.name}.weight", tensor, (model.config.vocab_size, model.config.hidden_size)
+            check_shape(
+                place,
+                f"{table.name}.weight",
+                tensor.shape,
+                (model.config.vocab_size, model.config.hidden_size),
             )
             table.tuned = nn.Parameter(tensor.to(table.weight.device), requires_grad=trainable)
     assert isinstance(model.embedding, TokenTable)

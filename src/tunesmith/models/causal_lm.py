@@ -20,7 +20,7 @@ from tunesmith.models.layout import Layout, pad_length
 from tunesmith.models.projection import MasterCast, Projection
 
 if TYPE_CHECKING:
-    from tunesmith.models.adapter_files import AdapterConfig
+    from tunesmith.models.adapter_config import AdapterConfig
     from tunesmith.models.segments import Segments
 
 

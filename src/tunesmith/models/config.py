@@ -17,6 +17,9 @@ from tunesmith.models.families import FAMILIES, GATES, Family
 _CURE = "Give the config.json that came with the weights"
 _ROPE_KINDS = ("default", "linear", "llama3")
 _LAYER_KINDS = ("full_attention", "sliding_attention")
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+# Every layer is listed before the weights are looked at; the deepest models have a few hundred.
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class _Fields:
         if kind is float and isinstance(found, int) and not isinstance(found, bool):
             found = float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise ModelError(self.place, f"{key} is {found!r}", rule=f"it is a {kind.__name__}", cure=_CURE)
+            raise ModelError(self.place, f"{key} is {found!r}", rule=f"it is {_KINDS[kind]}", cure=_CURE)
         if (
             kind is int
             and key.startswith(("num_", "vocab", "hidden_size", "interm", "head_dim"))
@@ -143,6 +146,13 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
     hidden = fields.read("hidden_size", int, **(strict and {"default": raw.get("n_embd") or 0}))
     heads = fields.read("num_attention_heads", int, **(strict and {"default": raw.get("n_head") or 1}))
     layers = fields.read("num_hidden_layers", int, **(strict and {"default": raw.get("n_layer") or 0}))
+    if layers > _MAX_LAYERS:
+        raise ModelError(
+            place,
+            f"num_hidden_layers is {layers}",
+            rule=f"a model has at most {_MAX_LAYERS} layers",
+            cure=_CURE,
+        )
     head_dim = fields.read("head_dim", int, 256 if family.gemma else hidden // heads)
     kv_heads = fields.read("num_key_value_heads", int, heads)
     if not why_not and heads % kv_heads:

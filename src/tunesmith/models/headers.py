@@ -1,4 +1,4 @@
-"""What a model or adapter folder holds, from its JSON and headers alone: without torch, so that it is looked at first.
+"""What a model folder holds, from its JSON and headers alone: without torch, so that it is looked at first.
 
 The header of a safetensors file (8 bytes of length, then JSON with dtype, shape and byte range of every tensor) is
 read by ourselves, so a truncated file or a wrong shape is told by name before any tensor is touched.
@@ -16,7 +16,6 @@ from typing import Any
 from tunesmith.core.errors import ModelError
 from tunesmith.models.config import DecoderConfig, load_config
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPE_BYTES = {
@@ -42,8 +41,7 @@ _IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias", "attn.m
 
 
 # What other architectures call their embedding.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_ADAPTER_PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +63,9 @@ def check_model(folder: Path) -> DecoderConfig:
     if config.own:
         check_tensors(stored, list_expected(config), config, place=str(folder))
         return config
+    _check_known_type(config, folder)
     for name, tensor in stored.items():
-        if name.endswith(_EMBEDDINGS) and config.vocab_size and tensor.shape[:1] != (config.vocab_size,):
+        if name.endswith(EMBEDDINGS) and config.vocab_size and tensor.shape[:1] != (config.vocab_size,):
             asked = [config.vocab_size, *tensor.shape[1:]]
             raise ModelError(
                 str(folder),
@@ -77,38 +76,16 @@ def check_model(folder: Path) -> DecoderConfig:
     return config
 
 
-def check_adapter(folder: Path, base: DecoderConfig) -> int:
-    """Raise ModelError if the adapter in `folder` is damaged or of another base; as `check_model`, by headers alone.
+def _check_known_type(config: DecoderConfig, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
 
-    Returns the rows of the embedding that base and adapter have together: an adapter may add tokens.
-    """
-    if not (folder / ADAPTER_WEIGHTS).exists():
+    if config.model_type not in CONFIG_MAPPING:
         raise ModelError(
-            str(folder),
-            f"has no {ADAPTER_WEIGHTS}",
-            rule="adapters are safetensors",
-            cure="Save it with safe_serialization=True",
+            str(folder / "config.json"),
+            f"model_type {config.model_type!r} is known neither here nor to transformers",
+            rule="models run without code of their own",
+            cure="Use a supported architecture",
         )
-    stored = read_header(folder / ADAPTER_WEIGHTS)
-    shapes = {name.removeprefix(_ADAPTER_PREFIX): tensor.shape for name, tensor in stored.items()}
-    rows = max(
-        (shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS) and shape), default=0
-    )
-    expected = list_expected(base) if base.own else {}
-    for name, shape in shapes.items():
-        module, dot, part = name.rpartition(".lora_")
-        weight = expected.get(f"{module}.weight")
-        if not dot or weight is None or part not in ("A.weight", "B.weight") or len(shape) != 2:
-            continue  # looked at when it is loaded
-        asked = (shape[0], weight[1]) if part == "A.weight" else (weight[0], shape[1])
-        if shape != asked:
-            raise ModelError(
-                str(folder / ADAPTER_WEIGHTS),
-                f"tensor {name} has shape {list(shape)}, this base asks for {list(asked)}",
-                rule="adapter and base belong together",
-                cure="Give the adapter's own base model",
-            )
-    return max(rows, base.vocab_size)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

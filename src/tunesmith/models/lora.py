@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ModelError
-from tunesmith.models.adapter_files import AdapterConfig, load_adapter, save_adapter
+from tunesmith.models.adapter_config import (
+    AdapterConfig,
+    check_continued,
+    check_modules,
+    find_targets,
+    shorten,
+)
+from tunesmith.models.adapter_files import load_adapter, save_adapter
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.projection import LoraPart
 
@@ -37,7 +44,7 @@ def add_lora(model: CausalLM, spec: LoraSpec, *, seed: int, num_tokens: int | No
     if spec.adapter is not None:
         _continue_adapter(model, spec, num_tokens)
         return
-    targets = find_targets(model, spec.targets)
+    targets = find_targets(_linear_names(model), spec.targets)
     scale = spec.scaling_alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
     for projection in model.projections():
         for number, (name, rows) in enumerate(projection.rows()):
@@ -62,33 +69,14 @@ def add_lora(model: CausalLM, spec: LoraSpec, *, seed: int, num_tokens: int | No
         dropout=spec.dropout,
         rslora=spec.rslora,
         dora=spec.dora,
-        targets=tuple(_shorten(targets) if spec.targets == "all-linear" else spec.targets),
+        targets=tuple(shorten(targets) if spec.targets == "all-linear" else spec.targets),
         modules_to_save=modules,
         tied=model.untied_head is None,
     )
 
 
-def find_targets(model: CausalLM, targets: str | Sequence[str]) -> set[str]:
-    """Names of the linear layers that `targets` means. Raises ModelError for one that fits none."""
-    names = [name for projection in model.projections() for name in projection.names]
-    if targets == "all-linear":
-        return set(names)
-    found: set[str] = set()
-    for target in targets:
-        fits = {name for name in names if name == target or name.endswith("." + target)}
-        if not fits:
-            cure = (
-                "Write modules_to_save: [lm_head] to train it whole"
-                if target == "lm_head"
-                else ("Choose from " + ", ".join(_shorten(names)))
-            )
-            raise ModelError("method.targets", f"no linear layer ends in {target!r}", cure=cure)
-        found |= fits
-    return found
-
-
-def _shorten(names: Sequence[str] | set[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+def _linear_names(model: CausalLM) -> list[str]:
+    return [name for projection in model.projections() for name in projection.names]
 
 
 def _draw_a(rank: int, inputs: int, *, seed: int, name: str) -> Tensor:
@@ -103,14 +91,7 @@ def tune_tables(model: CausalLM, modules: Sequence[str], *, num_tokens: int | No
 
     On a tied model either name means the one matrix, which stays tied.
     """
-    known = {"embed_tokens", "lm_head"} | {table.name.rpartition(".")[2] for table in model.tables()}
-    for module in modules:
-        if module not in known:
-            raise ModelError(
-                "method.modules_to_save",
-                f"{module!r} cannot be trained whole",
-                cure="Choose from embed_tokens, lm_head",
-            )
+    check_modules(modules, [table.name.rpartition(".")[2] for table in model.tables()])
     if num_tokens is not None and num_tokens > model.config.vocab_size:
         model.resize_vocabulary(num_tokens)
     wanted = {"lm_head" if module == "lm_head" else "embed_tokens" for module in modules}
@@ -128,26 +109,10 @@ def _continue_adapter(model: CausalLM, spec: LoraSpec, num_tokens: int | None) -
     """Load spec.adapter for further training. What the job says explicitly must agree with it."""
     assert spec.adapter is not None
     found = load_adapter(model, Path(spec.adapter), trainable=True)
-    said = spec.model_fields_set
-    checks = {
-        "rank": (spec.rank, found.rank),
-        "rslora": (spec.rslora, found.rslora),
-        "dora": (spec.dora, found.dora),
-        "alpha": (spec.alpha, found.alpha),
-        "targets": (
-            find_targets(model, spec.targets),
-            {name for projection in model.projections() for name, _, _ in projection.loras()},
-        ),
-        "modules_to_save": (set(spec.modules_to_save), set(found.modules_to_save)),
-    }
-    for key, (wanted, stored) in checks.items():
-        if key in said and wanted is not None and wanted != stored:
-            raise ModelError(
-                f"method.{key}",
-                f"the job and the adapter {spec.adapter} disagree",
-                rule="a continued adapter keeps its shape",
-                cure=f"Remove {key} from the job, or start a new adapter",
-            )
+    adapted = {name for projection in model.projections() for name, _, _ in projection.loras()}
+    # A task file has every default written out. What was written and is a default is looked at before: `check_lora`.
+    said = {key for key, field in type(spec).model_fields.items() if getattr(spec, key) != field.default}
+    check_continued(spec, found, said, adapted=adapted, linears=_linear_names(model))
     if num_tokens is not None and num_tokens > model.config.vocab_size:
         raise ModelError(
             "method.new_tokens",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,6 +53,7 @@ def check_tied(tensors: Mapping[str, Tensor], *, place: str) -> None:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """One safetensors file, atomically. Raises RunDirError if the disk refuses."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -68,8 +71,17 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         raise as_rundir_error(error, path) from None
+    except SafetensorError as error:
+        raise as_rundir_error(_as_os_error(error), path) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """safetensors tells a refused write in words only: `I/O error: No space left on device (os error 28)`."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number))
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -6,7 +6,9 @@ To add one: a class with `log` and `close`, and a line in `_OPENERS`.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,12 +35,23 @@ def open_trackers(
         except ModuleNotFoundError as error:
             for tracker in opened:
                 tracker.close()
-            raise SetupError(
-                "train.trackers",
-                f"{name} needs the package {error.name!r}, which is not installed",
-                cure=f"Run: pip install 'tunesmith[{name}]', or take {name} out of train.trackers",
-            ) from None
+            raise _missing(name, error.name) from None
     return opened
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise SetupError, without importing any, if a tracker's package (which has its name) is missing."""
+    for name in names:
+        if sys.modules.get(name) is None and find_spec(name) is None:
+            raise _missing(name, name)
+
+
+def _missing(tracker: str, package: str | None) -> SetupError:
+    return SetupError(
+        "train.trackers",
+        f"{tracker} needs the package {package!r}, which is not installed",
+        cure=f"Run: pip install 'tunesmith[{tracker}]', or take {tracker} out of train.trackers",
+    )
 
 
 def as_scalars(record: StepRecord) -> dict[str, float]:
