@@ -21,7 +21,7 @@ import torch
 
 from tunesmith.api.comparing import GENERAL_TEXT
 from tunesmith.api.devices import pick_device
-from tunesmith.api.training import load_trainable
+from tunesmith.api.trainable import load_trainable
 from tunesmith.core.fingerprint import describe_hardware, describe_versions
 from tunesmith.core.jsonl import write_json
 from tunesmith.core.rundir import RunDir

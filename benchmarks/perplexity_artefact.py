@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tunesmith.api.devices import pick_device, pick_dtype
-from tunesmith.api.training import load_trainable
+from tunesmith.api.trainable import load_trainable
 from tunesmith.core.fingerprint import describe_hardware, describe_versions, hash_row
 from tunesmith.core.jsonl import write_json
 from tunesmith.core.rundir import RunDir

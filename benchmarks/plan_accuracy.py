@@ -33,7 +33,7 @@ from gpu_cases.cases import SHAPES  # noqa: E402
 from gpu_cases.inputs import _write_tokenizer, list_tensors, write_random_rows  # noqa: E402
 from tunesmith.api.devices import describe_gpu, pick_device, set_up_segments  # noqa: E402
 from tunesmith.api.planning import build_planner, make_planner  # noqa: E402
-from tunesmith.api.training import training_lengths  # noqa: E402
+from tunesmith.api.trainable import training_lengths  # noqa: E402
 from tunesmith.core.fingerprint import describe_versions, hash_code  # noqa: E402
 from tunesmith.core.rundir import RunDir  # noqa: E402
 from tunesmith.data.prepare import load_prepared  # noqa: E402

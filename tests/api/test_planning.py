@@ -9,7 +9,7 @@ import pytest
 
 import tunesmith
 from tunesmith.api.planning import make_planner, plan
-from tunesmith.api.training import training_lengths
+from tunesmith.api.trainable import training_lengths
 from tunesmith.core.errors import JobError, SetupError
 from tunesmith.core.quantities import format_gib, parse_bytes
 from tunesmith.job.load import job_from

@@ -262,7 +262,7 @@ def test_rows_share_their_beginning_unless_dropout_or_a_gpu_kernel_forbids(
 ) -> None:
     import torch
 
-    from tunesmith.api.training import shares_prefix
+    from tunesmith.api.trainable import shares_prefix
     from tunesmith.job.spec import Job
 
     described = job() | {"method": {"name": "lora", "dropout": dropout}}
@@ -285,7 +285,7 @@ def test_8_bit_states_train_adapters_too(tmp_path: Path) -> None:
 
 
 def test_bf16_weights_are_refused_where_the_precision_turns_out_to_be_fp16(tmp_path: Path) -> None:
-    from tunesmith.api.training import pick_master_dtype
+    from tunesmith.api.trainable import pick_master_dtype
 
     values = tunesmith.job_from(job(optimizer="adamw-bf16") | {"method": "full"})
     assert pick_master_dtype(values, torch.bfloat16) == torch.bfloat16

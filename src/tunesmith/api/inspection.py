@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.api.opening import note_long_rows, open_base, open_job
-from tunesmith.api.training import load_job_tokenizer
+from tunesmith.api.trainable import load_job_tokenizer
 from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
 from tunesmith.data.collect import Rejects

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.api.opening import open_base
-from tunesmith.api.training import (
+from tunesmith.api.trainable import (
     ROUND_TOKENS,
     load_job_tokenizer,
     load_trainable,

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
 from tunesmith.api.opening import note_long_rows, open_job, open_run
 from tunesmith.api.tasks import TrainTask
-from tunesmith.core.errors import DataError, RunDirError, SetupError
+from tunesmith.api.trainable import (
+    load_job_tokenizer,
+    load_trainable,
+    make_training_batch,
+    training_lengths,
+)
+from tunesmith.core.errors import DataError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import (
     describe_hardware,
@@ -30,20 +36,16 @@ from tunesmith.core.types import TokenRow
 from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
-from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.training.schedule import auto_learning_rate
 
 if TYPE_CHECKING:
-    import torch
-
     from tunesmith.models.causal_lm import CausalLM
     from tunesmith.training.loop import Progress, TrainOutcome
 
-# Micro-batches are filled up to a multiple of this many tokens: at most a few percent more work, far fewer shapes.
-ROUND_TOKENS = 128
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
 MAX_HASHED_BYTES = 4 << 30
 
@@ -235,28 +237,6 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     return record
 
 
-def shares_prefix(job: Job, device: torch.device) -> bool:
-    """Whether what all rows of a step begin with is computed once. Dropout draws anew for every row."""
-    method = job.method_spec
-    return device.type == "cpu" and not (isinstance(method, LoraSpec) and method.dropout)
-
-
-def make_training_batch(job: Job, device: torch.device) -> Any:
-    """(rows, device) -> batch, as the job trains it."""
-    from tunesmith.models.layout import make_batch
-
-    share = shares_prefix(job, device)
-    return lambda rows, where: make_batch(rows, device=where, round_tokens=ROUND_TOKENS, share_prefix=share)
-
-
-def training_lengths(job: Job, prepared: Prepared) -> Sequence[int]:
-    """Tokens of every training row. Those of a stream are not known: a typical step with one row of the longest."""
-    if not job.data.streaming:
-        return prepared.rows("train").lengths
-    longest = job.data.max_tokens
-    return [longest, *[max(1, longest // 2)] * (job.train.batch_rows - 1)]
-
-
 def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
     """Prepared rows, or a stream over sources too large to hold."""
     if not job.data.streaming:
@@ -306,71 +286,6 @@ def _costs(outcome: TrainOutcome, wall_seconds: float, cpu_seconds: float) -> di
     if outcome.continued_from is None:
         costs |= {"wall_seconds": wall_seconds, "cpu_seconds": cpu_seconds}
     return costs
-
-
-def load_trainable(
-    job: Job,
-    folder: Path,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    fp8_check: Fp8Check | None = None,
-) -> CausalLM:
-    """The base model with what the job's method trains made trainable, rounding as QAT asks.
-
-    fp8_check: measures the base on the way.
-    """
-    from tunesmith.models.load import load_model
-    from tunesmith.models.lora import add_lora
-
-    method = job.method_spec
-    if isinstance(method, LoraSpec):
-        model = load_model(
-            folder,
-            device=device,
-            dtype=dtype,
-            base=method.storage,
-            double_quant=method.double_quant,
-            compute=method.compute,
-            on_reference=fp8_check.measure_reference if fp8_check else None,
-        )
-        if fp8_check:
-            fp8_check.measure(model)
-        num_tokens = tokenizer.vocab_size if method.new_tokens else None
-        add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
-    else:
-        masters = pick_master_dtype(job, dtype)
-        model = load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
-    if method.qat_spec:
-        from tunesmith.models.quantize import fake_quantize_model
-
-        fake_quantize_model(model, method.qat_spec)
-    return model
-
-
-def pick_master_dtype(job: Job, dtype: torch.dtype) -> torch.dtype:
-    """What full fine-tuning keeps its weights in. Raises SetupError where `auto` turned out to be fp16."""
-    import torch
-
-    if job.train.optimizer != "adamw-bf16":
-        return torch.float32
-    if dtype == torch.float16:
-        raise SetupError(
-            "train.precision",
-            "auto is fp16 on this GPU, and train.optimizer is adamw-bf16",
-            rule="fp16 cannot hold every bf16 weight",
-            cure="Use precision: fp32, or another optimizer",
-        )
-    return torch.bfloat16
-
-
-def load_job_tokenizer(job: Job, folder: Path) -> Tokenizer:
-    """The base model's tokenizer, with the tokens that the job adds."""
-    tokenizer = load_tokenizer(folder)
-    if isinstance(job.method_spec, LoraSpec) and job.method_spec.new_tokens:
-        tokenizer.add_tokens(job.method_spec.new_tokens)
-    return tokenizer
 
 
 def resolve_learning_rate(job: Job, model_folder: Path) -> float:
