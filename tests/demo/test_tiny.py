@@ -48,11 +48,11 @@ def test_transformers_loads_the_model_and_the_template_ends_turns_with_eos() -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)
     assert model.config.vocab_size == len(tokenizer)
     turns = [
-        {"role": "user", "content": "Repeat: a quiet river"},
-        {"role": "assistant", "content": "a quiet river"},
+        {"role": "user", "content": "Repeat: the old man"},
+        {"role": "assistant", "content": "the old man"},
     ]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert text == "<|bos|><|user|>Repeat: a quiet river<|end|><|assistant|>a quiet river<|end|>"
+    assert text == "<|bos|><|user|>Repeat: the old man<|end|><|assistant|>the old man<|end|>"
     prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
@@ -60,5 +60,5 @@ def test_transformers_loads_the_model_and_the_template_ends_turns_with_eos() -> 
     assert (ids == tokenizer.bos_token_id).sum() == 1
     with torch.no_grad():
         answer = model.generate(ids, max_new_tokens=12)[0, ids.shape[1] :]
-    assert tokenizer.decode(answer) == "a quiet river<|end|>"
+    assert tokenizer.decode(answer) == "the old man<|end|>"
     assert answer[-1] == tokenizer.eos_token_id
