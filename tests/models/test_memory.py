@@ -195,3 +195,18 @@ def test_gradients_of_a_single_micro_batch_come_as_activations_go(tmp_path: Path
         memory.step_bytes(levels, tokens=2048, micro_batches=count, loss_chunk_bytes=GIB) for count in (1, 2)
     )
     assert one < two - 0.2 * memory.gradient_bytes(micro_batches=1)
+
+
+def test_the_update_of_an_8_bit_optimizer_needs_room_for_the_piece_it_works_on(tmp_path: Path) -> None:
+    config = read_config(tmp_path, LLAMA)
+
+    def count(optimizer: str) -> int:
+        model = MemoryModel(config, TrainingSetup(rank=0, optimizer=optimizer))
+        levels: list[Level] = ["keep"] * config.num_layers
+        return model.step_bytes(levels, tokens=1, micro_batches=1, loss_chunk_bytes=1 << 16)
+
+    # Eight bytes of every weight of the piece, and this model is one piece.
+    weights = MemoryModel(config, TrainingSetup(rank=0)).trained_values
+    assert weights < 1 << 25
+    extra = count("adamw-8bit") - count("adamw")
+    assert 0.5 * 8 * weights < extra <= 8 * weights
