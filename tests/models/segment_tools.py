@@ -29,7 +29,8 @@ def open_model(folder: Path, *, rank: int = 0, targets: Any = "all-linear", **op
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in model.trainable_parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+                # Drawn on the CPU: the same on every device.
+                parameter.add_((torch.randn(parameter.shape) * 0.05).to(parameter))
     model.train()
     return model
 

@@ -45,11 +45,13 @@ def test_packed_bases_give_the_gradients_of_the_block(
     model = open_model(folder, **options)
     model.segments = Segments(compiled=False)
     found = compute_loss(model, device=device)
-    if "fp8" not in (base, compute):
-        assert_equal(found, expected, 1e-5 if device == "cpu" else 0.03)
+    fp8 = "fp8" in (base, compute)
+    if device == "cpu" and not fp8:
+        assert_equal(found, expected, 1e-5)
         return
-    # Sums in another order put codes on the other side of a boundary: what rounding costs is the measure.
-    exact = compute_loss(open_model(folder, rank=4))
+    # Sums in another order are rounded otherwise, and put codes of fp8 on the other side of a boundary: what rounding
+    # costs is the measure.
+    exact = compute_loss(open_model(folder, rank=4, **({} if fp8 else {"base": base})))
     for name, tensor in found.items():
         assert relative_error(tensor, exact[name]) < 1.2 * relative_error(expected[name], exact[name]), name
 

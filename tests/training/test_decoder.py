@@ -190,10 +190,10 @@ def test_the_host_waits_for_the_gpu_once_a_step(folder):
         scale=LossScale(enabled=False),
     )
     stepper.take(make_rows(8), step=1, learning_rate=0.001)
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             stepper.take(make_rows(8), step=2, learning_rate=0.001)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -171,6 +171,7 @@ def test_fp16_learns_with_its_loss_scale_on_each_device(folder: Path, device: st
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_host_never_waits_inside_a_step(folder: Path, method: str) -> None:
     """Micro-batches run on while the next is prepared; only the finished step's loss and norm are waited for."""

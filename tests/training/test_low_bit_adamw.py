@@ -1,8 +1,10 @@
 """8-bit states against fp32 ones and bitsandbytes; stochastic rounding by its statistics."""
 
+import gc
 import importlib.util
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -286,3 +288,16 @@ def test_a_compiled_step_is_one_graph_and_the_same(dtype):
     compiled = torch.compile(_take_block_step, dynamic=True, fullgraph=True, backend="aot_eager")
     for expected, found in zip(_take_block_step(*arguments), compiled(*arguments), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("optimizer_class", [MasterAdamW, AdamW8bit, AdamWBf16])
+def test_weights_are_freed_with_their_optimizer(optimizer_class):
+    """Hooks of parameters that knew the optimizer would hold both for ever: the collector does not see through them."""
+    parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = optimizer_class({"w": parameter})
+    parameter.float().sum().backward()
+    optimizer.update(learning_rate=0.1)
+    held = [weakref.ref(optimizer), weakref.ref(parameter)]
+    del optimizer, parameter
+    gc.collect()
+    assert [each() for each in held] == [None, None]

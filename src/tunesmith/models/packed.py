@@ -25,7 +25,7 @@ from tunesmith.core.errors import ModelError
 from tunesmith.models import nf4_kernel, scratch
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.fp8 import ALIGNMENT, FP8, LARGEST, Fp8Matrix, multiply, quantize_rows, quantize_tensor
-from tunesmith.models.quant import BLOCK, Int8Matrix, Nf4Matrix, dequantize_dynamic, dequantize_nf4
+from tunesmith.models.quant import BLOCK, INT8_STEP, Int8Matrix, Nf4Matrix, dequantize_dynamic, dequantize_nf4
 
 Compute = Literal["auto", "bf16", "fp8"]
 Matrix = Nf4Matrix | Int8Matrix | Fp8Matrix
@@ -49,7 +49,7 @@ def _read_parts(
 def _dense_part(kind: str, tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(outputs, I) in plain torch."""
     if kind == "int8":
-        return tensors[0].float().mul_((tensors[1] / 127.0)[:, None]).to(dtype)
+        return tensors[0].float().mul_((tensors[1] * INT8_STEP)[:, None]).to(dtype)
     if kind == "fp8":
         return tensors[0].float().mul_(tensors[1][:, None]).to(dtype)
     absmax = tensors[1]

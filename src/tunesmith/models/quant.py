@@ -151,6 +151,10 @@ class Nf4Matrix(nn.Module):
         return dequantize_nf4(self.packed, self.scales(), dtype).view(self.shape)
 
 
+# A product, not a quotient: CUDA divides by a number as it likes, and codes would mean other weights there.
+INT8_STEP = 1 / 127
+
+
 class Int8Matrix(nn.Module):
     """One (O, I) matrix in int8 with a scale per row."""
 
@@ -167,4 +171,4 @@ class Int8Matrix(nn.Module):
         self.register_buffer("absmax", absmax)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.codes.float().mul_((self.absmax / 127.0)[:, None]).to(dtype)
+        return self.codes.float().mul_((self.absmax * INT8_STEP)[:, None]).to(dtype)

@@ -67,7 +67,8 @@ class Feed:
         if not self._ahead:
             return
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "feed", initializer=_enter_device, initargs=(self._device,))
+            gpu = _name_gpu(self._device)
+            self._thread = ThreadPoolExecutor(1, "feed", initializer=_enter_device, initargs=(gpu,))
         self._begun = self._thread.submit(self._make, choose_rows)
 
     def take(self, rows: Sequence[TokenRow]) -> Any:
@@ -94,7 +95,14 @@ def _is(made: TokenRow, wanted: TokenRow) -> bool:
     return made is wanted
 
 
-def _enter_device(device: torch.device) -> None:
+def _name_gpu(device: torch.device) -> int | None:
+    """Number of the GPU: of "cuda" alone, the one that is current for the caller's thread. None: no GPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _enter_device(gpu: int | None) -> None:
     # The current GPU is a thread's own; pinned memory belongs to it.
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)

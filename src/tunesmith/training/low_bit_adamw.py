@@ -147,12 +147,15 @@ class AdamWBf16(AdamW8bit):
         if parameter.dtype != torch.bfloat16:
             return super()._make_master(name, parameter)
 
+        # Not `self`: the parameter would hold the optimizer, which holds it, in a circle that nothing collects.
+        sums = self._sums
+
         def add_gradient(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             if gradient is None:
                 return
-            held = self._sums.get(name)
-            self._sums[name] = gradient if held is None else held.float().add_(gradient)
+            held = sums.get(name)
+            sums[name] = gradient if held is None else held.float().add_(gradient)
 
         parameter.register_post_accumulate_grad_hook(add_gradient)
         return parameter
