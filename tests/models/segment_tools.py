@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import make_rows, relative_error
 
@@ -56,3 +60,16 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def relative_errors(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[float]:
     return [float(relative_error(f, w)) for f, w in zip(found, wanted, strict=True)]
+
+
+def interpret(script: str) -> None:
+    """Run a script in which Triton's interpreter runs kernels on CPU tensors; skip the test where Triton is missing.
+
+    `pip install triton` brings it to any Linux. The interpreter does not round to bf16 and fp8 as a GPU does.
+    """
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr

@@ -72,12 +72,29 @@ def gate_plain(gate_up_TF: Tensor, kind: str = "silu") -> Tensor:
     return _open(gate, kind) * up
 
 
+def gate_gradient_plain(grad_TF: Tensor, gate_up_TF: Tensor, kind: str) -> Tensor:
+    """Gradient of `gate_plain`'s argument, (T, 2F)."""
+    gate, up = gate_up_TF.chunk(2, -1)
+    grad_gate = torch.empty_like(gate)
+    _close(grad_TF * up, gate, kind, into=grad_gate)
+    return torch.cat((grad_gate, grad_TF * _open(gate, kind)), -1)
+
+
 def gate(gate_up_TF: Tensor, kind: str = "silu") -> Tensor:
     return (_Gate.apply if runs_eager_cpu(gate_up_TF) else gate_plain)(gate_up_TF, kind)
 
 
 def _open(gate: Tensor, kind: str) -> Tensor:
     return F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _close(grad: Tensor, gate: Tensor, kind: str, *, into: Tensor) -> None:
+    """The gradient of `_open`."""
+    aten = torch.ops.aten
+    if kind == "silu":
+        aten.silu_backward.grad_input(grad, gate, grad_input=into)
+    else:
+        aten.gelu_backward.grad_input(grad, gate, approximate="tanh", grad_input=into)
 
 
 class _Gate(torch.autograd.Function):
@@ -97,11 +114,7 @@ class _Gate(torch.autograd.Function):
         grad_in = torch.empty_like(gate_up_TF)
         grad_gate, grad_up = grad_in.chunk(2, -1)
         torch.mul(grad, opened, out=grad_up)
-        aten = torch.ops.aten
-        if ctx.kind == "silu":
-            aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        else:
-            aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        _close(grad * up, gate, ctx.kind, into=grad_gate)
         return grad_in, None
 
 

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.models import gate_kernel, rotate_kernel
 from tunesmith.models.elementwise import gate_plain, norm_rms_plain, rotate_plain
+from tunesmith.models.gated import open_gate, project_gated
 from tunesmith.models.packed import PackedTensors, project_packed
 from tunesmith.models.projection import LinearPlan, LinearTensors
+from tunesmith.models.rotated import split_heads
 
 
 class HeadsTensors(NamedTuple):
@@ -84,8 +87,7 @@ def project(x: Tensor, tensors: LinearTensors, plan: LinearPlan) -> Tensor:
         y = _multiply(x, weight, plan)
         return y if tensors.bias is None else y + tensors.bias
     dropped = F.dropout(x, plan.dropout) if plan.dropout else x
-    filler = [x.new_zeros(plan.filler, x.shape[1])] if plan.filler else []
-    inner_TR = dropped @ torch.cat([*(a.to(x.dtype) for a in tensors.a), *filler]).t()
+    inner_TR = dropped @ _stack_a(tensors, plan, x).t()
     b_OR = _lay_out_b(tensors, plan, x.dtype)
     y = (
         _JoinedLinear.apply(x, inner_TR, weight, b_OR)
@@ -96,11 +98,42 @@ def project(x: Tensor, tensors: LinearTensors, plan: LinearPlan) -> Tensor:
     return y if tensors.bias is None else y + tensors.bias
 
 
+def project_opened(
+    opened: Tensor, tensors: LinearTensors, plan: LinearPlan, kind: str, *, keep: bool
+) -> Tensor:
+    """`project` of the gate's output, (T, O), from what the gate opens, (T, 2F). keep: see gated.py."""
+    weight = tensors.weight
+    if not plan.spans:
+        gated, _ = open_gate(opened, None, kind)
+        return project(gated, tensors, plan)
+    a_RF, b_OR = _stack_a(tensors, plan, opened), _lay_out_b(tensors, plan, opened.dtype)
+    if plan.is_joined:
+        assert isinstance(weight, Tensor)
+        y = project_gated(opened, a_RF, b_OR, weight, kind, keep=keep)
+    else:
+        gated, inner_TR = open_gate(opened, a_RF, kind, keep=keep)
+        y = _multiply(gated, weight, plan) + inner_TR @ b_OR.t()
+    return y if tensors.bias is None else y + tensors.bias
+
+
+def _uses_gate_kernel(opened: Tensor, plan: LinearPlan, *, keep: bool) -> bool:
+    # A weight that is trained keeps the gate's output; only a compiler can make it again there.
+    keeps_less = keep or bool(plan.spans) or torch.compiler.is_compiling()
+    return gate_kernel.available(opened) and not plan.dropout and keeps_less
+
+
 def _multiply(x: Tensor, weight: Tensor | PackedTensors, plan: LinearPlan) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     assert plan.packed is not None
     return project_packed(x, weight, plan.packed)
+
+
+def _stack_a(tensors: LinearTensors, plan: LinearPlan, like: Tensor) -> Tensor:
+    """The adapters' A one below the other, (R, I), in the dtype of `like`."""
+    inputs = tensors.a[0].shape[1]
+    filler = [like.new_zeros(plan.filler, inputs)] if plan.filler else []
+    return torch.cat([*(a.to(like.dtype) for a in tensors.a), *filler])
 
 
 def _lay_out_b(tensors: LinearTensors, plan: LinearPlan, dtype: torch.dtype) -> Tensor:
@@ -159,6 +192,9 @@ def make_heads(
     norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
     with make(norm, x, tensors.norm_in) as normed:
         qkv = project(normed, tensors.qkv, plan.qkv)
+    whole = 2 * cos.shape[-1] * (plan.num_heads + 2 * plan.num_kv_heads) == qkv.shape[1]
+    if tensors.norm_q is None and whole and rotate_kernel.available(qkv):
+        return split_heads(qkv, cos, sin, plan.num_heads, plan.num_kv_heads)
     heads = qkv.unflatten(1, (plan.num_heads + 2 * plan.num_kv_heads, -1))
     q, k, v = heads.split((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), 1)
     if tensors.norm_q is not None and tensors.norm_k is not None:
@@ -174,8 +210,10 @@ def finish(
     tensors: FinishTensors,
     plan: BlockPlan,
     make: MakeElementwise | None = None,
+    *,
+    keep: bool = True,
 ) -> Tensor:
-    """The block's output (T, D) from its input and the attention's output (T, H * d)."""
+    """The block's output (T, D) from its input and the attention's output (T, H * d). keep: the gate's output, too."""
     make = make or make_and_keep
     norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
     added = project(attended, tensors.out, plan.out)
@@ -185,8 +223,11 @@ def finish(
     x = x + added
     with make(norm, x, tensors.norm_mlp) as normed:
         opened = project(normed, tensors.gate_up, plan.gate_up)
-    with make(partial(gate_plain, kind=plan.gate), opened) as gated:
-        added = project(gated, tensors.down, plan.down)
+    if _uses_gate_kernel(opened, plan.down, keep=keep):
+        added = project_opened(opened, tensors.down, plan.down, plan.gate, keep=keep)
+    else:
+        with make(partial(gate_plain, kind=plan.gate), opened) as gated:
+            added = project(gated, tensors.down, plan.down)
     if tensors.norm_down is not None:
         with make(norm, added, tensors.norm_down) as added:
             pass
@@ -221,12 +262,12 @@ def make_heads_again(
 
 def finish_again(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: BlockPlan) -> Tensor:
     """`finish`, compiled to keep products only."""
-    return finish(x, attended, tensors, plan)
+    return finish(x, attended, tensors, plan, keep=False)
 
 
 def finish_kept_again(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: BlockPlan) -> Tensor:
     """`finish_kept`, compiled to keep products only."""
-    return finish(x, attended, tensors, plan)
+    return finish(x, attended, tensors, plan, keep=False)
 
 
 class BlockFunctions(NamedTuple):
@@ -252,7 +293,7 @@ class Segments:
                 _compile_lean(make_heads_again), _compile_lean(finish_again), _compile_lean(finish_kept_again)
             )
         else:
-            again = partial(finish, make=make_again)
+            again = partial(finish, make=make_again, keep=False)
             self.keep = BlockFunctions(make_heads, finish, finish_kept)
             self.cheap = BlockFunctions(partial(make_heads, make=make_again), again, again)
         self.score_chunk = _compile(score_chunk) if compiled else score_chunk
