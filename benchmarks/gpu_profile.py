@@ -54,8 +54,7 @@ def profile_steps(
     case: Any, shape: Any, folder: Path, *, device: str, row_tokens: int
 ) -> tuple[profile, profile]:
     """Train with the case's job; the profile of the steps after the warm ones, and of the last step with the host."""
-    if not (folder / "model").exists():
-        write_model(folder / "model", shape.config, seed=0, device=device)
+    write_model(folder / "model", shape.config, seed=0, device=device)
     rows = case.batch_rows * NUM_STEPS
     write_random_rows(
         folder / "rows", lengths=[row_tokens] * rows, vocab_size=shape.config["vocab_size"], seed=0
