@@ -58,6 +58,24 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert relative_error(tensor, expected[name]) < bound, name
 
 
+def assert_rounds_no_worse(
+    found: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    *,
+    factor: float,
+    least: float,
+) -> None:
+    """`found` is at most `factor` times as far from `exact` as plain code of the same precision.
+
+    least: errors up to it count for nothing in the loss, one number that may be rounded to the truth by chance.
+    """
+    for name, tensor in found.items():
+        allowed = factor * float(relative_error(plain[name], exact[name]))
+        allowed = max(allowed, least if name == "loss" else 1e-5)
+        assert relative_error(tensor, exact[name]) < allowed, name
+
+
 def relative_errors(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[float]:
     return [float(relative_error(f, w)) for f, w in zip(found, wanted, strict=True)]
 

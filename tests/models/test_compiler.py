@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tunesmith.models import segments as ours
 from tunesmith.models.elementwise import norm_rms_plain
-from tunesmith.models.segments import Segments
+from tunesmith.models.fused import project_joined
+from tunesmith.models.segments import BlockFunctions, Segments
 
 # The compiler's own.
 pytestmark = pytest.mark.filterwarnings(
@@ -72,7 +73,7 @@ def test_functions_that_end_in_place_are_compiled_wrongly_by_torch_2_11_only(dev
     errors = relative_errors(find_gradients(compiled, given), find_gradients(adapted, given))
 
     if ENDS_IN_PLACE_IS_WRONG:
-        assert max(errors) > 0.5, "this torch 2.11 is repaired: tell docs/decisions/008 and `_JoinedLinear`"
+        assert max(errors) > 0.5, "this torch 2.11 is repaired: tell docs/decisions/008 and fused.py"
     else:
         assert max(errors) < 1e-5, "this torch has the fault of 2.11: extend ENDS_IN_PLACE_IS_WRONG"
 
@@ -81,9 +82,7 @@ def test_our_joined_product_is_compiled_rightly(device: str) -> None:
     given, weight = make_adapted(device)
 
     def adapted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        out = ours._JoinedLinear.apply(x, x @ a.t(), torch.cat((weight, b.detach()), 1), b)
-        assert isinstance(out, Tensor)
-        return F.silu(out)
+        return F.silu(project_joined(x, a, b, torch.cat((weight, b.detach()), 1)))
 
     def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.silu(x @ weight.t() + x @ a.t() @ b.t())
@@ -118,8 +117,9 @@ def test_what_a_compiler_makes_of_our_segments_has_eager_gradients(
     traced.segments = Segments(compiled=False)
     torch._dynamo.reset()
     compile_ = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-    for name in ("make_heads", "finish", "finish_kept", "score_chunk"):
-        setattr(traced.segments, name, compile_(getattr(ours, name)))
+    heads, finish, kept = plain.segments.keep
+    traced.segments.keep = BlockFunctions(compile_(heads), compile_(finish), compile_(kept))
+    traced.segments.score_chunk = compile_(plain.segments.score_chunk)
 
     # fp8 codes may fall on the other side of a boundary where a sum is rounded otherwise.
     bound = 0.03 if device == "cuda" or "fp8" in options.values() else 1e-5

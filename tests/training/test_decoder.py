@@ -197,7 +197,7 @@ def test_the_host_waits_for_the_gpu_once_a_step(folder):
             stepper.take(make_rows(8), step=2, learning_rate=0.001)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
     assert len(waits) == 1, waits
 
 

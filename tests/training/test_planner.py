@@ -152,9 +152,11 @@ def test_settings_of_a_job_become_the_setup() -> None:
     def describe(method: Any, **train: Any) -> TrainingSetup:
         return describe_setup(method, TrainSpec(**train), value_bytes=2, compiled=True)
 
-    assert describe(FullSpec(name="full"), optimizer="muon") == TrainingSetup(rank=0, optimizer="muon")
-    assert describe(LoraSpec(name="qlora", compute="fp8", rank=8)) == TrainingSetup(8, "nf4", fp8=True)
-    assert describe(LoraSpec(name="lora", base="fp8", targets=["q_proj"])) == TrainingSetup(
+    assert describe(FullSpec(name="full"), optimizer="muon") == TrainingSetup(0, optimizer="muon", fused=True)
+    assert describe(LoraSpec(name="qlora", compute="fp8", rank=8)) == TrainingSetup(
+        8, "nf4", fp8=True, fused=True
+    )
+    assert describe(LoraSpec(name="lora", base="fp8", targets=["q_proj"], dropout=0.1)) == TrainingSetup(
         32, "fp8", fp8=True, targets=("q_proj",)
     )
     assert describe(LoraSpec(name="lora", new_tokens=["<x>"])).tuned_tables == 2

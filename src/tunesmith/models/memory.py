@@ -41,6 +41,8 @@ class TrainingSetup:
     targets:      ends of the names that get adapters; () is all linear layers.
     tuned_tables: embedding and head that adapters train whole, beside the frozen ones.
     value_bytes:  of the compute dtype.
+    compiled:     blocks go through torch.compile.
+    fused:        gates are fused.py's; a compiler does as well.
     """
 
     rank: int
@@ -52,6 +54,7 @@ class TrainingSetup:
     optimizer: str = "adamw"
     value_bytes: int = 2
     compiled: bool = True
+    fused: bool = False
 
     @property
     def master_bytes(self) -> int:
@@ -165,7 +168,8 @@ class MemoryModel:
             return saved + ((2 * width + ff) * value if level == "keep" else 0)
         # Without a compiler norms keep x in fp32, and x / |x| where their weight is trained; a gate keeps act(gate).
         normed = 2 * width + (2 * width if c.post_norms else 0) + (queries + keys if c.qk_norm else 0)
-        return saved + (2 * width + 4 * ff) * value + normed * (4 if setup.rank else 8)
+        opened = (3 if setup.fused else 4) * ff
+        return saved + (2 * width + opened) * value + normed * (4 if setup.rank else 8)
 
     def live_bytes(self, level: Level) -> int:
         """What is there of a block, a token, when its backward pass begins: saved, or made again."""
@@ -182,7 +186,8 @@ class MemoryModel:
         width, ff, value = self.config.hidden_size, self.config.intermediate_size, self.setup.value_bytes
         working = (2 * width + 3 * ff) * value
         if not self.setup.compiled:
-            working += (2 * ff + 2 * width) * value + (24 * ff if self.setup.fp8 else 0)
+            working += ((0 if self.setup.fused else 2 * ff) + 2 * width) * value
+            working += 24 * ff if self.setup.fp8 else 0
         return working
 
     def last_copies_bytes(self) -> int:

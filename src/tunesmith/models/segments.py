@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.models import gate_kernel, rotate_kernel
+from tunesmith.models import fused_kernels
 from tunesmith.models.elementwise import gate_plain, norm_rms_plain, rotate_plain
-from tunesmith.models.gated import open_gate, project_gated
+from tunesmith.models.fused import open_gate, project_gated, project_joined, split_heads
 from tunesmith.models.packed import PackedTensors, project_packed
 from tunesmith.models.projection import LinearPlan, LinearTensors
-from tunesmith.models.rotated import split_heads
 
 
 class HeadsTensors(NamedTuple):
@@ -61,65 +60,58 @@ class BlockPlan(NamedTuple):
     down: LinearPlan
 
 
-class _JoinedLinear(torch.autograd.Function):
-    """[x, inner] [W, B]^T in one product; backward likewise. The gradient of B flows through `b_OR`, of which only that
-    is used. Nothing here works in place: torch 2.11 compiles such functions to wrong gradients."""
+class Projected(NamedTuple):
+    """An output (T, O) whose adapters' share may be missing yet: y + inner B^T."""
 
-    @staticmethod
-    def forward(ctx, x, inner_TR, joined, b_OR):
-        ctx.save_for_backward(inner_TR, joined)
-        ctx.split = x.shape[1]
-        return torch.cat((x, inner_TR), 1) @ joined.t()
+    y: Tensor
+    inner_TR: Tensor | None = None
+    b_OR: Tensor | None = None
 
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inner_TR, joined = ctx.saved_tensors
-        both = grad @ joined
-        return both[:, : ctx.split], both[:, ctx.split :], None, grad.t() @ inner_TR
+    def whole(self) -> Tensor:
+        return (
+            self.y if self.inner_TR is None or self.b_OR is None else self.y + self.inner_TR @ self.b_OR.t()
+        )
 
 
-def project(x: Tensor, tensors: LinearTensors, plan: LinearPlan) -> Tensor:
-    """x W^T + bias plus the adapters' outputs, (T, O)."""
+def project(x: Tensor, tensors: LinearTensors, plan: LinearPlan) -> Projected:
+    """x W^T + bias and the adapters' outputs. x: (T, I)."""
     weight = tensors.weight
-    if not plan.spans:
-        if isinstance(weight, Tensor):
-            return F.linear(x, weight, tensors.bias)
-        y = _multiply(x, weight, plan)
-        return y if tensors.bias is None else y + tensors.bias
-    dropped = F.dropout(x, plan.dropout) if plan.dropout else x
-    inner_TR = dropped @ _stack_a(tensors, plan, x).t()
-    b_OR = _lay_out_b(tensors, plan, x.dtype)
-    y = (
-        _JoinedLinear.apply(x, inner_TR, weight, b_OR)
-        if plan.is_joined
-        else _multiply(x, weight, plan) + inner_TR @ b_OR.t()
-    )
-    assert isinstance(y, Tensor)
-    return y if tensors.bias is None else y + tensors.bias
+    inner_TR = b_OR = None
+    if plan.spans:
+        a_RI, b_OR = _stack_a(tensors, plan, x), _lay_out_b(tensors, plan, x.dtype)
+        if plan.is_joined and not plan.dropout:
+            assert isinstance(weight, Tensor)
+            return Projected(_add_bias(project_joined(x, a_RI, b_OR, weight), tensors))
+        inner_TR = (F.dropout(x, plan.dropout) if plan.dropout else x) @ a_RI.t()
+    if plan.is_joined:
+        assert isinstance(weight, Tensor)
+        weight = weight[:, : x.shape[1]]
+    return Projected(_add_bias(_multiply(x, weight, plan), tensors), inner_TR, b_OR)
 
 
 def project_opened(
-    opened: Tensor, tensors: LinearTensors, plan: LinearPlan, kind: str, *, keep: bool
+    opened: Projected, tensors: LinearTensors, plan: LinearPlan, kind: str, *, keep: bool
 ) -> Tensor:
-    """`project` of the gate's output, (T, O), from what the gate opens, (T, 2F). keep: see gated.py."""
-    weight = tensors.weight
+    """`project` of the output of the gate that `opened` opens, (T, O). keep: see fused.py."""
     if not plan.spans:
-        gated, _ = open_gate(opened, None, kind)
-        return project(gated, tensors, plan)
-    a_RF, b_OR = _stack_a(tensors, plan, opened), _lay_out_b(tensors, plan, opened.dtype)
+        gated, _ = open_gate(*opened, None, kind)
+        return project(gated, tensors, plan).whole()
+    a_RF, b_OR = _stack_a(tensors, plan, opened.y), _lay_out_b(tensors, plan, opened.y.dtype)
     if plan.is_joined:
-        assert isinstance(weight, Tensor)
-        y = project_gated(opened, a_RF, b_OR, weight, kind, keep=keep)
-    else:
-        gated, inner_TR = open_gate(opened, a_RF, kind, keep=keep)
-        y = _multiply(gated, weight, plan) + inner_TR @ b_OR.t()
+        assert isinstance(tensors.weight, Tensor)
+        return _add_bias(project_gated(opened.whole(), a_RF, b_OR, tensors.weight, kind, keep=keep), tensors)
+    gated, inner_TR = open_gate(*opened, a_RF, kind, keep=keep)
+    return _add_bias(_multiply(gated, tensors.weight, plan) + inner_TR @ b_OR.t(), tensors)
+
+
+def _add_bias(y: Tensor, tensors: LinearTensors) -> Tensor:
     return y if tensors.bias is None else y + tensors.bias
 
 
-def _uses_gate_kernel(opened: Tensor, plan: LinearPlan, *, keep: bool) -> bool:
+def _uses_kernels(x: Tensor, plan: LinearPlan, *, keep: bool) -> bool:
     # A weight that is trained keeps the gate's output; only a compiler can make it again there.
     keeps_less = keep or bool(plan.spans) or torch.compiler.is_compiling()
-    return gate_kernel.available(opened) and not plan.dropout and keeps_less
+    return fused_kernels.available(x) and not plan.dropout and keeps_less
 
 
 def _multiply(x: Tensor, weight: Tensor | PackedTensors, plan: LinearPlan) -> Tensor:
@@ -191,9 +183,9 @@ def make_heads(
     make = make or make_and_keep
     norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
     with make(norm, x, tensors.norm_in) as normed:
-        qkv = project(normed, tensors.qkv, plan.qkv)
+        qkv = project(normed, tensors.qkv, plan.qkv).whole()
     whole = 2 * cos.shape[-1] * (plan.num_heads + 2 * plan.num_kv_heads) == qkv.shape[1]
-    if tensors.norm_q is None and whole and rotate_kernel.available(qkv):
+    if tensors.norm_q is None and whole and fused_kernels.available(qkv):
         return split_heads(qkv, cos, sin, plan.num_heads, plan.num_kv_heads)
     heads = qkv.unflatten(1, (plan.num_heads + 2 * plan.num_kv_heads, -1))
     q, k, v = heads.split((plan.num_heads, plan.num_kv_heads, plan.num_kv_heads), 1)
@@ -216,18 +208,18 @@ def finish(
     """The block's output (T, D) from its input and the attention's output (T, H * d). keep: the gate's output, too."""
     make = make or make_and_keep
     norm = partial(norm_rms_plain, eps=plan.eps, offset=plan.offset)
-    added = project(attended, tensors.out, plan.out)
+    added = project(attended, tensors.out, plan.out).whole()
     if tensors.norm_out is not None:
         with make(norm, added, tensors.norm_out) as added:
             pass
     x = x + added
     with make(norm, x, tensors.norm_mlp) as normed:
         opened = project(normed, tensors.gate_up, plan.gate_up)
-    if _uses_gate_kernel(opened, plan.down, keep=keep):
+    if _uses_kernels(x, plan.down, keep=keep):
         added = project_opened(opened, tensors.down, plan.down, plan.gate, keep=keep)
     else:
-        with make(partial(gate_plain, kind=plan.gate), opened) as gated:
-            added = project(gated, tensors.down, plan.down)
+        with make(partial(gate_plain, kind=plan.gate), opened.whole()) as gated:
+            added = project(gated, tensors.down, plan.down).whole()
     if tensors.norm_down is not None:
         with make(norm, added, tensors.norm_down) as added:
             pass

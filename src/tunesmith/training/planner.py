@@ -287,7 +287,9 @@ def _find_first(counts: range, fits: Callable[[int], bool]) -> int | None:
 def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool) -> TrainingSetup:
     """What a job's method and `train` section mean for memory. method: FullSpec or LoraSpec; train: TrainSpec."""
     if method.name == "full":
-        return TrainingSetup(rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled)
+        return TrainingSetup(
+            rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled, fused=True
+        )
     tuned = len({"lm_head" if name == "lm_head" else "embed_tokens" for name in method.modules_to_save})
     return TrainingSetup(
         rank=method.rank,
@@ -299,4 +301,5 @@ def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool)
         optimizer=train.optimizer,
         value_bytes=value_bytes,
         compiled=compiled,
+        fused=not method.dropout,
     )
