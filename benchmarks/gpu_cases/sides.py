@@ -70,7 +70,8 @@ class Side:
         """Its process, started if need be."""
         if self._process is None:
             task = self.task
-            Path(task["folder"]).mkdir(parents=True, exist_ok=True)
+            for folder in (Path(task["folder"]), self.options.folder / "compiled"):
+                folder.mkdir(exist_ok=True)
             self._process = Contender(
                 MODULES[self.who],
                 task,
@@ -119,12 +120,11 @@ class Side:
         reference: when it is computed; None leaves the check out. What passed once in this folder, with the same
         settings and code, is not checked again.
         """
-        passed, answer = self._passed_file, None
-        if reference is not None and passed.is_file():
-            self.parity, reference = json.loads(passed.read_text(encoding="utf-8")), None
+        if reference is not None and self._passed_file.is_file():
+            self.parity, reference = json.loads(self._passed_file.read_text(encoding="utf-8")), None
             say(f"  {self.name}: gradients checked before")
+        out, answer = self.options.folder / f"{self.name}-gradients.safetensors", dict[str, Any]()
         if reference is not None:
-            out = self.options.folder / f"{self.name}-gradients.safetensors"
             answer = self.ask({"do": "gradients", "out": str(out)}, share=PATIENCE)
             say(f"  {self.name}: gradients are there")
         if self.case.together:
@@ -230,7 +230,6 @@ class Side:
         return self._warm_caches_file.is_file()
 
     def _note_warm_caches(self) -> None:
-        self._warm_caches_file.parent.mkdir(exist_ok=True)
         self._warm_caches_file.write_text(json.dumps({"by": self.name}), encoding="utf-8")
 
     # --- the record ---------------------------------------------------------------------------------------------------
