@@ -2,7 +2,8 @@
 
 Of a group with our jobs A1 and A2 against the same peer B, the rounds are A1-A2-B, A1-A2-B, ...; each case gets a
 record of its own, as if it had been alone. Before the first step all sides compute gradients and load side by side,
-while the reference is computed; from then on only one of them works at a time, and nothing else does.
+while the reference is computed; from then on only one of them works at a time, and nothing else does. (What is
+compiled in company is chosen well: torch's compiler takes the fastest of a kernel's many timings, not their median.)
 """
 
 from __future__ import annotations
@@ -239,8 +240,8 @@ def run_group(
 
     on_record: called with a case's record whenever it has grown. Raises CaseFailed if there are no inputs.
     """
-    for case in (entry.case for entry in entries):
-        say(f"{case.name}: {case.what}, against {case.peer.label}")
+    for entry in entries:
+        say(f"{entry.case.name}: {entry.case.what}, against {entry.case.peer.label} ({entry.setting})")
     run = GroupRun(entries, options, only=only, on_record=on_record)
     run.run()
     return {pair.entry.case.name: pair.failure for pair in run.pairs if pair.failure}

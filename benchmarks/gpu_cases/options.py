@@ -45,7 +45,9 @@ class CaseFailed(Exception):
 
 def say(text: str) -> None:
     """A line of the log, after the seconds since the start."""
-    print(f"{time.monotonic() - _BEGAN:6.1f} {text}", file=sys.stderr, flush=True)
+    # In one piece: threads write, too.
+    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.1f} {text}\n")
+    sys.stderr.flush()
 
 
 def run_helper(module: str, task: dict[str, Any], options: Options) -> None:
@@ -66,7 +68,10 @@ def run_helper(module: str, task: dict[str, Any], options: Options) -> None:
 
 
 def make_environment(options: Options) -> dict[str, str]:
-    """Of the measured processes. What they compile stays in our folder, beside the word that it is there."""
+    """Of the measured processes. What they compile stays in our folder, beside the word that it is there: torch's
+    caches by TMPDIR, since Unsloth forgets TORCHINDUCTOR_CACHE_DIR."""
+    compiled = options.folder / "compiled"
+    compiled.mkdir(exist_ok=True)
     paths = [CHECKOUT / "benchmarks", CHECKOUT / "src", *([options.site] if options.site else [])]
     inherited = os.environ.get("PYTHONPATH")
     environment = {
@@ -76,10 +81,11 @@ def make_environment(options: Options) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(options.folder / "compiled" / "inductor"),
-        "TRITON_CACHE_DIR": str(options.folder / "compiled" / "triton"),
-        "UNSLOTH_COMPILE_LOCATION": str(options.folder / "compiled" / "unsloth_compiled_cache"),
+        "TMPDIR": str(compiled),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
+        "UNSLOTH_COMPILE_LOCATION": str(compiled / "unsloth_compiled_cache"),
     }
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     if options.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return environment

@@ -70,8 +70,7 @@ class Side:
         """Its process, started if need be."""
         if self._process is None:
             task = self.task
-            for folder in (Path(task["folder"]), self.options.folder / "compiled"):
-                folder.mkdir(exist_ok=True)
+            Path(task["folder"]).mkdir(exist_ok=True)
             self._process = Contender(
                 MODULES[self.who],
                 task,

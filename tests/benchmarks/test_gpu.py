@@ -25,7 +25,7 @@ from gpu_cases import inputs
 from gpu_cases.cases import CASES, Case, Peer, Rows
 from gpu_cases.groups import Entry, plan_groups, prepare_group, run_group
 from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_model, write_random_rows
-from gpu_cases.options import CaseFailed, Options, make_environment, merge_keys, strip_paths
+from gpu_cases.options import CaseFailed, Options, make_environment, merge_keys, say, strip_paths
 from gpu_cases.parity import check_parity, measure_distance, split_name
 from gpu_cases.protocol import Contender, ContenderFailed
 from gpu_cases.results import (
@@ -396,6 +396,21 @@ def test_the_first_pair_of_starts_counts_only_if_caches_are_known_to_be_warm(fol
         assert found["ours"]["start_seconds"][0] > 0.1
 
 
+def test_what_measured_processes_compile_is_kept_in_the_folder_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    code = "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=make_environment(make_options(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert Path(done.stdout.strip()).parent == tmp_path / "compiled"
+
+
 @pytest.mark.slow
 def test_what_is_prepared_is_not_made_again(tmp_path, capsys):
     options = make_options(tmp_path)
@@ -687,6 +702,16 @@ def test_a_slim_wheel_lacks_the_files_and_their_lines_in_record(tmp_path):
     assert sorted(slim.namelist()) == sorted(kept)
     rows = csv.reader(io.StringIO(slim.read(kept[2]).decode()))
     assert [row[0] for row in rows] == kept
+
+
+def test_every_line_of_the_log_begins_with_the_seconds_since_the_start(capsys):
+    say("one")
+    time.sleep(0.3)
+    say("two")
+
+    first, second = (line.split() for line in capsys.readouterr().err.splitlines())
+    assert [first[1], second[1]] == ["one", "two"]
+    assert 0.2 <= float(second[0]) - float(first[0]) < 30
 
 
 def test_every_listed_wheel_is_pinned():
