@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py --list                                       the cases
     python benchmarks/gpu.py --case lora-bf16 --wheels .whl --out OUT.json   one case (minutes), merged into OUT.json;
-                                                                          several share inputs and --minutes
+                                                                          several share what they can, and --minutes
+    python benchmarks/gpu.py --case lora-bf16 --prepare --wheels .whl     only its inputs and reference, for later
     python benchmarks/gpu.py --case lora-bf16 --ours-only --wheels .whl --out OUT.json   our side alone
     python benchmarks/gpu.py --tune full-8b --wheels .whl --out OUT.json  find the peer's fastest settings first
     python benchmarks/gpu.py --merge OUT.json ...                         into benchmarks/results/gpu.json
@@ -10,8 +11,9 @@
 
 A case builds its inputs (random weights of the shape, seeded; an adapter; rows: gpu_cases/inputs.py), computes a
 reference in fp32, holds each side's gradients to it, and times the sides in turns. Each side is a process of its own
-(gpu_cases/protocol.py); of two alive, the one that waits holds its weights and optimizer states only. Token ids, kept
-labels and rows of a step are equal on both sides, checked by a hash of what each side really fed its model.
+(gpu_cases/protocol.py); those that wait hold their weights and optimizer states only. Token ids, kept labels and rows
+of a step are equal on both sides, checked by a hash of what each side really fed its model. Cases with a side in
+common (two of our jobs against one peer, or one against two) are measured together (gpu_cases/groups.py).
 
 The real rows are not part of the repository. Render them once (any JSONL with instructions and a Llama 3 tokenizer):
     python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer FOLDER --rows ROWS
@@ -25,16 +27,14 @@ folder that only the measured processes see. Without a GPU, the harness itself c
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,10 @@ for _folder in (CHECKOUT / "src", CHECKOUT / "benchmarks"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from cpu_vs_trl import describe_hardware, say  # noqa: E402
 from gpu_cases.cases import CASES, SHAPES, Case  # noqa: E402
-from gpu_cases.inputs import StoredRows, hash_step, plan_steps, render_rows, write_random_rows  # noqa: E402
-from gpu_cases.parity import check_parity  # noqa: E402
-from gpu_cases.protocol import Contender, ContenderFailed  # noqa: E402
+from gpu_cases.groups import Entry, describe_origin, plan_groups, prepare_group, run_group  # noqa: E402
+from gpu_cases.inputs import render_rows  # noqa: E402
+from gpu_cases.options import CaseFailed, Options, install_wheels, merge_keys, say, strip_paths  # noqa: E402
 from gpu_cases.results import (  # noqa: E402
     compute_ratio,
     judge,
@@ -56,536 +55,122 @@ from gpu_cases.results import (  # noqa: E402
     merge_results,
     read_cpu_results,
     save_results,
-    summarize,
 )
-from tunesmith.core.fingerprint import describe_versions, hash_code, hash_json  # noqa: E402
 
 RESULT = CHECKOUT / "benchmarks" / "results" / "gpu.json"
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
-MODULES = {"ours": "ours", "unsloth": "unsloth_peer", "trl": "trl_peer"}
-RANK, ALPHA = 16, 32
-LEARNING_RATE = 1e-4
-CLIP_NORM = 1.0
-SEED = 0
-# The first step of a round fills the allocator again; it is not timed.
-SETTLE = 1
-SHORT_LAYERS = 2
-# A further case of the same call is not begun with less time than this.
+# A further group of the same call is not begun with less time than this.
 LEAST_SECONDS = 150
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the cases are run, on this machine."""
-
-    folder: Path
-    device: str
-    rounds: int
-    deadline: float
-    rows: Path | None
-    site: Path | None
-    peer_python: str
-    plain: bool
-    skip_parity: bool
-    job: dict[str, Any]
-    # The most that a case may take, its inputs apart.
-    case_seconds: float = 240.0
-
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Files of a case, and the rows of each step."""
-
-    folder: Path
-    model: Path
-    adapter: Path
-    short_model: Path
-    short_adapter: Path
-    rows: Path
-    steps: list[list[int]]
-    max_tokens: int
-    digests: list[str]
-
-
-class CaseFailed(Exception):
-    """A case cannot be measured; one line."""
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def make_inputs(case: Case, options: Options, *, num_steps: int) -> Inputs:
-    """Write what is not there yet: weights, adapters, rows."""
-    shape = SHAPES[case.shape]
-    for name, config in (("whole", shape), ("short", shape.shortened(SHORT_LAYERS))):
-        folder = options.folder / f"{case.shape}-{name}"
-        if (folder / "adapter" / "adapter_config.json").is_file():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        task = {"out": str(folder), "config": config.config, "rank": RANK, "alpha": ALPHA}
-        task |= {"seed": SEED, "device": options.device}
-        run_helper("inputs", task, options)
-    if case.rows.kind == "real":
-        if options.rows is None or not (options.rows / "prepared.json").is_file():
-            raise CaseFailed(f"{case.name} needs --rows, a folder made with --make-rows")
-        rows = options.rows
-    else:
-        # Whole rounds of steps, so that folders are shared between cases.
-        num_rows = case.batch_rows * (num_steps + 8)
-        rows = options.folder / f"rows-{shape.config['vocab_size']}-{case.rows.tokens}-{num_rows}"
-        write_random_rows(
-            rows,
-            lengths=[case.rows.tokens] * num_rows,
-            vocab_size=shape.config["vocab_size"],
-            seed=SEED,
-        )
-    stored = StoredRows(rows)
-    steps = plan_steps(len(stored), batch_rows=case.batch_rows, seed=SEED)
-    if len(steps) < num_steps:
-        raise CaseFailed(
-            f"{len(stored)} rows are {len(steps)} steps of {case.batch_rows}, {num_steps} are needed"
-        )
-    steps = steps[:num_steps]
-    whole, short = options.folder / f"{case.shape}-whole", options.folder / f"{case.shape}-short"
-    return Inputs(
-        folder=options.folder,
-        model=whole / "model",
-        adapter=whole / "adapter",
-        short_model=short / "model",
-        short_adapter=short / "adapter",
-        rows=rows,
-        steps=steps,
-        max_tokens=max(len(stored[number][0]) for step in steps for number in step),
-        digests=[hash_step([stored[number] for number in step]) for step in steps[: case.warm_up]],
-    )
-
-
-def run_helper(module: str, task: dict[str, Any], options: Options) -> None:
-    """Run one of our own steps in a process of its own: it leaves no memory behind."""
-    file = options.folder / f"{module}-task.json"
-    file.write_text(json.dumps(task), encoding="utf-8")
-    command = [sys.executable, "-m", f"gpu_cases.{module}", str(file)]
-    done = subprocess.run(
-        command,
-        env=make_environment(options),
-        cwd=options.folder,
-        capture_output=True,
-        text=True,
-        timeout=max(1.0, options.seconds_left()),
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        raise CaseFailed(f"{module} ended with {done.returncode}: {lines[-1][:500]}")
-
-
-def make_environment(options: Options) -> dict[str, str]:
-    paths = [CHECKOUT / "benchmarks", CHECKOUT / "src", *([options.site] if options.site else [])]
-    inherited = os.environ.get("PYTHONPATH")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])]),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if options.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return environment
-
-
-def install_wheels(wheels: Path, folder: Path) -> Path:
-    """Unpack carried wheels into a folder. Returns it."""
-    site = folder / "site"
-    if site.is_dir():
-        return site
-    say(f"installing {len(list(wheels.glob('*.whl')))} wheels")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--no-cache-dir", "--upgrade", "--target", str(site), *map(str, sorted(wheels.glob("*.whl")))]
-    subprocess.run(command, check=True)
-    return site
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
-def merge_keys(into: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, the second one's values on top."""
-    merged = dict(into)
-    for key, value in more.items():
-        known = merged.get(key)
-        merged[key] = (
-            merge_keys(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
-        )
-    return merged
-
-
-def make_job(
-    case: Case, options: Options, *, model: Path, adapter: Path, rows: Path, steps: int
-) -> dict[str, Any]:
-    """An ordinary job: what a user would write for this case."""
-    method: dict[str, Any] = {"name": case.method}
-    if case.method == "lora":
-        method = {"name": "lora", "rank": RANK, "alpha": ALPHA, "adapter": str(adapter)}
-    job: dict[str, Any] = {
-        "model": str(model),
-        "data": {"train": str(rows)},
-        "method": method,
-        "train": {
-            "steps": steps,
-            "batch_rows": case.batch_rows,
-            "learning_rate": LEARNING_RATE,
-            "schedule": "constant",
-            "warmup": 0.0,
-            "clip_norm": CLIP_NORM,
-            "seed": SEED,
-            "precision": "bf16" if options.device == "cuda" else "fp32",
-            "evaluate_every": "never",
-            "save_every": "never",
-            "keep_best": False,
-        },
-    }
-    job = merge_keys(job, {} if options.plain else case.job)
-    return merge_keys(job, options.job)
-
-
-def make_task(
-    case: Case, role: str, settings: dict[str, Any], inputs: Inputs, options: Options
-) -> dict[str, Any]:
-    """What a contender's process is told."""
-    folder = inputs.folder / f"{case.name}-{role}"
-    folder.mkdir(parents=True, exist_ok=True)
-    common: dict[str, Any] = {
-        "folder": str(folder),
-        "rows": str(inputs.rows),
-        "checked_steps": case.warm_up,
-    }
-    if role == "ours" or case.peer.who == "ours":
-        shared = {"rows": inputs.rows, "steps": len(inputs.steps)}
-        return common | {
-            "job": make_job(case, options, model=inputs.model, adapter=inputs.adapter, **shared),
-            "short_job": make_job(
-                case,
-                options,
-                model=inputs.short_model,
-                adapter=inputs.short_adapter,
-                rows=inputs.rows,
-                steps=1,
-            ),
-        }
-    return common | {
-        "model": str(inputs.model),
-        "adapter": str(inputs.adapter),
-        "short_model": str(inputs.short_model),
-        "short_adapter": str(inputs.short_adapter),
-        "steps": inputs.steps,
-        "max_tokens": inputs.max_tokens,
-        "batch_rows": case.batch_rows,
-        "method": case.method,
-        "rank": RANK,
-        "alpha": ALPHA,
-        "learning_rate": LEARNING_RATE,
-        "clip_norm": CLIP_NORM,
-        "dtype": "bfloat16" if options.device == "cuda" else "float32",
-        "settings": settings,
-    }
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class Side:
-    """One contender of a case through all its rounds: its process, if one is alive, and what it has answered."""
-
-    def __init__(self, role: str, case: Case, setting: str, inputs: Inputs, options: Options) -> None:
-        self.role, self.case, self.inputs, self.options = role, case, inputs, options
-        self.who = "ours" if role == "ours" else case.peer.who
-        self.settings = {} if self.who == "ours" else case.peer.settings[setting]
-        self._process: Contender | None = None
-        self._warm = False
-        self.warm_up: dict[str, Any] = {}
-        self.warm_up_seconds = 0.0
-        self.rounds: list[dict[str, Any]] = []
-        self.start_seconds: list[float] = []
-
-    @property
-    def process(self) -> Contender:
-        if self._process is None:
-            self._process = start_contender(self)
-            self._warm = False
-        return self._process
-
-    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        return self.process.ask(command, timeout=self.options.seconds_left())
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
-
-    def check_gradients(self, reference: Path) -> dict[str, Any]:
-        """Raises CaseFailed if the gradients, or the rows they come from, are not the reference's.
-
-        What passed once in this folder, with the same settings and code, is not run again.
-        """
-        task = make_task(self.case, self.role, self.settings, self.inputs, self.options)
-        decides = task["short_job"] if self.who == "ours" else self.settings
-        code = hash_code() if self.who == "ours" else ""
-        passed = reference / f"passed-{self.who}-{hash_json([decides, code])[:16]}.json"
-        if passed.is_file():
-            say(f"  {self.who}: gradients checked before")
-            return json.loads(passed.read_text(encoding="utf-8"))
-        out = reference / f"{self.role}.safetensors"
-        answer = self.ask({"do": "gradients", "out": str(out)})
-        if answer["digest"] != self.inputs.digests[0]:
-            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
-        fp8 = self.who == "ours" and "fp8" in (self.case.base, self.case.compute) and not self.options.plain
-        exact = self.options.plain and self.options.device == "cpu"
-        try:
-            parity = check_parity(reference, out, answer, fp8=fp8, exact=exact)
-        except ValueError as error:
-            raise CaseFailed(f"{self.who}: {error}") from None
-        out.unlink()
-        say(
-            f"  {self.who}: gradients {parity.distance.total:.3g} from fp32 (allowed {parity.allowed_total:.3g})"
-        )
-        if not parity.passed:
-            raise CaseFailed(f"{self.who} is not timed: {parity.reason}")
-        passed.write_text(json.dumps(parity.to_json()), encoding="utf-8")
-        return parity.to_json()
-
-    def get_warm(self) -> None:
-        """Load, compile, and take the steps that are not timed; their rows are checked."""
-        process = self.process
-        if self._warm:
-            return
-        asked = time.perf_counter()
-        answer = self.ask({"do": "steps", "count": self.case.warm_up})
-        if answer["digests"] != self.inputs.digests:
-            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
-        self._warm = True
-        if not self.warm_up:
-            self.warm_up, self.warm_up_seconds = answer, time.perf_counter() - asked
-        say(f"  {self.who}: warm after {time.perf_counter() - process.started:.0f} s")
-
-    def run_round(self) -> None:
-        """Timed steps. With processes that take turns, this one is started for it and stopped after it."""
-        self.get_warm()
-        answer = self.ask({"do": "steps", "count": SETTLE + self.case.steps})
-        timed = {key: answer[key][SETTLE:] for key in ("seconds", "tokens", "targets", "losses")}
-        timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes")}
-        self.rounds.append(timed)
-        say(f"  {self.who}: {sum(timed['tokens']) / sum(timed['seconds']):,.0f} tokens/s")
-        if not self.case.together:
-            self.stop()
-
-    def time_start(self) -> float:
-        """Seconds from starting the process to the end of its first step."""
-        self.stop()
-        process = self.process
-        self.warm_up = self.ask({"do": "steps", "count": 1})
-        seconds = time.perf_counter() - process.started
-        if self.warm_up["digests"] != self.inputs.digests[:1]:
-            raise CaseFailed(f"{self.who} fed other rows to its model than the plan says")
-        say(f"  {self.who}: first step after {seconds:.1f} s")
-        self.stop()
-        return seconds
-
-    def describe(self, num_rounds: int) -> dict[str, Any]:
-        """What it has done, its first `num_rounds` rounds: as many as the other side has."""
-        rounds = self.rounds[:num_rounds]
-        last = rounds[-1] if rounds else self.warm_up
-        record: dict[str, Any] = {
-            "who": self.who,
-            "settings": self.settings,
-            "first_loss": self.warm_up["losses"][0],
-            "last_loss": last["losses"][-1],
-            "facts": self.warm_up["facts"],
-            "warm_up_seconds": self.warm_up_seconds,
-            "warm_up_step_seconds": self.warm_up["seconds"],
-        }
-        if self.start_seconds:
-            record["start_seconds"] = self.start_seconds
-        if rounds:
-            record |= summarize(rounds)
-            record |= {key: max(r[key] for r in rounds) for key in ("peak_bytes", "reserved_bytes")}
-            record["rounds"] = [{k: r[k] for k in ("seconds", "tokens", "targets")} for r in rounds]
-        return record
+def choose_entry(name: str, arguments: argparse.Namespace) -> Entry:
+    """The case as the command line wants it, and which of the peer's settings."""
+    case = change_case(CASES[name], arguments)
+    tuned = load_results(arguments.out)["tuned"].get(name, {}).get("best")
+    return Entry(case, arguments.setting or tuned or next(iter(case.peer.settings)))
 
 
-def start_contender(side: Side) -> Contender:
-    task = make_task(side.case, side.role, side.settings, side.inputs, side.options)
-    return Contender(
-        MODULES[side.who],
-        task,
-        folder=Path(task["folder"]),
-        environment=make_environment(side.options),
-        python=sys.executable if side.who == "ours" else side.options.peer_python,
+def change_case(case: Case, arguments: argparse.Namespace) -> Case:
+    rows = case.rows
+    if arguments.row_tokens:
+        rows = replace(rows, tokens=arguments.row_tokens)
+    return replace(
+        case,
+        shape=arguments.shape or case.shape,
+        rows=rows,
+        batch_rows=arguments.batch_rows or case.batch_rows,
+        steps=arguments.steps or case.steps,
+        warm_up=arguments.warm_up or case.warm_up,
     )
 
 
-class CaseRun:
-    """A case being measured: its sides, what the gate said of them, and the record of what there is so far."""
+def measure(group: Sequence[Entry], arguments: argparse.Namespace, options: Options) -> bool:
+    """Run a group and merge its records as they grow. Returns whether all its cases ran; never raises for what
+    happens in it."""
+    before, latest = load_results(arguments.out), dict[str, dict[str, Any]]()
+    cases = {entry.case.name: entry.case for entry in group}
 
-    def __init__(
-        self, case: Case, options: Options, *, setting: str, only: str | None, on_record: OnRecord
-    ) -> None:
-        # Of one process: those that take turns start from the first step every time.
-        num_steps = case.warm_up + (options.rounds if case.together else 1) * (SETTLE + case.steps)
-        self.case, self.setting, self._on_record = case, setting, on_record
-        self.inputs = make_inputs(case, options, num_steps=num_steps)
-        # Inputs are shared by cases: the time they take is nobody's.
-        until = min(options.deadline, time.monotonic() + options.case_seconds)
-        self.options = dataclasses.replace(options, deadline=until)
-        roles = ["ours", "peer"] if only is None else [only]
-        self.sides = [Side(role, case, setting, self.inputs, self.options) for role in roles]
-        self.is_pair = only is None
-        self.parity: Any = "skipped" if options.skip_parity else {}
+    def keep(name: str, record: dict[str, Any]) -> None:
+        if "failed" not in record:
+            record["ratio"] = compute_ratio(cases[name], record)
+        latest[name] = record
+        if arguments.contender is None:
+            new = strip_paths({"cases": latest, "tuned": {}}, options)
+            save_results(arguments.out, merge_results(before, new))
 
-    def run(self) -> dict[str, Any]:
-        try:
-            if self.case.together and not self.options.skip_parity:
-                # Their imports take a while: meanwhile the reference is computed.
-                for side in self.sides:
-                    _ = side.process
-            if self.case.measure == "start":
-                for side in self.sides:
-                    self._check(side)
-                self._measure_starts()
-            else:
-                self._measure_speed()
-        finally:
-            for side in self.sides:
-                side.stop()
-        return self.describe()
-
-    def _check(self, side: Side) -> None:
-        if self.options.skip_parity or side.role in self.parity:
-            return
-        self.parity[side.role] = side.check_gradients(make_reference(self.case, self.inputs, self.options))
-        if not self.case.together:
-            side.stop()
-
-    def _measure_speed(self) -> None:
-        """A-B-A-B until the rounds are done or another one would not fit the time. A side is checked, and gets warm,
-        when its first round comes: ours is measured whatever becomes of the peer."""
-        longest = 0.0
-        for number in range(self.options.rounds):
-            if number and self.options.seconds_left() < 1.3 * longest:
-                say(f"  time is up after {number} of {self.options.rounds} rounds")
-                break
-            took = 0.0
-            for side in self.sides:
-                self._check(side)
-                if self.case.together:
-                    side.get_warm()
-                began = time.monotonic()
-                side.run_round()
-                took += time.monotonic() - began
-                self._on_record(self.describe())
-            longest = max(longest, took)
-
-    def _measure_starts(self) -> None:
-        """The first pair warms the caches on disk and does not count."""
-        longest = 0.0
-        for number in range(1 + self.options.rounds):
-            began = time.monotonic()
-            if number > 1 and self.options.seconds_left() < 1.3 * longest:
-                say(f"  time is up after {number - 1} of {self.options.rounds} rounds")
-                break
-            for side in self.sides:
-                seconds = side.time_start()
-                if number:
-                    side.start_seconds.append(seconds)
-            longest = max(longest, time.monotonic() - began)
-            if number:
-                self._on_record(self.describe())
-
-    def describe(self) -> dict[str, Any]:
-        """The record: whole once every side has a round; before, `failed` says that it is not."""
-        done = [max(len(side.rounds), len(side.start_seconds)) for side in self.sides]
-        num_rounds = min(done) or max(done)
-        record = {
-            "case": dataclasses.asdict(self.case),
-            "peer_setting": self.setting,
-            "parity": self.parity,
-            "num_rounds": num_rounds,
-            "steps": self.case.steps,
-            "rows_sha256": self.inputs.digests[0],
-            **{side.role: side.describe(num_rounds) for side in self.sides if side.warm_up},
-            "job": make_task(self.case, "ours", {}, self.inputs, self.options)["job"],
-            "hardware": describe_hardware() | self.sides[0].warm_up["facts"]["gpu"],
-            **describe_origin(),
-        }
-        if not self.is_pair:
-            record["failed"] = f"only {self.sides[0].role} was run"
-        elif not min(done):
-            record["failed"] = "the peer was not measured"
-        return record
+    try:
+        only = "ours" if arguments.ours_only else arguments.contender
+        failures = run_group(group, options, only=only, on_record=keep)
+    except Exception as error:
+        failures = dict.fromkeys(cases, describe_error(error))
+        # Whole rounds stand; of a case without any, what there is stands beside the reason.
+        for name in cases:
+            if "failed" in latest.get(name, {"failed": ""}):
+                keep(name, {**latest.get(name, {}), "failed": str(error), **describe_origin()})
+    for name, case in cases.items():
+        tell_result(case, latest[name], failures.get(name, ""), arguments)
+    return not failures
 
 
-OnRecord = Callable[[dict[str, Any]], None]
+def describe_error(error: BaseException) -> str:
+    """One line: what, and where in the code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    told = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return " ".join(told.split())[:600]
 
 
-def run_case(
-    case: Case,
-    options: Options,
-    *,
-    setting: str,
-    only: str | None,
-    on_record: OnRecord = lambda record: None,
-) -> dict[str, Any]:
-    """Measure a case; with `only`, one side of it. Raises CaseFailed or ContenderFailed.
-
-    on_record: called after every round with the record so far.
-    """
-    say(f"{case.name}: {case.what}, against {case.peer.label} ({setting})")
-    return CaseRun(case, options, setting=setting, only=only, on_record=on_record).run()
-
-
-def make_reference(case: Case, inputs: Inputs, options: Options) -> Path:
-    four_bit = case.base == "nf4" and not options.plain
-    name = f"reference-{inputs.short_model.parent.name}-{inputs.rows.name}-{case.method}{'-nf4' * four_bit}"
-    folder = options.folder / name
-    folder.mkdir(exist_ok=True)
-    if not (folder / "reference.json").is_file():
-        say("  reference gradients in fp32")
-        task = {"model": str(inputs.short_model), "adapter": str(inputs.short_adapter)}
-        task |= {"rows": str(inputs.rows), "step": inputs.steps[0], "method": case.method}
-        run_helper("reference", task | {"four_bit": four_bit, "out": str(folder)}, options)
-    return folder
-
-
-def describe_origin() -> dict[str, Any]:
-    return {
-        "commit": describe_versions().get("commit", ""),
-        "code": hash_code(),
-        # Names of files and folders, not where they happened to lie.
-        "command": " ".join(["python benchmarks/gpu.py", *(Path(word).name for word in sys.argv[1:])]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def tell_result(case: Case, record: dict[str, Any], failure: str, arguments: argparse.Namespace) -> None:
+    if failure:
+        say(f"{case.name} failed: {failure}")
+    elif arguments.contender is not None:
+        print(json.dumps(record, indent=1))
+    elif arguments.ours_only:
+        print(f"{case.name}: ours {record['ours'].get('tokens_per_second', 0):,.0f} tokens/s")
+    if "ratio" in record:
+        print(f"{case.name}: {record['ratio']['of_medians']:.3f}  {judge(case, record)}")
 
 
 def tune_peer(case: Case, options: Options) -> dict[str, Any]:
     """The fastest of the peer's settings on this machine, and what each one gave."""
     tried: dict[str, Any] = {}
-    quick = dataclasses.replace(options, rounds=1, skip_parity=True)
-    case = dataclasses.replace(case, steps=min(case.steps, 10))
+    quick = replace(options, rounds=1, skip_parity=True)
+    case = replace(case, steps=min(case.steps, 10))
     for name in case.peer.settings:
-        try:
-            record = run_case(case, quick, setting=name, only="peer")
-            peer = record["peer"]
-            tried[name] = {key: peer[key] for key in ("tokens_per_second", "peak_bytes", "reserved_bytes")}
-        except (CaseFailed, ContenderFailed) as error:
-            tried[name] = {"failed": str(error)}
-            say(f"  {name}: {error}")
+        latest: dict[str, Any] = {}
+        failures = run_group(
+            [Entry(case, name)],
+            quick,
+            only="peer",
+            on_record=lambda _, record, kept=latest: kept.update(record),
+        )
+        if failures:
+            tried[name] = {"failed": failures[case.name]}
+        else:
+            keys = ("tokens_per_second", "peak_bytes", "reserved_bytes")
+            tried[name] = {key: latest["peer"][key] for key in keys}
     rates = {name: one["tokens_per_second"] for name, one in tried.items() if "failed" not in one}
     if not rates:
         raise CaseFailed(f"none of the settings of {case.peer.label} ran")
     return {"best": max(rates, key=lambda name: rates[name]), "tried": tried, **describe_origin()}
+
+
+def prepare(groups: Sequence[Sequence[Entry]], options: Options) -> bool:
+    """Write inputs and references of all groups, side by side: what two need is made once. Returns whether all are
+    there."""
+
+    def make(group: Sequence[Entry]) -> bool:
+        try:
+            prepare_group(group, options)
+        except Exception as error:
+            say(f"{group[0].case.name} is not prepared: {describe_error(error)}")
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        return all(list(pool.map(make, groups)))
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -613,6 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tune", action="append", default=[], choices=list(CASES), help="try the peer's settings"
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="only write the cases' inputs and references into --folder"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="result files to merge into --out")
     parser.add_argument("--table", action="store_true", help="write docs/benchmarks.md from --out")
@@ -632,7 +220,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run our side alone; the record says that the peer is missing",
     )
-    parser.add_argument("--case-seconds", type=float, default=240.0, help="the most that one case may take")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=240.0,
+        help="the most that one case may take; of cases measured together, each",
+    )
     parser.add_argument(
         "--setting", help="name of the peer's settings; default: the tuned ones, else the first"
     )
@@ -676,72 +269,31 @@ def make_options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def change_case(case: Case, arguments: argparse.Namespace) -> Case:
-    rows = case.rows
-    if arguments.row_tokens:
-        rows = dataclasses.replace(rows, tokens=arguments.row_tokens)
-    return dataclasses.replace(
-        case,
-        shape=arguments.shape or case.shape,
-        rows=rows,
-        batch_rows=arguments.batch_rows or case.batch_rows,
-        steps=arguments.steps or case.steps,
-        warm_up=arguments.warm_up or case.warm_up,
-    )
-
-
-def measure(name: str, arguments: argparse.Namespace, options: Options) -> bool:
-    """Run a case and merge its record, round by round. Returns whether it ran; never raises for what happens in it."""
-    case = change_case(CASES[name], arguments)
-    before = load_results(arguments.out)
-    tuned = before["tuned"].get(name, {}).get("best")
-    setting = arguments.setting or tuned or next(iter(case.peer.settings))
-    latest: dict[str, Any] = {}
-
-    def keep(record: dict[str, Any]) -> None:
-        latest.clear()
-        latest.update(record)
-        if "failed" not in record:
-            latest["ratio"] = compute_ratio(case, record)
-        if arguments.contender is None:
-            new = strip_paths({"cases": {name: latest}, "tuned": {}}, options)
-            save_results(arguments.out, merge_results(before, new))
-
-    try:
-        only = "ours" if arguments.ours_only else arguments.contender
-        keep(run_case(case, options, setting=setting, only=only, on_record=keep))
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-        say(f"{name} failed: {' '.join(told.split())[:600]}")
-        show_logs(name, options)
-        # Whole rounds stand; of a case without any, what there is stands beside the reason.
-        if "failed" in latest or not latest:
-            keep({**latest, "failed": str(error), **describe_origin()})
-        return False
-    if arguments.contender is not None:
-        print(json.dumps(latest, indent=1))
-        return True
-    if arguments.ours_only:
-        print(f"{name}: ours {latest['ours'].get('tokens_per_second', 0):,.0f} tokens/s")
-        return True
-    print(f"{name}: {latest['ratio']['of_medians']:.3f}  {judge(case, latest)}")
-    return True
-
-
-def show_logs(name: str, options: Options, *, lines: int = 20) -> None:
-    """The ends of the contenders' logs: the machine they lie on may be gone in a minute."""
-    for log in sorted(options.folder.glob(f"{name}-*/*.log")):
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-        say("\n".join([f"--- {log.parent.name}", *tail]))
-
-
-def strip_paths(record: dict[str, Any], options: Options) -> dict[str, Any]:
-    """The record without the folders of the machine that it was made on."""
-    text = json.dumps(record)
-    for folder in (options.folder, *([options.rows.parent] if options.rows else []), CHECKOUT):
-        text = text.replace(f"{folder}/", "")
-    return json.loads(text)
+def run(arguments: argparse.Namespace) -> bool:
+    """Tune and measure what was asked for. Returns whether all of it ran."""
+    options = make_options(arguments)
+    ok = True
+    for name in arguments.tune:
+        try:
+            tuned = tune_peer(change_case(CASES[name], arguments), options)
+        except Exception as error:
+            say(f"{name} is not tuned: {describe_error(error)}")
+            ok = False
+            continue
+        say(f"{name}: best is {tuned['best']}")
+        new = strip_paths({"cases": {}, "tuned": {name: tuned}}, options)
+        save_results(arguments.out, merge_results(load_results(arguments.out), new))
+    groups = plan_groups([choose_entry(name, arguments) for name in arguments.case], options)
+    if arguments.prepare:
+        return prepare(groups, options)
+    for number, group in enumerate(groups):
+        if number and options.seconds_left() < LEAST_SECONDS:
+            names = ", ".join(entry.case.name for entry in group)
+            say(f"{names}: not started, {options.seconds_left():.0f} s are left")
+            ok = False
+            continue
+        ok = measure(group, arguments, options) and ok
+    return ok
 
 
 def main() -> None:
@@ -756,21 +308,7 @@ def main() -> None:
             arguments.make_rows, arguments.tokenizer, arguments.rows, template="llama-3", max_tokens=2048
         )
         say(f"{number} rows in {arguments.rows}")
-    ok = True
-    if arguments.tune or arguments.case:
-        options = make_options(arguments)
-        for name in arguments.tune:
-            tuned = tune_peer(change_case(CASES[name], arguments), options)
-            say(f"{name}: best is {tuned['best']}")
-            new = {"cases": {}, "tuned": {name: tuned}}
-            new = strip_paths(new, options)
-            save_results(arguments.out, merge_results(load_results(arguments.out), new))
-        for number, name in enumerate(arguments.case):
-            if number and options.seconds_left() < LEAST_SECONDS:
-                say(f"{name}: not started, {options.seconds_left():.0f} s are left")
-                ok = False
-                continue
-            ok = measure(name, arguments, options) and ok
+    ok = run(arguments) if arguments.tune or arguments.case else True
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
     if arguments.table:

@@ -89,10 +89,10 @@ class Case:
     what:      the row's name for people.
     base:      how the frozen weights are stored: "bf16", "fp8" (ours only; the peer has bf16) or "nf4".
     method:    "lora" or "full".
-    job:       keys of our job beyond those that all cases share (gpu.make_job).
+    job:       keys of our job beyond those that all cases share (tasks.make_job).
     limit_gib: peak that we must stay within; the peer's is what it is.
     bar:       least ratio of our speed to the peer's; for measure "start", greatest ratio of our seconds. None: no bar.
-    together:  both processes stay alive, and only the one that is measured holds more than its weights. Else they
+    together:  all processes stay alive, and only the one that is measured holds more than its weights. Else they
                are started anew for every round.
     steps, warm_up: steps of a round, and before the first one (of each process). Rows of many lengths need more: both
                sides compile for shapes they have not seen.
@@ -112,7 +112,7 @@ class Case:
     limit_gib: float | None = None
     together: bool = True
     measure: Literal["speed", "start"] = "speed"
-    steps: int = 8
+    steps: int = 6
     warm_up: int = 4
 
 
@@ -235,7 +235,6 @@ CASES = {
             {"method": {"name": "full"}, "train": {"compile": True, "optimizer": "adamw-bf16"}},
             method="full",
             together=False,
-            steps=4,
             warm_up=2,
         ),
         Case(
@@ -246,6 +245,7 @@ CASES = {
             None,
             {"method": {"name": "full"}, **_BF16},
             method="full",
+            steps=8,
         ),
         Case(
             "real-lengths",

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from tunesmith.core.fingerprint import hash_row, hash_rows
 from tunesmith.data.batch import plan_epoch
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHARD_BYTES = 4 << 30
+# Shards are drawn and written side by side: small enough for many, and the largest matrix fills one.
+SHARD_BYTES = 1 << 30
+WRITERS = 8
 # Ids 0, 1 and 2 are the tokenizer's special ones; random text has none of them.
 NUM_SPECIAL = 3
 
@@ -155,34 +158,54 @@ def list_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
 
 def write_model(folder: Path, config: dict[str, Any], *, seed: int, device: str) -> None:
     """A Hugging Face model folder: random bf16 weights, a small tokenizer. config.json comes last."""
-    import torch
-    from safetensors.torch import save_file
-
     if (folder / "config.json").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shard: dict[str, Any] = {}
-    where: dict[str, str] = {}
-    number, size, total = 1, 0, 0
-    for name, shape in list_tensors(config):
-        num_bytes = 2 * math.prod(shape)
-        if shard and size + num_bytes > SHARD_BYTES:
-            save_file(shard, str(folder / _name_shard(number)), {"format": "pt"})
-            shard, number, size = {}, number + 1, 0
-        tensor = _draw(name, shape, seed=seed, device=device, std=0.02)
-        if name.endswith("norm.weight"):
-            tensor = 1 + tensor
-        shard[name] = tensor.to(torch.bfloat16).cpu()
-        where[name] = _name_shard(number)
-        size, total = size + num_bytes, total + num_bytes
-    save_file(shard, str(folder / _name_shard(number)), {"format": "pt"})
+    shards = _plan_shards(config)
+
+    def write(number: int) -> None:
+        _write_shard(folder / _name_shard(number), shards[number - 1], seed=seed, device=device)
+
+    with ThreadPoolExecutor(WRITERS) as writers:
+        list(writers.map(write, range(1, len(shards) + 1)))
+    where = {name: _name_shard(number) for number, shard in enumerate(shards, 1) for name, _ in shard}
+    total = 2 * sum(math.prod(shape) for shard in shards for _, shape in shard)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     _write_tokenizer(folder)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     extra = {"torch_dtype": "bfloat16", "hidden_act": "silu", "initializer_range": 0.02, "use_cache": False}
     (folder / "config.json").write_text(json.dumps(config | ids | extra, indent=1))
+
+
+def _plan_shards(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of each file's tensors."""
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, shape in list_tensors(config):
+        num_bytes = 2 * math.prod(shape)
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += num_bytes
+    return shards
+
+
+def _write_shard(
+    file: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], *, seed: int, device: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    shard: dict[str, Any] = {}
+    for name, shape in tensors:
+        tensor = _draw(name, shape, seed=seed, device=device, std=0.02)
+        if name.endswith("norm.weight"):
+            tensor = 1 + tensor
+        shard[name] = tensor.to(torch.bfloat16).cpu()
+    save_file(shard, str(file), {"format": "pt"})
 
 
 def _name_shard(number: int) -> str:
@@ -195,7 +218,7 @@ def _draw(name: str, shape: tuple[int, ...], *, seed: int, device: str, std: flo
 
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator(device).manual_seed(key)
-    return torch.randn(shape, generator=generator, device=device) * std
+    return torch.randn(shape, generator=generator, device=device).mul_(std)
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Our engine as a contender: the case's job through the same function that `tunesmith train` runs.
 
-Two things are added from outside, and neither changes what is computed: after every step the event that a terminal
-would show hands control to the parent, and for the parity check gradients are copied just before the update.
+Three things are added from outside, and none changes what is computed: between loading and planning memory the parent
+may let us wait, so that the plan sees the card as it is when we work; after every step the event that a terminal would
+show hands control to the parent; and for the parity check gradients are copied just before the update.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ session = Session()
 from safetensors.torch import save_file  # noqa: E402
 
 from gpu_cases.inputs import hash_step  # noqa: E402
+from tunesmith.api import planning  # noqa: E402
 from tunesmith.api.tasks import TrainTask  # noqa: E402
 from tunesmith.api.training import run_train_task  # noqa: E402
 from tunesmith.core.events import Event  # noqa: E402
@@ -26,6 +28,7 @@ from tunesmith.training.step import Stepper  # noqa: E402
 _counts: dict[str, int] = {}
 _losses: dict[str, float] = {}
 _take = Stepper.take
+_make_planner = planning.make_planner
 
 
 def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
@@ -38,8 +41,15 @@ def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
     return result
 
 
+def wait_and_plan(*given: Any) -> Any:
+    """make_planner, the first thing after loading that looks at the card, once steps are wanted."""
+    session.loaded()
+    return _make_planner(*given)
+
+
 def train() -> None:
     Stepper.take = take_and_note
+    planning.make_planner = wait_and_plan
     run_train_task(_make_task(session.task["job"], "train"), _after_step)
 
 

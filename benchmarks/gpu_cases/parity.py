@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,26 +62,35 @@ def measure_distance(gradients: Path, reference: Path) -> Distance:
     """Distance of two files of gradients. Raises ValueError if one has a tensor that the other lacks."""
     from safetensors import safe_open
 
-    squared_difference = squared_norm = 0.0
-    worst, worst_name = 0.0, ""
     with safe_open(str(gradients), "numpy") as found, safe_open(str(reference), "numpy") as wanted:
+        names = sorted(found.keys())
+        parts = {name: split_name(name) for name in names}
         missing = set(wanted.keys())
-        for name in found.keys():  # noqa: SIM118  # no mapping, whatever it looks like
-            parts = split_name(name)
-            if absent := [part for part in parts if part not in missing]:
-                raise ValueError(f"the reference has no gradient of {absent[0]}")
-            missing -= set(parts)
-            truth = np.concatenate([wanted.get_tensor(part) for part in parts]).astype(np.float32)
-            difference = _square(found.get_tensor(name).astype(np.float32) - truth)
-            norm = _square(truth)
-            squared_difference, squared_norm = squared_difference + difference, squared_norm + norm
-            ratio = math.sqrt(difference / norm) if norm else (math.inf if difference else 0.0)
-            # `not <=`: a NaN is the worst there is.
-            if not ratio <= worst:
-                worst, worst_name = ratio, name
-    if missing:
-        raise ValueError(f"no gradient of {sorted(missing)[0]}")
-    return Distance(math.sqrt(squared_difference / squared_norm), worst, worst_name)
+        for part in (part for name in names for part in parts[name]):
+            if part not in missing:
+                raise ValueError(f"the reference has no gradient of {part}")
+            missing.remove(part)
+        if missing:
+            raise ValueError(f"no gradient of {sorted(missing)[0]}")
+
+        def compare(name: str) -> tuple[float, float]:
+            """Squared norms of the difference and of the truth."""
+            truths = [wanted.get_tensor(part) for part in parts[name]]
+            truth = truths[0] if len(truths) == 1 else np.concatenate(truths)
+            truth = truth.astype(np.float32, copy=False)
+            return _square(found.get_tensor(name).astype(np.float32, copy=False) - truth), _square(truth)
+
+        # Gradients of full fine-tuning are gigabytes.
+        with ThreadPoolExecutor(4) as pool:
+            squares = dict(zip(names, pool.map(compare, names), strict=True))
+    worst, worst_name = 0.0, ""
+    for name, (difference, norm) in squares.items():
+        ratio = math.sqrt(difference / norm) if norm else (math.inf if difference else 0.0)
+        # `not <=`: a NaN is the worst there is.
+        if not ratio <= worst:
+            worst, worst_name = ratio, name
+    total = sum(difference for difference, _ in squares.values()) / sum(norm for _, norm in squares.values())
+    return Distance(math.sqrt(total), worst, worst_name)
 
 
 def _square(values: np.ndarray) -> float:

@@ -1,11 +1,12 @@
 """How the parent asks and a contender answers: one JSON object a line, over the contender's stdin and stdout.
 
     {"do": "gradients", "out": FILE}  gradients of step 0 on the shortened model -> {"did": "gradients", ...}
-    {"do": "steps", "count": N}       the next N optimizer steps; loads the model first -> {"did": "steps", ...}
+    {"do": "load"}                    the model, on the device; no step is taken -> {"did": "load"}
+    {"do": "steps", "count": N}       the next N optimizer steps; loads first, if need be -> {"did": "steps", ...}
     {"do": "quit"}                    the process ends
 
-A contender works only while it is asked. After its answer it gives cached device memory back, so that of two
-contenders alive the measured one has the card, less the other's weights and optimizer states, to itself.
+A contender works only while it is asked. After its answer it gives cached device memory back, so that of several
+contenders alive the measured one has the card, less the others' weights and optimizer states, to itself.
 
 What libraries print goes to stderr: the channel is a copy of stdout made before anything is imported.
 """
@@ -34,8 +35,9 @@ class Quit(SystemExit):
 
 
 class Session:
-    """One contender's end of the line. `step_done` is called after every optimizer step and returns when the next is
-    wanted: whatever runs the steps (a loop, a trainer's callback) needs no other change."""
+    """One contender's end of the line. `loaded` is called once, when the model is on the device, and `step_done` after
+    every optimizer step; each returns when a step is wanted: whatever runs the steps (a loop, a trainer's callback)
+    needs no other change."""
 
     def __init__(self) -> None:
         self.task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -52,7 +54,8 @@ class Session:
         train: Callable[[], None],
         facts: Callable[[], Any],
     ) -> None:
-        """Answer until told to quit. `train` trains without end and calls `step_done`; `facts` describes versions."""
+        """Answer until told to quit. `train` trains without end and calls `loaded` and `step_done`; `facts` describes
+        versions."""
         self._facts = facts
         while True:
             command = self._read()
@@ -63,6 +66,13 @@ class Session:
                 self._start_round(command)
                 train()
                 raise RuntimeError("training ended before the parent asked for it")
+
+    def loaded(self) -> None:
+        """The model is on the device, and no step is prepared: if that is all that was asked for, wait here."""
+        if not self._left:
+            _free_cached_memory()
+            self._answer({"did": "load"})
+            self._start_round(self._read())
 
     def note_rows(self, digest: str) -> None:
         """The rows that the step about to run trains on (inputs.hash_step)."""
@@ -75,6 +85,7 @@ class Session:
 
     def step_done(self, loss: Any, *, num_tokens: int, num_target_tokens: int) -> None:
         """A step has ended. loss: nats per target token, a number or a tensor."""
+        assert self._left > 0, "a step that nobody asked for: train has not called loaded()"
         _wait_for_device()
         now = time.perf_counter()
         self._seconds.append(now - self._mark)
@@ -103,7 +114,7 @@ class Session:
         self._start_round(self._read())
 
     def _start_round(self, command: Mapping[str, Any]) -> None:
-        self._left = command["count"]
+        self._left = command.get("count", 0)
         self._mark = time.perf_counter()
 
     def _forget_round(self) -> None:

@@ -25,12 +25,12 @@ with the reserved memory beside it. Tokens are never padding.
 
 AGAIN = """## Measuring again
 
-On a machine with a GPU, one case takes a few minutes:
+On a machine with a GPU, one case takes a few minutes, and cases against the same peer share them:
 
 ```
 python benchmarks/slim_wheels.py --out .whl                                          # the peers, pinned
 python benchmarks/gpu.py --list
-python benchmarks/gpu.py --case lora-bf16 --wheels .whl
+python benchmarks/gpu.py --case lora-bf16 --case lora-fp8 --wheels .whl
 python benchmarks/gpu.py --tune full-8b --case full-8b --wheels .whl                 # TRL's fastest settings first
 python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer LLAMA3 --rows ROWS      # for the real lengths
 python benchmarks/gpu.py --case real-lengths --rows ROWS --wheels .whl
@@ -262,7 +262,8 @@ def _origins(cases: Mapping[str, Record]) -> list[str]:
     lines = ["## What each case was measured on, and how the two sides compute", ""]
     lines += [
         "| case | GPU | commit | date | rounds x steps | target tokens/s, ours / theirs | step ms, ours / theirs "
-        "| loss of the first and last step, ours / theirs | gradient distance from fp32, ours / theirs | warm-up s |",
+        "| loss of the first and last step, ours / theirs | gradient distance from fp32, ours / theirs "
+        "| loading and warm-up s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     versions: dict[str, set[str]] = {}
@@ -290,7 +291,9 @@ def _origins(cases: Mapping[str, Record]) -> list[str]:
             _pair(sides, lambda s: f"{1e3 * s['step_seconds']:,.0f}") if speed else "",
             _pair(sides, lambda s: f"{s['first_loss']:.3f}, {s['last_loss']:.3f}"),
             distances,
-            _pair(sides, lambda s: f"{s['warm_up_seconds']:.0f}") if speed else "",
+            _pair(sides, lambda s: f"{s.get('load_seconds', 0.0) + s['warm_up_seconds']:.0f}")
+            if speed
+            else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if not versions:

@@ -65,6 +65,7 @@ class Reporter(transformers.TrainerCallback):
     trainer: Trainer
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        session.loaded()
         reset_peak()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:

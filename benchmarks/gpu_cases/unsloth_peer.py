@@ -14,9 +14,6 @@ from gpu_cases.protocol import Session, describe_packages, reset_peak
 
 session = Session()
 os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
-os.environ.setdefault(
-    "UNSLOTH_COMPILE_LOCATION", str(Path(session.task["folder"]) / "unsloth_compiled_cache")
-)
 
 import unsloth  # noqa: E402, I001  # before torch and transformers, which it changes
 import torch  # noqa: E402
@@ -121,6 +118,7 @@ def train() -> None:
         }
         for batch, numbers in zip(batches, session.task["steps"], strict=True)
     ]
+    session.loaded()
     reset_peak()
     for batch, count in zip(batches, counts, strict=True):
         if session.wants_rows:

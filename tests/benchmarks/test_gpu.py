@@ -20,8 +20,12 @@ from safetensors.numpy import load_file, save_file
 import gpu
 import slim_wheels
 from attention_choice import read_table
+from cpu_vs_trl import TRL_PYTHON
+from gpu_cases import inputs
 from gpu_cases.cases import CASES, Case, Peer, Rows
-from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_random_rows
+from gpu_cases.groups import Entry, plan_groups, prepare_group, run_group
+from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_model, write_random_rows
+from gpu_cases.options import CaseFailed, Options, make_environment, merge_keys, say, strip_paths
 from gpu_cases.parity import check_parity, measure_distance, split_name
 from gpu_cases.protocol import Contender, ContenderFailed
 from gpu_cases.results import (
@@ -33,13 +37,16 @@ from gpu_cases.results import (
     read_cpu_results,
     summarize,
 )
+from gpu_cases.sides import Side
+from gpu_cases.tasks import make_inputs, make_our_task
 
 ITSELF = Peer("ours", "itself", {"same": {}})
 TINY = Case("tiny", "tiny against itself", "tiny", ITSELF, None, rows=Rows("full", 32), batch_rows=4, steps=2)
+TRL = Peer("trl", "TRL", {"same": {"sft": {"logging_strategy": "no", "disable_tqdm": True}, "micro_rows": 2}})
 
 
-def make_options(folder: Path, **changes: Any) -> gpu.Options:
-    options = gpu.Options(
+def make_options(folder: Path, **changes: Any) -> Options:
+    options = Options(
         folder=folder,
         device="cpu",
         rounds=2,
@@ -61,7 +68,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(folder: Path) -> dict[str, Any]:
-    return gpu.run_case(TINY, make_options(folder), setting="same", only=None)
+    return run(make_options(folder), TINY).records["tiny"]
+
+
+@dataclasses.dataclass
+class Ran:
+    """records: the last of each case; told: names in the order in which records came; failures: by case."""
+
+    records: dict[str, dict[str, Any]]
+    told: list[str]
+    failures: dict[str, str]
+
+
+def run(options: Options, *cases: Case, only: Any = None) -> Ran:
+    ran = Ran({}, [], {})
+
+    def keep(name: str, record: dict[str, Any]) -> None:
+        ran.records[name] = record
+        ran.told.append(name)
+
+    entries = [Entry(case, next(iter(case.peer.settings))) for case in cases]
+    [group] = plan_groups(entries, options)
+    ran.failures.update(run_group(group, options, only=only, on_record=keep))
+    return ran
+
+
+def vary(name: str, *, peer: Peer = ITSELF, **train: Any) -> Case:
+    """TINY under another name, with its own keys of the job."""
+    return dataclasses.replace(TINY, name=name, peer=peer, job={"train": train} if train else {})
 
 
 # --- a whole case -----------------------------------------------------------------------------------------------------
@@ -95,12 +129,12 @@ def test_gradients_are_those_of_transformers_and_peft(record):
 @pytest.mark.slow
 def test_a_contender_that_feeds_other_rows_is_not_timed(folder, record):
     options = make_options(folder, skip_parity=True)
-    inputs = gpu.make_inputs(TINY, options, num_steps=10)
-    inputs = dataclasses.replace(inputs, digests=[*inputs.digests[1:], inputs.digests[0]])
-    side = gpu.Side("ours", TINY, "same", inputs, options)
+    made = make_inputs(TINY, options)
+    made = dataclasses.replace(made, digests=[*made.digests[1:], made.digests[0]])
+    side = Side(TINY, "ours", "same", made, options)
 
     try:
-        with pytest.raises(gpu.CaseFailed, match="ours fed other rows"):
+        with pytest.raises(CaseFailed, match="ours fed other rows"):
             side.get_warm()
     finally:
         side.stop()
@@ -108,49 +142,41 @@ def test_a_contender_that_feeds_other_rows_is_not_timed(folder, record):
 
 @pytest.mark.slow
 def test_a_job_that_our_engine_refuses_fails_the_case_with_its_line(folder, record):
-    options = make_options(folder, job={"train": {"no_such_key": 1}})
+    ran = run(make_options(folder, job={"train": {"no_such_key": 1}}), TINY, only="ours")
 
-    with pytest.raises(ContenderFailed, match="no_such_key"):
-        gpu.run_case(TINY, options, setting="same", only="ours")
+    assert "no_such_key" in ran.failures["tiny"]
+    assert ran.records["tiny"]["failed"] == ran.failures["tiny"]
 
 
 @pytest.mark.slow
-def test_our_figures_stand_when_the_peer_cannot_even_start(folder, record):
-    peer = dataclasses.replace(ITSELF, who="trl", settings={"same": {"sft": {}, "micro_rows": 1}})
-    case = dataclasses.replace(TINY, peer=peer)
-    kept: list[dict[str, Any]] = []
+def test_our_figures_stand_when_the_peer_cannot_even_start(folder, record, capsys):
+    ran = run(make_options(folder, peer_python="/bin/false"), vary("no-peer", peer=TRL))
 
-    with pytest.raises(ContenderFailed, match="trl_peer ended with 1"):
-        gpu.run_case(
-            case,
-            make_options(folder, peer_python="/bin/false"),
-            setting="same",
-            only=None,
-            on_record=kept.append,
-        )
-    assert kept[0]["ours"]["tokens_per_second"] > 0
-    assert kept[0]["failed"] == "the peer was not measured"
-    assert "peer" not in kept[0]
+    found = ran.records["no-peer"]
+    assert found["ours"]["tokens_per_second"] > 0
+    assert len(found["ours"]["rounds"]) == 1
+    assert "peer" not in found
+    assert found["failed"].startswith("trl_peer ended with 1")
+    assert "no-peer-peer failed: trl_peer ended with 1" in capsys.readouterr().err
 
 
 def test_a_case_that_breaks_is_told_in_one_line_and_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
     def break_down(*_given: Any, **_more: Any) -> None:
         raise RuntimeError("something\nnobody thought of")
 
-    monkeypatch.setattr(gpu, "run_case", break_down)
+    monkeypatch.setattr(gpu, "run_group", break_down)
     out = tmp_path / "out.json"
-    arguments = gpu.make_parser().parse_args(["--case", "lora-bf16", "--out", str(out)])
+    names = ["--case", "lora-bf16", "--case", "lora-bf16-limit", "--case", "lora-fp8"]
+    arguments = gpu.make_parser().parse_args([*names, "--folder", str(tmp_path), "--out", str(out)])
 
-    assert not gpu.measure("lora-bf16", arguments, make_options(tmp_path))
-    assert not gpu.measure("lora-fp8", arguments, make_options(tmp_path))
+    assert not gpu.run(arguments)
 
     assert (
-        "lora-bf16 failed: RuntimeError: something nobody thought of (test_gpu.py:" in capsys.readouterr().err
+        "lora-fp8 failed: RuntimeError: something nobody thought of (test_gpu.py:" in capsys.readouterr().err
     )
-    assert {name: case["failed"] for name, case in load_results(out)["cases"].items()} == {
-        "lora-bf16": "something\nnobody thought of",
-        "lora-fp8": "something\nnobody thought of",
-    }
+    assert {name: case["failed"] for name, case in load_results(out)["cases"].items()} == dict.fromkeys(
+        ("lora-bf16", "lora-bf16-limit", "lora-fp8"), "something\nnobody thought of"
+    )
 
 
 @pytest.mark.slow
@@ -185,7 +211,258 @@ def test_a_process_that_dies_is_told_in_one_line(tmp_path):
 def test_a_record_names_no_folder_of_the_machine_it_was_made_on(folder, record):
     assert str(folder) in json.dumps(record)
 
-    assert str(folder) not in json.dumps(gpu.strip_paths(record, make_options(folder)))
+    assert str(folder) not in json.dumps(strip_paths(record, make_options(folder)))
+
+
+# --- cases measured together ------------------------------------------------------------------------------------------
+
+
+def test_cases_that_share_a_side_are_a_group(tmp_path):
+    options = make_options(tmp_path, plain=False)
+    entries = [Entry(case, next(iter(case.peer.settings))) for case in CASES.values()]
+
+    groups = plan_groups(entries, options)
+
+    assert [[entry.case.name for entry in group] for group in groups] == [
+        ["lora-bf16", "lora-fp8"],
+        ["lora-bf16-limit", "lora-fp8-limit"],
+        ["qlora-limit", "qlora-fp8-limit"],
+        ["full-8b"],
+        ["full-1.5b"],
+        ["real-lengths", "real-lengths-trl"],
+        ["lora-0.5b"],
+        ["lora-1.5b"],
+        ["first-step"],
+    ]
+
+
+def test_a_case_named_twice_is_measured_once_and_other_settings_of_a_peer_are_another_peer(tmp_path):
+    options = make_options(tmp_path, plain=False)
+    one, other = CASES["lora-bf16"], CASES["lora-fp8"]
+
+    assert plan_groups([Entry(one, "no recompute")] * 2, options) == [[Entry(one, "no recompute")]]
+    slower = dataclasses.replace(other, peer=Peer("unsloth", "slower", {"x": {"checkpointing": True}}))
+    assert len(plan_groups([Entry(one, "no recompute"), Entry(slower, "x")], options)) == 2
+    longer = dataclasses.replace(other, steps=7)
+    assert len(plan_groups([Entry(one, "no recompute"), Entry(longer, "no recompute")], options)) == 2
+
+
+@pytest.mark.slow
+def test_two_jobs_of_ours_take_turns_with_one_peer_and_each_case_has_a_record_of_its_own(folder, record):
+    ran = run(
+        make_options(folder, plain=False), vary("one", weight_decay=0.25), vary("two", weight_decay=0.5)
+    )
+
+    one, two = ran.records["one"], ran.records["two"]
+    assert not ran.failures
+    # Ours of one, ours of two, the peer of both; twice, and once more in the end.
+    assert ran.told == ["one", "two", "one", "two"] * 2 + ["one", "two"]
+    assert one["peer"] == two["peer"]
+    assert one["ours"]["rounds"] != two["ours"]["rounds"]
+    assert [len(r["ours"]["rounds"]) for r in (one, two)] == [2, 2]
+    assert [r["job"]["train"]["weight_decay"] for r in (one, two)] == [0.25, 0.5]
+    assert [r["measured_with"] for r in (one, two)] == [["two"], ["one"]]
+    for found in (one, two):
+        assert "failed" not in found
+        assert found["parity"]["ours"]["passed"]
+        assert found["parity"]["peer"]["passed"]
+        assert compute_ratio(TINY, found)["of_medians"] > 0
+    assert (folder / "one-peer" / "ours.log").is_file()
+    assert not (folder / "two-peer").exists()
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_costs_only_its_own_cases(folder, record):
+    options = make_options(folder, plain=False)
+
+    ran = run(options, vary("good", weight_decay=0.25), vary("bad", no_such_key=1))
+
+    assert list(ran.failures) == ["bad"]
+    assert "no_such_key" in ran.records["bad"]["failed"]
+    assert "failed" not in ran.records["good"]
+    assert ran.records["good"]["num_rounds"] == 2
+    assert ran.records["bad"]["peer"]["rounds"] == ran.records["good"]["peer"]["rounds"]
+
+
+@pytest.mark.slow
+def test_one_process_of_ours_is_measured_against_two_peers_also_when_one_of_them_is_missing(folder, record):
+    options = make_options(folder, peer_python="/bin/false")
+
+    ran = run(options, vary("missing", peer=TRL), vary("there"))
+
+    assert list(ran.failures) == ["missing"]
+    assert ran.records["there"]["num_rounds"] == 2
+    assert (folder / "missing-ours" / "ours.log").is_file()
+    assert not (folder / "there-ours").exists()
+
+
+@pytest.mark.slow
+def test_a_side_that_never_answers_leaves_the_others_time_to_be_measured(folder, record, tmp_path):
+    asleep = tmp_path / "python"
+    asleep.write_text("#!/bin/sh\nexec sleep 600\n")
+    asleep.chmod(0o755)
+    options = make_options(folder, peer_python=str(asleep), skip_parity=True, case_seconds=15)
+
+    ran = run(options, vary("asleep", peer=TRL), vary("awake"))
+
+    assert ran.failures == {"asleep": "trl_peer: no answer to load in time"}
+    assert ran.records["awake"]["num_rounds"] == 2
+
+
+@pytest.mark.slow
+def test_rounds_that_would_not_fit_the_time_are_not_begun_and_those_done_are_whole(folder, record, capsys):
+    ran = run(make_options(folder, rounds=900, case_seconds=20, skip_parity=True), vary("long"))
+
+    found = ran.records["long"]
+    assert not ran.failures
+    assert 1 <= found["num_rounds"] < 900
+    assert len(found["ours"]["rounds"]) == len(found["peer"]["rounds"]) == found["num_rounds"]
+    assert f"time is up after {found['num_rounds']} of 900 rounds" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_group_runs_on_a_gpu_with_the_card_to_itself(tmp_path):
+    shape = {"shape": "smoke", "rows": Rows("full", 256)}
+    cases = [dataclasses.replace(vary(name, weight_decay=0.1 * n), **shape) for n, name in enumerate("ab", 1)]
+
+    ran = run(make_options(tmp_path, device="cuda", plain=False), *cases)
+
+    assert not ran.failures
+    for found in ran.records.values():
+        assert found["hardware"]["gpu"]
+        assert found["ours"]["peak_bytes"] > 0
+        assert found["parity"]["ours"]["passed"]
+
+
+@pytest.mark.trl
+@pytest.mark.slow
+def test_trl_and_our_engine_beside_it_are_loaded_at_once_and_compute_the_same(folder, record):
+    if not TRL_PYTHON.exists():
+        pytest.skip("TRL's environment is missing; run: make test-trl")
+    options = make_options(folder, peer_python=str(TRL_PYTHON))
+
+    ran = run(options, vary("trl", peer=TRL), vary("itself"))
+
+    assert not ran.failures
+    ours, trl = ran.records["trl"]["ours"], ran.records["trl"]["peer"]
+    assert trl["facts"]["versions"]["trl"]
+    assert trl["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-4)
+    assert ours == ran.records["itself"]["ours"]
+
+
+# --- loading, caches, preparing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_loading_takes_no_step_and_the_next_steps_are_the_first(folder, record):
+    options = make_options(folder)
+    made = make_inputs(TINY, options)
+    own = folder / "loading"
+    own.mkdir()
+    task = make_our_task(TINY, {}, made, options, folder=own)
+    contender = Contender("ours", task, folder=own, environment=make_environment(options))
+
+    try:
+        assert contender.ask({"do": "load"}, timeout=120) == {"did": "load"}
+        # The loop, which plans memory before it opens its log of steps, has not begun.
+        assert not list((own / "train").rglob("steps.jsonl"))
+        answer = contender.ask({"do": "steps", "count": 2}, timeout=120)
+    finally:
+        contender.stop()
+
+    assert answer["digests"] == made.digests[:2]
+    assert answer["losses"][0] == record["ours"]["first_loss"]
+    assert len((own / "train" / "steps.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_first_pair_of_starts_counts_only_if_caches_are_known_to_be_warm(folder, record, capsys):
+    case = dataclasses.replace(TINY, name="start", measure="start", together=False, steps=1, warm_up=1)
+    cold = dataclasses.replace(case, batch_rows=2)
+    options = make_options(folder, rounds=1)
+
+    warm = run(options, case).records["start"]
+    # Both sides have taken steps of this kind in this folder: the speed case's.
+    assert "filled the caches" not in capsys.readouterr().err
+    first = run(options, cold).records["start"]
+    assert capsys.readouterr().err.count("filled the caches") == 2
+    second = run(options, cold).records["start"]
+    assert "filled the caches" not in capsys.readouterr().err
+
+    for found in (warm, first, second):
+        assert "failed" not in found
+        assert len(found["ours"]["start_seconds"]) == len(found["peer"]["start_seconds"]) == 1
+        assert found["ours"]["start_seconds"][0] > 0.1
+
+
+def test_what_measured_processes_compile_is_kept_in_the_folder_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    code = "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=make_environment(make_options(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert Path(done.stdout.strip()).parent == tmp_path / "compiled"
+
+
+@pytest.mark.slow
+def test_what_is_prepared_is_not_made_again(tmp_path, capsys):
+    options = make_options(tmp_path)
+
+    prepare_group([Entry(TINY, "same")], options)
+    assert "reference gradients in fp32" in capsys.readouterr().err
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*") if path.is_file()}
+    prepare_group([Entry(TINY, "same")], options)
+
+    told = capsys.readouterr().err
+    assert "writing" not in told
+    assert "reference gradients" not in told
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*") if path.is_file()}
+    assert any(path.name == "reference.json" for path in made)
+
+
+@pytest.mark.slow
+def test_preparing_from_the_command_line_measures_nothing(tmp_path):
+    command = [
+        "--case",
+        "lora-bf16",
+        "--case",
+        "first-step",
+        "--prepare",
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--row-tokens",
+        "16",
+        "--plain",
+        "--folder",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+
+    assert gpu.run(gpu.make_parser().parse_args(command))
+
+    # Two groups, the same rows: one reference.
+    assert len(list(tmp_path.glob("in/reference-*/reference.json"))) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_prepared_is_told(tmp_path, capsys):
+    command = ["--case", "real-lengths", "--prepare", "--shape", "tiny", "--device", "cpu"]
+
+    assert not gpu.run(gpu.make_parser().parse_args([*command, "--folder", str(tmp_path)]))
+
+    assert "real-lengths is not prepared: CaseFailed: real-lengths needs --rows" in capsys.readouterr().err
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -198,6 +475,25 @@ def test_rows_read_back_as_they_were_written_and_first_tokens_are_no_targets(tmp
 
     assert [len(rows[n][0]) for n in range(len(rows))] == [3, 5, 2]
     assert [rows[n][1].tolist() for n in range(3)] == [[0, 1, 1], [0, 1, 1, 1, 1], [0, 1]]
+
+
+def test_weights_follow_from_their_names_however_they_are_spread_over_files(tmp_path, monkeypatch):
+    config = gpu.SHAPES["tiny"].config
+    write_model(tmp_path / "one", config, seed=0, device="cpu")
+    monkeypatch.setattr(inputs, "SHARD_BYTES", 20_000)
+    write_model(tmp_path / "many", config, seed=0, device="cpu")
+
+    def read(folder: Path) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+    one, many = read(tmp_path / "one"), read(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
+    assert one.keys() == many.keys() == dict(list_tensors(config)).keys()
+    assert all(bool((one[name] == many[name]).all()) for name in one)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == one.keys()
 
 
 def test_rows_of_a_step_may_come_in_any_order_and_nothing_else_may_differ():
@@ -385,7 +681,7 @@ def test_the_page_in_the_docs_is_what_the_results_give():
 def test_job_keys_from_the_command_line_nest():
     assert gpu.parse_key("train.compile=true") == {"train": {"compile": True}}
     assert gpu.parse_key("train.memory_limit=19.7GiB") == {"train": {"memory_limit": "19.7GiB"}}
-    assert gpu.merge_keys({"train": {"a": 1}}, {"train": {"b": 2}}) == {"train": {"a": 1, "b": 2}}
+    assert merge_keys({"train": {"a": 1}}, {"train": {"b": 2}}) == {"train": {"a": 1, "b": 2}}
 
 
 # --- wheels -----------------------------------------------------------------------------------------------------------
@@ -406,6 +702,16 @@ def test_a_slim_wheel_lacks_the_files_and_their_lines_in_record(tmp_path):
     assert sorted(slim.namelist()) == sorted(kept)
     rows = csv.reader(io.StringIO(slim.read(kept[2]).decode()))
     assert [row[0] for row in rows] == kept
+
+
+def test_every_line_of_the_log_begins_with_the_seconds_since_the_start(capsys):
+    say("one")
+    time.sleep(0.3)
+    say("two")
+
+    first, second = (line.split() for line in capsys.readouterr().err.splitlines())
+    assert [first[1], second[1]] == ["one", "two"]
+    assert 0.2 <= float(second[0]) - float(first[0]) < 30
 
 
 def test_every_listed_wheel_is_pinned():
