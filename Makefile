@@ -73,7 +73,7 @@ test-browser: python
 
 test-gpu: python
 	@$(SET_UP) dev
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@$(BIN)/python -m pytest -m gpu -W default $(ARGS)
 
 benchmark-trl: python
 	@$(SET_UP) runtime

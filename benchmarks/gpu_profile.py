@@ -155,7 +155,11 @@ def main() -> None:
     shape = SHAPES[case.shape if is_gpu else "tiny"]
     with tempfile.TemporaryDirectory() as folder:
         profiler, watcher = profile_steps(
-            case, shape, arguments.folder or Path(folder), device=arguments.device, row_tokens=2048 if is_gpu else 32
+            case,
+            shape,
+            arguments.folder or Path(folder),
+            device=arguments.device,
+            row_tokens=2048 if is_gpu else 32,
         )
     spent: Counter[str] = Counter()
     events = []

@@ -2,9 +2,10 @@
 
     python -m gpu_cases.reference task.json
 
-task: `model`, `adapter` (shortened), `rows`, `step` (row numbers), `method`, `four_bit`, `out` (folder). Writes
+task: `model`, `adapter` (shortened), `rows`, `step` (row numbers), `method`, `four_bit`, `fp8`, `out` (folder). Writes
 reference.safetensors (fp32) and rounded.safetensors: the same eager code in bf16, whose distance from fp32 is the
-noise of that precision.
+noise of that precision. With `fp8` also rounded-fp8.safetensors: bf16, and the operands of every frozen product of the
+blocks in fp8 codes, multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -24,11 +25,45 @@ import transformers
 from safetensors.torch import save_file
 
 from gpu_cases.inputs import StoredRows, name_parameter
+from tunesmith.models.fp8 import emulate, quantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(task: dict[str, Any], dtype: torch.dtype) -> Any:
+class Fp8Product(torch.autograd.Function):
+    """x W^T of codes, and dY W of those of dY times W's scales: what an fp8 base computes, by its definition."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.codes, ctx.scale = codes, scale
+        return emulate(*quantize_rows(x), codes, scale[:, 0], x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        codes, code_scale = quantize_rows(grad.float() * ctx.scale[:, 0])
+        return emulate(codes, code_scale, ctx.codes.t(), None, grad.dtype), None, None
+
+
+def round_frozen_products(model: Any) -> None:
+    """Let every adapted linear layer multiply in fp8."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        weight = base.weight
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        operands = quantize_rows(weight.detach())
+
+        def forward(x: torch.Tensor, operands: Any = operands) -> torch.Tensor:
+            return Fp8Product.apply(x.flatten(0, -2), *operands).unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+
+        base.forward = forward
+
+
+def load(task: dict[str, Any], dtype: torch.dtype, *, fp8: bool) -> Any:
     quantized: dict[str, Any] = {}
     if task["four_bit"]:
         quantized["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -45,12 +80,14 @@ def load(task: dict[str, Any], dtype: torch.dtype) -> Any:
         model = model.to(DEVICE)
     if task["method"] == "lora":
         model = peft.PeftModel.from_pretrained(model, task["adapter"], is_trainable=True)
+    if fp8:
+        round_frozen_products(model)
     return model
 
 
-def compute(task: dict[str, Any], dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+def compute(task: dict[str, Any], dtype: torch.dtype, *, fp8: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss in nats per target token, and its gradients by common name, fp32 on the CPU."""
-    model = load(task, dtype)
+    model = load(task, dtype, fp8=fp8)
     rows = [StoredRows(Path(task["rows"]))[number] for number in task["step"]]
     num_targets = sum(int(kept[1:].sum()) for _, kept in rows)
     total = 0.0
@@ -73,8 +110,11 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     out = Path(task["out"])
     losses: dict[str, float] = {}
-    for name, dtype in (("reference", torch.float32), ("rounded", torch.bfloat16)):
-        losses[name], gradients = compute(task, dtype)
+    kinds = [("reference", torch.float32, False), ("rounded", torch.bfloat16, False)]
+    if task["fp8"]:
+        kinds.append(("rounded-fp8", torch.bfloat16, True))
+    for name, dtype, fp8 in kinds:
+        losses[name], gradients = compute(task, dtype, fp8=fp8)
         save_file(gradients, str(out / f"{name}.safetensors"))
     (out / "reference.json").write_text(json.dumps(losses))
 

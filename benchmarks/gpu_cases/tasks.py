@@ -115,9 +115,14 @@ def make_reference(case: Case, inputs: Inputs, options: Options) -> None:
             say("  reference gradients in fp32")
             task = {"model": str(inputs.short_model), "adapter": str(inputs.short_adapter)}
             task |= {"rows": str(inputs.rows), "step": inputs.steps[0], "method": case.method}
-            task |= {"four_bit": _is_four_bit(case, options), "out": str(folder)}
+            task |= {
+                "four_bit": _is_four_bit(case, options),
+                "fp8": case.method == "lora",
+                "out": str(folder),
+            }
             run_helper("reference", task, options)
-        measure_noise(folder)
+        for kind in ("rounded", "rounded-fp8") if case.method == "lora" else ("rounded",):
+            measure_noise(folder, kind)
     say("  the reference is there")
 
 
