@@ -90,6 +90,18 @@ def set_up_segments(model: CausalLM, job: Job, prepared: Prepared, device: torch
         torch.cuda.empty_cache()
 
 
+def records_graphs(model: CausalLM, job: Job, device: torch.device) -> bool:
+    """Whether micro-batches whose shape comes back are recorded as CUDA graphs: of compiled blocks and a plain head,
+    where nothing is drawn and all that is trained is adapters. Of other weights passes read copies, which move."""
+    from tunesmith.models.decoder import Decoder
+    from tunesmith.training.planner import trains_adapters_only
+
+    if device.type != "cuda" or not isinstance(model, Decoder) or model.segments is None:
+        return False
+    is_plain = model.has_plain_form and model.has_plain_head
+    return model.segments.is_compiled and is_plain and trains_adapters_only(job.method_spec)
+
+
 def compiles(job: Job, num_values: int, num_tokens: float) -> bool:
     """Whether blocks are compiled on a GPU: as the job says, or if training takes so long that it repays.
 

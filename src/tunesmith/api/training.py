@@ -160,7 +160,7 @@ def prepare(
 
 def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     """Carry out one training in this process and write its record."""
-    from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, set_up_segments
+    from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, records_graphs, set_up_segments
     from tunesmith.api.planning import make_planner
     from tunesmith.methods.sft import sft_loss
     from tunesmith.models.sizes import count_parameters
@@ -211,6 +211,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             **{k: v for k, v in fingerprints.items() if k != "code"},
         },
         planner=planner,
+        record_graphs=records_graphs(model, job, device),
     )
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"

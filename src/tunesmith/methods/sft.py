@@ -17,13 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.causal_lm import CausalLM
-from tunesmith.models.layout import Batch
+from tunesmith.models.layout import ROUND_TARGETS, Batch
 from tunesmith.models.memory import count_chunk_rows
 
 # Logits of a chunk in fp32 take at most this much memory: what a core's cache likes, what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
-# Target rows are computed in multiples of this many.
-ROUND_TARGETS = 64
 
 
 @dataclass(frozen=True, slots=True)

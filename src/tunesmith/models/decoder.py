@@ -269,6 +269,11 @@ class Decoder(CausalLM):
     def has_plain_form(self) -> bool:
         return all(block.has_plain_form for block in self.layers if isinstance(block, Block))
 
+    def refresh(self) -> None:
+        """Bring what adapters are joined to up to date with them, where passes over it are only replayed."""
+        for projection in self.projections():
+            projection.tensors()
+
     def step(
         self,
         ids_T: Tensor,

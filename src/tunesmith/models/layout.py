@@ -14,13 +14,14 @@ T: flat tokens  N: documents  B: documents of a bucket  S: padded length  K: tar
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import TokenRow
@@ -39,6 +40,8 @@ def _make_rungs() -> list[int]:
 _RUNGS = _make_rungs()
 
 
+# Target rows are computed in multiples of this many.
+ROUND_TARGETS = 64
 # Fewer common tokens than this are not worth sharing.
 MIN_SHARED = 8
 
@@ -252,6 +255,42 @@ class Batch:
     @property
     def num_targets(self) -> int:
         return int(self.targets_K.shape[0])
+
+    def signature(self) -> tuple[Hashable, ...]:
+        """What decides which kernels a training step runs, and over how much: batches of one signature differ in the
+        values of their tensors alone, once targets are filled up (`fixed`)."""
+        layout = self.layout
+        rounded = -(-self.num_targets // ROUND_TARGETS)
+        return layout.lengths, layout.num_shared, layout.num_sharing, rounded
+
+    def fixed(self) -> Batch:
+        """A copy that batches of the same signature can be copied into. Fillers repeat a source, with the target -1."""
+        missing = -self.num_targets % ROUND_TARGETS
+        layout = replace(
+            self.layout,
+            positions_T=self.layout.positions_T.clone(),
+            cumulative_N1=self.layout.cumulative_N1.clone(),
+        )
+        return Batch(
+            self.ids_T.clone(),
+            layout,
+            torch.cat((self.sources_K, self.sources_K[:1].expand(missing))),
+            F.pad(self.targets_K, (0, missing), value=-1),
+            torch.cat((self.row_K, self.row_K[:1].expand(missing))),
+        )
+
+    def copy_(self, batch: Batch) -> None:
+        """Take over the values of a batch of this one's signature. This one is `fixed`."""
+        kept = batch.num_targets
+        self.ids_T.copy_(batch.ids_T)
+        for mine, theirs, filler in (
+            (self.sources_K, batch.sources_K, batch.sources_K[:1]),
+            (self.targets_K, batch.targets_K, None),
+            (self.row_K, batch.row_K, batch.row_K[:1]),
+        ):
+            mine[:kept].copy_(theirs)
+            if kept < len(mine):
+                mine[kept:] = -1 if filler is None else filler
 
     def split_ids(self) -> list[list[int]]:
         """The ids of each row."""

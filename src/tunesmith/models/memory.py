@@ -43,6 +43,7 @@ class TrainingSetup:
     value_bytes:  of the compute dtype.
     compiled:     blocks go through torch.compile.
     fused:        gates are fused.py's; a compiler does as well.
+    recorded:     micro-batches of one shape are replayed as CUDA graphs.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class TrainingSetup:
     value_bytes: int = 2
     compiled: bool = True
     fused: bool = False
+    recorded: bool = False
 
     @property
     def master_bytes(self) -> int:

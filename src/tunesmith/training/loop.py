@@ -56,6 +56,7 @@ def train(
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     planner: Planner | None = None,
+    record_graphs: bool = False,
 ) -> TrainOutcome:
     """Train `model` in place, leave it in eval mode, return what it cost. The caller holds `run_dir.lock()`.
 
@@ -66,6 +67,7 @@ def train(
     resume:     continue from the newest intact checkpoint, if there is one.
     identity:   what else must be equal for a checkpoint to fit (method, data, base model), JSON.
     planner:    chooses micro-batches and what is kept of each block; without it, a fixed number of tokens.
+    record_graphs: let a GPU replay micro-batches whose shape comes back (graphs.py). Only for a model with `refresh`.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and torch.
     Raises TrainingFailed (not finite, out of memory), Interrupted (signal, checkpoint saved), RunDirError (disk),
@@ -110,6 +112,8 @@ def train(
         try:
             run.open(resume=resume)
             run.settle_memory(planner)
+            if record_graphs:
+                run.record_graphs()
             return run.finish_all_steps()
         finally:
             run.close()
@@ -159,6 +163,11 @@ class _Run:
             keeper.plan = settle_plan(planner, self.stepper, rows, self.meter.device)
             # What a probe took beyond the plan is not the run's.
             self.meter.peak_is_own = reset_peak_bytes(self.meter.device)
+
+    def record_graphs(self) -> None:
+        # What goes to the host and back does so by events that belong to one pass.
+        if "offload" not in self.model.levels:  # type: ignore[attr-defined]
+            self.stepper.record_graphs(self.model.refresh)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.stepper.feed.close()
@@ -245,6 +254,8 @@ class _Run:
         assert self.evaluate is not None
         random = read_random(self.meter.device)
         self.model.train(False)
+        if self.stepper.graphs is not None:
+            self.stepper.graphs.release()  # validation needs room, too
         try:
             with self.stop.interruptible():
                 value = float(self.evaluate())
@@ -320,6 +331,8 @@ class _Run:
             self.state.warn(
                 f"fp16: {self.stepper.scale.overflows} overflows, repeated with a smaller loss scale"
             )
+        if self.stepper.graphs is not None and self.stepper.graphs.failure:
+            self.state.warn(f"steps could not be recorded as CUDA graphs: {self.stepper.graphs.failure}")
         kept_best = best is not None and self.spec.keep_best
         totals = self.meter.totals()
         return TrainOutcome(

@@ -163,6 +163,9 @@ class AdamWBf16(AdamW8bit):
     def gradient_of(self, name: str) -> Tensor | None:
         return self._sums.get(name, self.masters[name].grad)
 
+    def hold_gradients(self) -> bool:
+        return False
+
     def clear_gradients(self) -> None:
         self._sums.clear()
         super().clear_gradients()

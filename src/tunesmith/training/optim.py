@@ -26,6 +26,10 @@ class Optimizer(Protocol):
 
     def clear_gradients(self) -> None: ...
 
+    def hold_gradients(self) -> bool:
+        """From now on every gradient lies in one place: clearing sets it to zero. False if that can't be."""
+        ...
+
     def gradient_norm(self) -> Tensor:
         """L2 norm over all gradients, a scalar on their device; the caller decides when to wait for it."""
         ...
@@ -54,6 +58,7 @@ class MasterWeights(ABC):
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         if not named:
             raise ValueError("nothing to train: no parameter requires a gradient")
+        self._holds = False
         self._rounded: list[Tensor] = []
         self._rounded_masters: list[Tensor] = []
         self.masters: dict[str, Tensor] = {
@@ -88,8 +93,19 @@ class MasterWeights(ABC):
         return [g for name in self.masters if (g := self.gradient_of(name)) is not None]
 
     def clear_gradients(self) -> None:
+        if self._holds:
+            torch._foreach_zero_(self.gradients())  # pyright: ignore[reportPrivateImportUsage]
+            return
         for master in self.masters.values():
             master.grad = None
+
+    def hold_gradients(self) -> bool:
+        """See `Optimizer`."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self._holds = True
+        return True
 
     def gradient_norm(self) -> Tensor:
         """See `Optimizer`."""

@@ -15,6 +15,7 @@ from tunesmith.core.errors import TrainingFailed
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_micro_batches
 from tunesmith.training.feed import Feed, MakeBatch
+from tunesmith.training.graphs import GraphRunner
 from tunesmith.training.optim import LossScale, Optimizer, clip_factor
 from tunesmith.training.order import StepRows
 
@@ -106,8 +107,21 @@ class Stepper:
         self.model, self.optimizer, self.scale = model, optimizer, scale
         self.budget_tokens = budget_tokens
         self.feed = Feed(make_batch, device)
+        self.graphs: GraphRunner | None = None
         self.following: Callable[[], StepRows] | None = None
         self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
+
+    def record_graphs(self, refresh: Callable[[], None]) -> None:
+        """From now on, record micro-batches whose shape comes back. Memory plan and what blocks keep stay as they are.
+
+        refresh: see `GraphRunner`.
+        """
+        self.graphs = GraphRunner(
+            self._differentiate,
+            hold_gradients=self.optimizer.hold_gradients,
+            refresh=refresh,
+            device=self._device,
+        )
 
     def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
         """Train on `rows` once. Weights change only if loss and gradients are finite.
@@ -162,6 +176,8 @@ class Stepper:
                 loss_sum, norm = torch.stack([outcome, self.optimizer.gradient_norm().double()]).tolist()
                 return loss_sum, norm
             self.optimizer.clear_gradients()
+            if self.graphs is not None:
+                self.graphs.release()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             tokens = sum(lengths[number] for number in plan[outcome])
@@ -181,21 +197,32 @@ class Stepper:
         self, rows: Sequence[TokenRow], plan: Sequence[Sequence[int]], num_targets: int
     ) -> Tensor | int:
         """The step's loss sum, a float64 scalar on the device; or the number of the micro-batch that didn't fit."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        if self.graphs is None:
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        else:
+            loss_sum = self.graphs.begin()
+        factor = self.scale.value / num_targets
         groups = [[rows[number] for number in numbers] for numbers in plan]
         for index, group in enumerate(groups):
             try:
                 batch = self.feed.take(group)
                 self.feed.begin(partial(self._choose_next, groups, index + 1))
-                total = self._loss(self.model, batch).total
-                (total * (self.scale.value / num_targets)).backward()
+                if self.graphs is None:
+                    self._differentiate(batch, factor, loss_sum)
+                else:
+                    self.graphs.run(batch, factor)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 # Returned, not handled here: the traceback holds the very tensors that must be freed first.
                 return index
-            loss_sum += total.detach()
         return loss_sum
+
+    def _differentiate(self, batch: Any, factor: float | Tensor, loss_sum: Tensor) -> None:
+        """Gradients of the batch's loss times `factor`; the loss is added to `loss_sum`."""
+        total = self._loss(self.model, batch).total
+        (total * factor).backward()
+        loss_sum += total.detach()
 
     def _choose_next(self, groups: Sequence[Sequence[TokenRow]], index: int) -> Sequence[TokenRow] | None:
         """The step's micro-batch of that number; after its last, the first of the step that follows."""

@@ -1,0 +1,130 @@
+"""Micro-batches of one shape, recorded once as a CUDA graph and replayed: the host starts one thing, not thousands.
+
+To launch what a block computes takes the host some five milliseconds. A GPU is done sooner where a model is small or
+micro-batches are short, and then waits. Rows of one length give micro-batches of few shapes, over and over: once every
+shape of a step has run twice, the next step records them, and from then on they are replayed, the same kernels in the
+same order.
+
+What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
+gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
+Graphs and ordinary passes would need it twice: a shape that was never seen first gives the pool back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# The first pass of a shape compiles, the second finds every buffer made.
+_PASSES_BEFORE = 2
+# Steps of more shapes than this are of rows whose lengths come as they come.
+_MOST_SHAPES = 4
+
+# (batch, factor, loss_sum): forward pass, backward pass of the loss times `factor`, the loss added to `loss_sum`.
+RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
+
+
+class FixedBatch(Protocol):
+    """A batch whose kernels follow from `signature` alone (see `layout.Batch`)."""
+
+    def signature(self) -> Hashable: ...
+    def fixed(self) -> Any: ...
+    def copy_(self, batch: Any) -> None: ...
+
+
+class _Graph(NamedTuple):
+    batch: Any
+    graph: torch.cuda.CUDAGraph
+
+
+class GraphRunner:
+    """Runs micro-batches, recorded where they can be.
+
+    hold_gradients: makes gradients stay where they are; False if they can't.
+    refresh: brings what is computed with up to date with the weights, at the start of a step.
+    failure: why nothing is recorded any more; empty while it is.
+    """
+
+    def __init__(
+        self,
+        run: RunMicroBatch,
+        *,
+        hold_gradients: Callable[[], bool],
+        refresh: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
+        self._factor = torch.ones((), device=device)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._passes: Counter[Hashable] = Counter()
+        # Shapes of this step so far; whether all shapes of the last one are known well enough.
+        self._shapes: set[Hashable] = set()
+        self._is_settled = False
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._pool: Any = None
+        self.failure = ""
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def begin(self) -> Tensor:
+        """Start a step. Returns its loss sum, a float64 scalar that every `run` adds to."""
+        self._refresh()
+        self._is_settled = 0 < len(self._shapes) <= _MOST_SHAPES and all(
+            self._passes[key] >= _PASSES_BEFORE for key in self._shapes
+        )
+        self._shapes.clear()
+        return self._loss_sum.zero_()
+
+    def run(self, batch: FixedBatch, factor: float) -> None:
+        """Gradients of a micro-batch's loss times `factor`, and the loss added to the step's sum."""
+        self._factor.fill_(factor)
+        key = batch.signature()
+        if key not in self._passes:
+            self.release()
+        self._shapes.add(key)
+        self._passes[key] += 1
+        graph = self._graphs.get(key)
+        if graph is None and self._is_settled and not self.failure:
+            graph = self._record(key, batch)
+        if graph is None:
+            self._run(batch, self._factor, self._loss_sum)
+            return
+        graph.batch.copy_(batch)
+        graph.graph.replay()
+
+    def release(self) -> None:
+        """Forget the graphs and give their memory back; they are recorded anew."""
+        self._is_settled = False
+        if len(self._passes) > _MOST_SHAPES:
+            self._passes.clear()
+        if self._graphs:
+            self._graphs.clear()
+            self._pool = None
+            torch.cuda.empty_cache()
+
+    def _record(self, key: Hashable, batch: FixedBatch) -> _Graph | None:
+        if not self._hold_gradients():
+            self.failure = "gradients do not stay in place"
+            return None
+        graph = torch.cuda.CUDAGraph()
+        fixed = batch.fixed()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._run(fixed, self._factor, self._loss_sum)
+        except RuntimeError as error:
+            # Nothing was computed. Step by step it may well fit, or run.
+            self.failure = " ".join(str(error).split())[:200] or type(error).__name__
+            del graph
+            self.release()
+            return None
+        self._graphs[key] = _Graph(fixed, graph)
+        return self._graphs[key]

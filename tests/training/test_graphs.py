@@ -1,0 +1,181 @@
+"""Micro-batches recorded as CUDA graphs train as they would without; what a GPU isn't needed for is tested anywhere."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from segment_tools import open_model
+from tiny_models import make_rows
+
+from tunesmith.methods.sft import sft_loss
+from tunesmith.models.layout import make_batch
+from tunesmith.models.segments import Segments
+from tunesmith.training.optim import LossScale, MasterAdamW
+from tunesmith.training.step import Stepper
+
+BASES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "nf4": {"base": "nf4"},
+    "fp8": {"base": "fp8"},
+    "nf4 to fp8": {"base": "nf4", "compute": "fp8"},
+}
+
+
+def make_stepper(folder: Any, *, records: bool, budget: int = 128, **options: Any) -> Stepper:
+    model = open_model(folder, rank=4, device="cuda", dtype=torch.bfloat16, **options)
+    model.segments = Segments(compiled=False)
+    stepper = Stepper(
+        model,
+        MasterAdamW(dict(model.named_trainable())),
+        make_batch=lambda rows, where: make_batch(rows, device=where),
+        loss=sft_loss,
+        device=torch.device("cuda"),
+        budget_tokens=budget,
+        clip_norm=1.0,
+        scale=LossScale(enabled=False),
+    )
+    if records:
+        stepper.record_graphs(model.refresh)
+    return stepper
+
+
+def take_steps(stepper: Stepper, steps: list[Any]) -> list[tuple[float, float]]:
+    taken = []
+    for number, rows in enumerate(steps):
+        result = stepper.take(rows, step=number + 1, learning_rate=0.01)
+        taken.append((result.loss, result.grad_norm))
+    return taken
+
+
+def read_weights(stepper: Stepper) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in stepper.model.named_trainable()}
+
+
+def make_steps(count: int, *, length: int = 64, rows: int = 6) -> list[Any]:
+    return [make_rows([length] * rows, seed=number) for number in range(count)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", BASES)
+def test_replayed_steps_are_the_ordinary_ones_bit_for_bit(hf_folders: Any, base: str) -> None:
+    folder = hf_folders("llama")[0]
+    steps = make_steps(8)
+    ordinary, replayed = (make_stepper(folder, records=records, **BASES[base]) for records in (False, True))
+    assert take_steps(replayed, steps) == take_steps(ordinary, steps)
+    assert replayed.graphs is not None
+    assert (replayed.graphs.num_graphs, replayed.graphs.failure) == (1, "")
+    expected = read_weights(ordinary)
+    for name, weight in read_weights(replayed).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("levels", ["cheap", "recompute"])
+def test_blocks_that_are_computed_again_are_recorded_too(hf_folders: Any, levels: Any) -> None:
+    steppers = [make_stepper(hf_folders("llama")[0], records=records) for records in (False, True)]
+    for stepper in steppers:
+        stepper.model.levels = (levels,) * len(stepper.model.levels)
+    expected, found = (take_steps(stepper, make_steps(6)) for stepper in steppers)
+    assert found == expected
+    assert steppers[1].graphs is not None
+    assert steppers[1].graphs.num_graphs == 1
+
+
+@pytest.mark.gpu
+def test_a_step_of_two_shapes_gives_two_graphs_and_an_unknown_shape_none(hf_folders: Any) -> None:
+    folder = hf_folders("llama")[0]
+    # Two rows, two rows and one: two shapes. Then a step of another length, and the two again.
+    steps = [*make_steps(5, rows=5), *make_steps(1, length=40, rows=2), *make_steps(5, rows=5)]
+    ordinary, replayed = (make_stepper(folder, records=records) for records in (False, True))
+    expected = take_steps(ordinary, steps)
+    assert replayed.graphs is not None
+    found = take_steps(replayed, steps[:5])
+    assert replayed.graphs.num_graphs == 2
+    found += take_steps(replayed, steps[5:6])
+    assert replayed.graphs.num_graphs == 0
+    found += take_steps(replayed, steps[6:])
+    assert replayed.graphs.num_graphs == 2
+    assert found == expected
+
+
+@pytest.mark.gpu
+def test_released_graphs_give_their_memory_back_and_are_recorded_anew(hf_folders: Any) -> None:
+    stepper = make_stepper(hf_folders("llama")[0], records=True, budget=4096)
+    steps = make_steps(9, length=512)
+    expected = take_steps(make_stepper(hf_folders("llama")[0], records=False, budget=4096), steps)
+    gc.collect()
+    torch.cuda.empty_cache()
+    found = take_steps(stepper, steps[:4])
+    assert stepper.graphs is not None
+    with_graph = torch.cuda.memory_reserved()
+    stepper.graphs.release()
+    assert torch.cuda.memory_reserved() < with_graph
+    found += take_steps(stepper, steps[4:])
+    assert stepper.graphs.num_graphs == 1
+    assert found == expected
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_runs_as_ever_and_says_why(hf_folders: Any) -> None:
+    def waiting_loss(model: Any, batch: Any) -> Any:
+        loss = sft_loss(model, batch)
+        assert loss.total.item() > 0  # waits for the GPU, which a recording forbids
+        return loss
+
+    ordinary, replayed = (make_stepper(hf_folders("llama")[0], records=records) for records in (False, True))
+    replayed._loss = waiting_loss
+    steps = make_steps(5)
+    assert take_steps(replayed, steps) == take_steps(ordinary, steps)
+    assert replayed.graphs is not None
+    assert replayed.graphs.num_graphs == 0
+    assert replayed.graphs.failure
+
+
+# --- anywhere ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fixed_batch_takes_over_batches_of_its_signature(hf_folders: Any) -> None:
+    model = open_model(hf_folders("llama")[0], rank=4)
+    model.segments = Segments(compiled=False)
+    batches = [make_batch(make_rows([20, 33], seed=seed)) for seed in (0, 1)]
+    fixed = batches[0].fixed()
+    assert fixed.signature() == batches[0].signature() == batches[1].signature()
+    assert len(fixed.targets_K) == 64
+    for batch in (batches[0], batches[1], batches[0]):
+        fixed.copy_(batch)
+        assert sft_loss(model, fixed).total.item() == pytest.approx(
+            sft_loss(model, batch).total.item(), rel=1e-6
+        )
+
+
+def test_batches_of_other_lengths_or_many_more_targets_have_another_signature() -> None:
+    signatures = [make_batch(make_rows(lengths)).signature() for lengths in ([20, 33], [33, 20], [53], [200])]
+    assert len(set(signatures)) == 4
+    row = make_rows([200])[0]
+    more = type(row)(row.ids, [0] * 10 + [1] * 190, row.origin, row.row_id)
+    assert make_batch([more]).signature() != signatures[3]
+
+
+def test_held_gradients_stay_in_place_and_train_alike() -> None:
+    def run(holds: bool) -> tuple[torch.Tensor, set[int]]:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(8, 8))
+        optimizer = MasterAdamW({"w": weight})
+        if holds:
+            assert optimizer.hold_gradients()
+        places: set[int] = set()
+        for _ in range(4):
+            for _ in range(2):
+                (weight.square().sum() * 0.5).backward()
+                assert weight.grad is not None
+                places.add(weight.grad.data_ptr())
+            optimizer.update(learning_rate=0.1)
+            assert weight.grad is None or not weight.grad.any()
+        return weight.detach(), places
+
+    (held, places), (free, _) = run(True), run(False)
+    assert torch.equal(held, free)
+    assert len(places) == 1
