@@ -41,8 +41,9 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
 }
-LORA, LORA_FP8 = TrainingSetup(rank=16), TrainingSetup(rank=16, storage="fp8", fp8=True)
-QLORA, QLORA_FP8 = (TrainingSetup(rank=16, storage="nf4", fp8=fp8) for fp8 in (False, True))
+LORA = TrainingSetup(rank=16, recorded=True)
+LORA_FP8, QLORA = replace(LORA, storage="fp8", fp8=True), replace(LORA, storage="nf4")
+QLORA_FP8 = replace(QLORA, fp8=True)
 EVEN = Workload((2048,) * 8, 2048, 128)
 
 
@@ -69,11 +70,24 @@ def make_planner(llama: Any, setup: TrainingSetup, gib: float, **more: Any) -> P
 def test_an_8b_model_fits_where_the_peers_default_does_and_is_predicted_faster(
     llama: Any, setup: TrainingSetup, gib: float, unsloth_tokens_per_second: float, bar: float
 ) -> None:
-    plan = make_planner(llama, setup, gib).plan()
-    assert plan.fits
-    assert plan.peak_bytes <= UNPROBED * gib * GIB
-    assert not plan.is_roomy
+    for share in (UNPROBED, PROBED):
+        plan = make_planner(llama, setup, gib, share=share).plan()
+        assert plan.fits
+        assert plan.peak_bytes <= share * gib * GIB
+        assert not plan.is_roomy
     assert 1000 / plan.seconds_per_1k > bar * unsloth_tokens_per_second
+
+
+def test_short_micro_batches_are_for_those_that_are_replayed(llama: Any) -> None:
+    """The host launches a block in some milliseconds, whatever its tokens; replayed it need not."""
+    for setup in (LORA, LORA_FP8, QLORA_FP8):
+        limit = 10.1 if setup.storage == "nf4" else 19.7
+        replayed = make_planner(llama, setup, limit, share=PROBED).plan()
+        launched = make_planner(llama, replace(setup, recorded=False), limit, share=PROBED).plan()
+        assert replayed.budget_tokens == 2048
+        assert "offload" not in replayed.levels
+        assert launched.budget_tokens > 2048
+        assert launched.seconds_per_1k > replayed.seconds_per_1k
 
 
 def test_with_room_everything_is_kept_and_speeds_are_those_measured(llama: Any) -> None:
@@ -154,7 +168,7 @@ def test_settings_of_a_job_become_the_setup() -> None:
 
     assert describe(FullSpec(name="full"), optimizer="muon") == TrainingSetup(0, optimizer="muon", fused=True)
     assert describe(LoraSpec(name="qlora", compute="fp8", rank=8)) == TrainingSetup(
-        8, "nf4", fp8=True, fused=True
+        8, "nf4", fp8=True, fused=True, recorded=True
     )
     assert describe(LoraSpec(name="lora", base="fp8", targets=["q_proj"], dropout=0.1)) == TrainingSetup(
         32, "fp8", fp8=True, targets=("q_proj",)
