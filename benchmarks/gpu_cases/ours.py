@@ -23,16 +23,20 @@ from tunesmith.api.training import run_train_task  # noqa: E402
 from tunesmith.core.events import Event  # noqa: E402
 from tunesmith.core.jsonl import write_json  # noqa: E402
 from tunesmith.job.load import job_from  # noqa: E402
+from tunesmith.training import loop  # noqa: E402
 from tunesmith.training.step import Stepper  # noqa: E402
 
 _counts: dict[str, int] = {}
 _losses: dict[str, float] = {}
 _take = Stepper.take
 _make_planner = planning.make_planner
+_settle_plan = loop.settle_plan
+_used: dict[str, Any] = {}
 
 
 def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
     """Stepper.take; what it was given and what came out is noted."""
+    _used["stepper"] = self
     if session.wants_rows:
         session.note_rows(hash_step([(row.ids, row.mask) for row in rows]))
     result = _take(self, rows, **arguments)
@@ -47,8 +51,30 @@ def wait_and_plan(*given: Any) -> Any:
     return _make_planner(*given)
 
 
+def settle_and_note(*given: Any, **named: Any) -> Any:
+    plan = _used["plan"] = _settle_plan(*given, **named)
+    return plan
+
+
+def describe() -> dict[str, Any]:
+    """Versions, the memory plan that is followed, and what is replayed as CUDA graphs."""
+    facts = describe_packages("tunesmith", "torchao")
+    if plan := _used.get("plan"):
+        facts["memory_plan"] = plan.to_json() | {"levels": plan.describe_levels()}
+    if graphs := getattr(_used.get("stepper"), "graphs", None):
+        facts["graphs"] = {"recorded": graphs.num_graphs, "failure": graphs.failure}
+    return facts
+
+
+def rest() -> None:
+    """Leave the card to others: recorded graphs hold the memory of a pass."""
+    if graphs := getattr(_used.get("stepper"), "graphs", None):
+        graphs.release()
+
+
 def train() -> None:
     Stepper.take = take_and_note
+    loop.settle_plan = settle_and_note
     planning.make_planner = wait_and_plan
     run_train_task(_make_task(session.task["job"], "train"), _after_step)
 
@@ -108,4 +134,4 @@ def _make_task(raw: dict[str, Any], name: str) -> TrainTask:
 
 
 if __name__ == "__main__":
-    session.serve(gradients=gradients, train=train, facts=lambda: describe_packages("tunesmith", "torchao"))
+    session.serve(gradients=gradients, train=train, facts=describe, rest=rest)

@@ -53,10 +53,11 @@ class Session:
         gradients: Callable[[Path], dict[str, Any]],
         train: Callable[[], None],
         facts: Callable[[], Any],
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         """Answer until told to quit. `train` trains without end and calls `loaded` and `step_done`; `facts` describes
-        versions."""
-        self._facts = facts
+        versions; `rest` gives back what only who is at work needs."""
+        self._facts, self._rest = facts, rest
         while True:
             command = self._read()
             if command["do"] == "gradients":
@@ -97,20 +98,21 @@ class Session:
             # Bookkeeping is the harness's, not the contender's.
             self._mark = time.perf_counter()
             return
-        self._answer(
-            {
-                "did": "steps",
-                "seconds": self._seconds,
-                "tokens": self._tokens,
-                "targets": self._targets,
-                "losses": self._losses,
-                "digests": self._digests,
-                **_measure_memory(),
-                "facts": self._facts(),
-            }
-        )
+        answer = {
+            "did": "steps",
+            "seconds": self._seconds,
+            "tokens": self._tokens,
+            "targets": self._targets,
+            "losses": self._losses,
+            "digests": self._digests,
+            **_measure_memory(),
+            "facts": self._facts(),
+        }
         self._forget_round()
+        # Before the answer: who is asked next plans with the memory that it finds.
+        self._rest()
         _free_cached_memory()
+        self._answer(answer)
         self._start_round(self._read())
 
     def _start_round(self, command: Mapping[str, Any]) -> None:

@@ -194,7 +194,7 @@ class Side:
         self.get_warm()
         answer = self.ask({"do": "steps", "count": SETTLE + self.case.steps})
         timed = {key: answer[key][SETTLE:] for key in ("seconds", "tokens", "targets", "losses")}
-        timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes")}
+        timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes", "facts")}
         self.rounds.append(timed)
         say(f"  {self.name}: {sum(timed['tokens']) / sum(timed['seconds']):,.0f} tokens/s")
         if not self.case.together:
@@ -242,7 +242,7 @@ class Side:
             "settings": self.settings if self.role == "peer" else {},
             "first_loss": self.warm_up["losses"][0],
             "last_loss": last["losses"][-1],
-            "facts": self.warm_up["facts"],
+            "facts": last["facts"],
             "load_seconds": self.load_seconds,
             "warm_up_seconds": self.warm_up_seconds,
             "warm_up_step_seconds": self.warm_up["seconds"],
