@@ -112,14 +112,19 @@ def judge(case: Case, record: Mapping[str, Any] | None) -> str:
     ratio = record["ratio"]["of_medians"]
     if case.measure == "start":
         if case.bar is not None and ratio > case.bar:
-            faults.append(f"{ratio:.2f} of its time, the aim is at most {case.bar:g}")
+            faults.append(f"{_tell(ratio, case.bar)} of its time, the aim is at most {case.bar:g}")
     elif case.bar is not None and ratio < case.bar:
-        faults.append(f"{ratio:.2f} times its speed, the aim is {case.bar:g}")
+        faults.append(f"{_tell(ratio, case.bar)} times its speed, the aim is {case.bar:g}")
     if case.limit_gib is not None and (peak := record["ours"]["peak_bytes"] / 2**30) > case.limit_gib:
         faults.append(f"{peak:.1f} GiB, the limit is {case.limit_gib:g}")
     if faults:
         return "missed: " + "; ".join(faults)
     return "met" if case.bar is not None else "no bar"
+
+
+def _tell(ratio: float, bar: float | None) -> str:
+    """Two decimals; three where two would look like the bar."""
+    return f"{ratio:.3f}" if bar is not None and f"{ratio:.2f}" == f"{bar:.2f}" else f"{ratio:.2f}"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ def _speed_table(cases: Mapping[str, Record]) -> list[str]:
         ratio = record["ratio"]
         lines.append(
             f"{head}| {_rate(record['ours'])} | {_rate(record['peer'])} "
-            f"| {ratio['of_medians']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}) | {aim} "
+            f"| {_tell(ratio['of_medians'], case.bar)} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}) | {aim} "
             f"| {_reached(verdict)} | {_memory(record['ours'])} | {_memory(record['peer'])} |"
         )
     return [*lines, ""]
@@ -221,7 +226,9 @@ def _start_table(cases: Mapping[str, Record]) -> list[str]:
             continue
         ours, peer = (statistics.median(record[side]["start_seconds"]) for side in ("ours", "peer"))
         ratio = record["ratio"]["of_medians"]
-        lines.append(f"{head}| {ours:.1f} | {peer:.1f} | {ratio:.2f} | {case.bar:g} | {_reached(verdict)} |")
+        lines.append(
+            f"{head}| {ours:.1f} | {peer:.1f} | {_tell(ratio, case.bar)} | {case.bar:g} | {_reached(verdict)} |"
+        )
     return [*lines, ""]
 
 
