@@ -212,3 +212,21 @@ def test_the_joined_weight_follows_its_adapters(folders: Any) -> None:
         assert relative_error(hidden[1], hidden[0]) < 1e-4
     for model in models:
         assert all(isinstance(p.weight, nn.Parameter) and not p.loras() for p in model.projections())
+
+
+def test_refreshing_a_model_is_what_its_passes_would_do(folders: Any) -> None:
+    folder, _ = folders("qwen2")
+    models = [open_model(folder, rank=3) for _ in range(2)]
+    for model in models:
+        model.segments = Segments(compiled=False)
+        compute_loss(model)
+        with torch.no_grad():
+            for number, parameter in enumerate(model.trainable_parameters()):
+                parameter.add_(0.01 * (number + 1))
+    models[1].refresh()
+    joined = [part._joined for part in models[1].projections()]
+    expected = [part.tensors().weight for part in models[0].projections()]
+    for found, wanted in zip(joined, expected, strict=True):
+        assert found is not None
+        assert isinstance(wanted, torch.Tensor)
+        assert torch.equal(found, wanted)

@@ -271,8 +271,12 @@ class Decoder(CausalLM):
 
     def refresh(self) -> None:
         """Bring what adapters are joined to up to date with them, where passes over it are only replayed."""
-        for projection in self.projections():
-            projection.tensors()
+        columns = [column for projection in self.projections() for column in projection.joined_columns()]
+        if columns:
+            into, b, scales = zip(*columns, strict=True)
+            with torch.no_grad():
+                for target, scaled in zip(into, torch._foreach_mul(b, scales), strict=True):  # pyright: ignore[reportPrivateImportUsage]
+                    target.copy_(scaled)
 
     def step(
         self,

@@ -262,24 +262,39 @@ class Projection(nn.Module):
         )
 
     @torch.no_grad()
+    def joined_columns(self) -> list[tuple[Tensor, Tensor, float]]:
+        """(columns of the joined weight, B, scale) of every adapter whose B is joined to the weight: the columns are to
+        be B * scale. Whoever asks writes them."""
+        plan = self.plan()
+        if not plan.is_joined:
+            return []
+        joined, column = self._make_joined(plan), self.in_features
+        found: list[tuple[Tensor, Tensor, float]] = []
+        for _, rows, lora in self.loras():
+            found.append((joined[rows, column : column + lora.rank], lora.b, lora.scale))
+            column += lora.rank
+        self._joined_versions = tuple(b._version for _, b, _ in found)
+        return found
+
+    @torch.no_grad()
     def _join(self, plan: LinearPlan) -> Tensor:
         """(O, I + R): the weight, and after it the scaled B of every part at its rows and ranks."""
+        joined = self._make_joined(plan)
+        if tuple(lora.b._version for _, _, lora in self.loras()) != self._joined_versions:
+            for columns, b, scale in self.joined_columns():
+                columns.copy_(b * scale)
+        return joined
+
+    def _make_joined(self, plan: LinearPlan) -> Tensor:
+        """The buffer of `_join`; B's columns are zero at first."""
         assert self.weight is not None
-        loras = self.loras()
-        inputs, ranks = self.in_features, sum(lora.rank for _, _, lora in loras)
+        inputs, ranks = self.in_features, sum(lora.rank for _, _, lora in self.loras())
         if self._joined is None or self._joined.device != self.weight.device:
             joined = self.weight.new_zeros(self.out_features, inputs + ranks + plan.filler, dtype=self.dtype)
             joined[:, :inputs] = self.weight
             # One copy: from now on the weight is a window into the buffer.
             self.weight = nn.Parameter(joined[:, :inputs], requires_grad=False)
             self._joined, self._joined_versions = joined, ()
-        versions = tuple(lora.b._version for _, _, lora in loras)
-        if versions != self._joined_versions:
-            column = inputs
-            for _, rows, lora in loras:
-                self._joined[rows, column : column + lora.rank] = lora.b * lora.scale
-                column += lora.rank
-            self._joined_versions = versions
         return self._joined
 
     def _base_output(self, x: Tensor, bias: Tensor | None) -> Tensor:

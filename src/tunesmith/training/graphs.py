@@ -65,6 +65,7 @@ class GraphRunner:
         self._shapes: set[Hashable] = set()
         self._is_settled = False
         self._graphs: dict[Hashable, _Graph] = {}
+        self._refreshing: torch.cuda.CUDAGraph | None = None
         self._pool: Any = None
         self.failure = ""
 
@@ -74,7 +75,10 @@ class GraphRunner:
 
     def begin(self) -> Tensor:
         """Start a step. Returns its loss sum, a float64 scalar that every `run` adds to."""
-        self._refresh()
+        if self._refreshing is None:
+            self._refresh()
+        else:
+            self._refreshing.replay()
         self._is_settled = 0 < len(self._shapes) <= _MOST_SHAPES and all(
             self._passes[key] >= _PASSES_BEFORE for key in self._shapes
         )
@@ -103,28 +107,35 @@ class GraphRunner:
         self._is_settled = False
         if len(self._passes) > _MOST_SHAPES:
             self._passes.clear()
-        if self._graphs:
+        if self._pool is not None:
             self._graphs.clear()
-            self._pool = None
+            self._refreshing = self._pool = None
             torch.cuda.empty_cache()
 
     def _record(self, key: Hashable, batch: FixedBatch) -> _Graph | None:
         if not self._hold_gradients():
             self.failure = "gradients do not stay in place"
             return None
-        graph = torch.cuda.CUDAGraph()
+        # What a recorded pass found out of date it would bring up to date in every replay.
+        self._refresh()
         fixed = batch.fixed()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
-            # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._run(fixed, self._factor, self._loss_sum)
+            graph = self._capture(lambda: self._run(fixed, self._factor, self._loss_sum))
+            if self._refreshing is None:
+                self._refreshing = self._capture(self._refresh)
         except RuntimeError as error:
             # Nothing was computed. Step by step it may well fit, or run.
             self.failure = " ".join(str(error).split())[:200] or type(error).__name__
-            del graph
             self.release()
             return None
         self._graphs[key] = _Graph(fixed, graph)
         return self._graphs[key]
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            function()
+        return graph
