@@ -6,7 +6,8 @@ from gpu_tests import read_report
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.a" name="test_right"/>
-<testcase classname="tests.a" name="test_wrong[cuda]"><failure message="assert 1 == 2&#10;more">trace</failure></testcase>
+<testcase classname="tests.a" name="test_wrong[cuda]">
+  <failure message="assert 1 == 2&#10;more">trace</failure></testcase>
 <testcase classname="tests.a" name="test_broken"><error message="fixture fell over">trace</error></testcase>
 <testcase classname="tests.b" name="test_elsewhere"><skipped message="no CUDA GPU"/></testcase>
 </testsuite></testsuites>"""
