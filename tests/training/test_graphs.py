@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import make_rows
 from tunesmith.methods.sft import sft_loss
 from tunesmith.models.layout import make_batch
 from tunesmith.models.segments import Segments
+from tunesmith.training.muon import Muon
 from tunesmith.training.optim import LossScale, MasterAdamW
 from tunesmith.training.step import Stepper
 
@@ -21,18 +23,28 @@ BASES: dict[str, dict[str, Any]] = {
     "nf4": {"base": "nf4"},
     "fp8": {"base": "fp8"},
     "nf4 to fp8": {"base": "nf4", "compute": "fp8"},
+    # Attention in plain torch, which looks documents up in tables.
+    "fp32": {"dtype": torch.float32},
 }
 
 
-def make_stepper(folder: Any, *, records: bool, budget: int = 128, **options: Any) -> Stepper:
-    model = open_model(folder, rank=4, device="cuda", dtype=torch.bfloat16, **options)
+def make_stepper(
+    folder: Any,
+    *,
+    records: bool,
+    budget: int = 128,
+    loss: Any = sft_loss,
+    device: str = "cuda",
+    **options: Any,
+) -> Stepper:
+    model = open_model(folder, rank=4, device=device, **{"dtype": torch.bfloat16, **options})
     model.segments = Segments(compiled=False)
     stepper = Stepper(
         model,
         MasterAdamW(dict(model.named_trainable())),
         make_batch=lambda rows, where: make_batch(rows, device=where),
-        loss=sft_loss,
-        device=torch.device("cuda"),
+        loss=loss,
+        device=torch.device(device),
         budget_tokens=budget,
         clip_norm=1.0,
         scale=LossScale(enabled=False),
@@ -115,7 +127,23 @@ def test_released_graphs_give_their_memory_back_and_are_recorded_anew(hf_folders
     assert torch.cuda.memory_reserved() < with_graph
     found += take_steps(stepper, steps[4:])
     assert stepper.graphs.num_graphs == 1
-    assert found == expected
+    # Attention over so many tokens adds up gradients in no fixed order.
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_a_known_shape_that_is_not_recorded_yet_gives_the_memory_back_too(hf_folders: Any) -> None:
+    stepper = make_stepper(hf_folders("llama")[0], records=True)
+    rare = make_steps(1, length=40, rows=2)
+    assert stepper.graphs is not None
+    # The rare shape's second pass is neither recorded nor run beside the memory of the other's graph; its third is.
+    found = []
+    for steps in ([*rare, *make_steps(4)], rare, make_steps(1), rare):
+        take_steps(stepper, steps)
+        found.append(stepper.graphs.num_graphs)
+    assert found == [1, 0, 1, 2]
+    stepper.close()
+    assert stepper.graphs.num_graphs == 0
 
 
 @pytest.mark.gpu
@@ -125,13 +153,23 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_why(hf_folders: Any) -> N
         assert loss.total.item() > 0  # waits for the GPU, which a recording forbids
         return loss
 
-    ordinary, replayed = (make_stepper(hf_folders("llama")[0], records=records) for records in (False, True))
-    replayed._loss = waiting_loss
+    folder, stream = hf_folders("llama")[0], torch.cuda.current_stream()
+    ordinary, replayed = (
+        make_stepper(folder, records=False),
+        make_stepper(folder, records=True, loss=waiting_loss),
+    )
     steps = make_steps(5)
     assert take_steps(replayed, steps) == take_steps(ordinary, steps)
     assert replayed.graphs is not None
     assert replayed.graphs.num_graphs == 0
     assert replayed.graphs.failure
+    # Torch is as it was: its stream, its allocator, its generator; and others can be recorded.
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(4, device="cuda").isfinite().all()
+    another = make_stepper(folder, records=True)
+    assert take_steps(another, steps) == take_steps(make_stepper(folder, records=False), steps)
+    assert another.graphs is not None
+    assert another.graphs.num_graphs == 1
 
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
@@ -144,6 +182,7 @@ def test_a_fixed_batch_takes_over_batches_of_its_signature(hf_folders: Any) -> N
     fixed = batches[0].fixed()
     assert fixed.signature() == batches[0].signature() == batches[1].signature()
     assert len(fixed.targets_K) == 64
+    assert "buckets" in vars(fixed.layout)  # made now: a recording takes nothing from the host
     for batch in (batches[0], batches[1], batches[0]):
         fixed.copy_(batch)
         assert sft_loss(model, fixed).total.item() == pytest.approx(
@@ -159,11 +198,51 @@ def test_batches_of_other_lengths_or_many_more_targets_have_another_signature() 
     assert make_batch([more]).signature() != signatures[3]
 
 
-def test_held_gradients_stay_in_place_and_train_alike() -> None:
+@pytest.mark.parametrize("levels", ["keep", "cheap", "recompute"])
+def test_no_node_of_a_pass_lives_on_to_join_a_recorded_one(hf_folders: Any, levels: Any) -> None:
+    """A node that adds to a gradient works in the stream it was made in, and a recording takes its own alone."""
+    stepper = make_stepper(hf_folders("llama")[0], records=True, device="cpu", dtype=torch.float32)
+    stepper.model.levels = (levels,) * len(stepper.model.levels)
+    parameters = stepper.model.trainable_parameters()
+
+    def notes() -> list[Any]:
+        return [torch.autograd.graph.get_gradient_edge(parameter).node.metadata for parameter in parameters]
+
+    def mark_loss(model: Any, batch: Any) -> Any:
+        loss = sft_loss(model, batch)
+        for note in notes():
+            note["seen"] = True
+        assert all(notes())
+        return loss
+
+    stepper._loss = mark_loss
+    stepper.record_graphs(stepper.model.refresh)
+    gc.disable()
+    try:
+        take_steps(stepper, make_steps(1))
+        assert not any(notes())
+    finally:
+        gc.enable()
+
+
+def test_a_stepper_that_records_goes_with_its_last_user(hf_folders: Any) -> None:
+    stepper = make_stepper(hf_folders("llama")[0], records=True, device="cpu", dtype=torch.float32)
+    take_steps(stepper, make_steps(1))
+    alive = weakref.ref(stepper)
+    gc.disable()
+    try:
+        del stepper
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("make", [MasterAdamW, lambda named: Muon(named, matrices={})], ids=["adamw", "muon"])
+def test_held_gradients_stay_in_place_and_train_alike(make: Any) -> None:
     def run(holds: bool) -> tuple[torch.Tensor, set[int]]:
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(8, 8))
-        optimizer = MasterAdamW({"w": weight})
+        optimizer = make({"w": weight})
         if holds:
             assert optimizer.hold_gradients()
         places: set[int] = set()
@@ -173,7 +252,9 @@ def test_held_gradients_stay_in_place_and_train_alike() -> None:
                 assert weight.grad is not None
                 places.add(weight.grad.data_ptr())
             optimizer.update(learning_rate=0.1)
-            assert weight.grad is None or not weight.grad.any()
+            if holds:
+                assert weight.grad is not None
+                assert not weight.grad.any()
         return weight.detach(), places
 
     (held, places), (free, _) = run(True), run(False)

@@ -174,6 +174,9 @@ def test_settings_of_a_job_become_the_setup() -> None:
         32, "fp8", fp8=True, targets=("q_proj",)
     )
     assert describe(LoraSpec(name="lora", new_tokens=["<x>"])).tuned_tables == 2
+    # Neither has a form that is compiled or recorded, whatever the job says.
+    assert describe(LoraSpec(name="lora", dora=True)) == TrainingSetup(32, compiled=False)
+    assert describe(FullSpec(name="full", qat="int4")) == TrainingSetup(0, compiled=False)
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -90,16 +90,22 @@ def set_up_segments(model: CausalLM, job: Job, prepared: Prepared, device: torch
         torch.cuda.empty_cache()
 
 
-def records_graphs(model: CausalLM, job: Job, device: torch.device) -> bool:
+def records_graphs(model: CausalLM, device: torch.device) -> bool:
     """Whether micro-batches whose shape comes back are recorded as CUDA graphs: of compiled blocks and a plain head,
-    where nothing is drawn and all that is trained is adapters. Of other weights passes read copies, which move."""
+    where nothing is drawn and all that is trained is adapters. Of other weights passes read copies, which move.
+
+    An adapter that training goes on from brings dropout and tuned tables of its own: the model is asked, not the job.
+    """
     from tunesmith.models.decoder import Decoder
-    from tunesmith.training.planner import trains_adapters_only
 
     if device.type != "cuda" or not isinstance(model, Decoder) or model.segments is None:
         return False
     is_plain = model.has_plain_form and model.has_plain_head
-    return model.segments.is_compiled and is_plain and trains_adapters_only(job.method_spec)
+    projections = list(model.projections())
+    adapters = {id(w) for part in projections for _, _, lora in part.loras() for w in (lora.a, lora.b)}
+    trains_adapters_only = all(id(weight) in adapters for weight in model.trainable_parameters())
+    draws = any(part.dropout for part in projections)
+    return model.segments.is_compiled and is_plain and trains_adapters_only and not draws
 
 
 def compiles(job: Job, num_values: int, num_tokens: float) -> bool:

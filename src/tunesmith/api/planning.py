@@ -166,6 +166,8 @@ def make_planner(
 
 def build_planner(model: Decoder, job: Job, lengths: Sequence[int], card: Card) -> Planner:
     """The planner of a model that is loaded, for `card`. lengths: tokens of every training row."""
+    from tunesmith.api.devices import records_graphs
+
     setup = describe_setup(
         job.method_spec,
         job.train,
@@ -174,7 +176,12 @@ def build_planner(model: Decoder, job: Job, lengths: Sequence[int], card: Card) 
     )
     if model.adapter_config is not None:  # it may be one that training goes on from
         setup = dataclasses.replace(
-            setup, rank=model.adapter_config.rank, targets=tuple(model.adapter_config.targets)
+            setup,
+            rank=model.adapter_config.rank,
+            targets=tuple(model.adapter_config.targets),
+            tuned_tables=sum(table.tuned is not None for table in model.tables()),
+            fused=model.has_plain_form and not model.adapter_config.dropout,
+            recorded=records_graphs(model, model.device),
         )
     asked, limit = job.train.micro_batch_tokens, job.train.memory_limit
     return Planner(

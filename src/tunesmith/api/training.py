@@ -211,7 +211,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             **{k: v for k, v in fingerprints.items() if k != "code"},
         },
         planner=planner,
-        record_graphs=records_graphs(model, job, device),
+        record_graphs=records_graphs(model, device),
     )
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"

@@ -24,7 +24,7 @@ from tunesmith.models.elementwise import gate_gradient_plain, gate_plain, rotate
 def _fold_inner(both: Tensor, a_RI: Tensor) -> Tensor:
     """(T, I + R) -> the first I columns plus the last R times A, (T, I)."""
     width = a_RI.shape[1]
-    if fused_kernels.available(both):
+    if fused_kernels.available(both, a_RI.shape[0]):
         return fused_kernels.add_product(both, both[:, width:], a_RI)
     return both[:, :width] + both[:, width:] @ a_RI
 
@@ -55,7 +55,7 @@ def _(opened: Tensor, a_RF: Tensor, kind: str) -> Tensor:
 @torch.library.custom_op("tunesmith::gate_adapted", mutates_args=())
 def _gate_adapted(opened: Tensor, inner_TS: Tensor, b_S: Tensor, kind: str) -> Tensor:
     """act(gate) * up of opened + inner B^T, (T, F)."""
-    if not fused_kernels.available(opened):
+    if not fused_kernels.available(opened, inner_TS.shape[1]):
         return gate_plain(opened + inner_TS @ b_S.t(), kind)
     gated = opened.new_empty(opened.shape[0], opened.shape[1] // 2)
     fused_kernels.gate_into(gated, opened, inner_TS, b_S, kind)
@@ -84,7 +84,8 @@ def _gate_gradient(
     width = opened.shape[1] // 2
     if a_RF is not None and grad_inner_TR is None:
         grad, grad_inner_TR = grad[:, :width], grad[:, width:]
-    if fused_kernels.available(opened):
+    ranks = max(0 if a_RF is None else a_RF.shape[0], 0 if inner_TS is None else inner_TS.shape[1])
+    if fused_kernels.available(opened, ranks):
         return fused_kernels.gate_gradient(grad, grad_inner_TR, a_RF, opened, inner_TS, b_S, kind)
     if a_RF is not None and grad_inner_TR is not None:
         grad = grad + grad_inner_TR @ a_RF

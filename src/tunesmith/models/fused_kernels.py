@@ -27,10 +27,15 @@ _TILE, _TILE_ADAPTED = (16, 128), (64, 64)
 _HEAD_ROWS = 16
 # tl.dot takes no shorter sums.
 _LEAST_RANKS = 16
+# A program holds all ranks at once: of 512 bytes, with tiles as above, they take 74 kB of shared memory. RTX cards have
+# 99 kB, an H200 227.
+_MOST_RANK_BYTES = 512
 
 
-def available(tensor: Tensor) -> bool:
-    return triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
+def available(tensor: Tensor, ranks: int = 0) -> bool:
+    """Whether the kernels take tensors like this one, with so many ranks of adapters that are added to them."""
+    fits = _round_ranks(ranks) * tensor.itemsize <= _MOST_RANK_BYTES
+    return triton is not None and tensor.is_cuda and tensor.dtype != torch.float64 and fits
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -194,7 +199,7 @@ def _join_heads(
 ):  # fmt: skip
     """One head of ROWS tokens. HALF: `half` rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     grad, token = grad_q + head * q_head, q_token
     if head >= query_heads:
         grad, token = grad_k + (head - query_heads) * k_head, k_token
@@ -219,7 +224,7 @@ def _join_heads(
 
 
 def _round_ranks(ranks: int) -> int:
-    return max(_LEAST_RANKS, 1 << (ranks - 1).bit_length())
+    return max(_LEAST_RANKS, 1 << max(0, ranks - 1).bit_length())
 
 
 def _grid(tokens: int, width: int, tile: tuple[int, int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -266,14 +266,11 @@ class Batch:
     def fixed(self) -> Batch:
         """A copy that batches of the same signature can be copied into. Fillers repeat a source, with the target -1."""
         missing = -self.num_targets % ROUND_TARGETS
-        layout = replace(
-            self.layout,
-            positions_T=self.layout.positions_T.clone(),
-            cumulative_N1=self.layout.cumulative_N1.clone(),
-        )
+        # All share one layout. What it makes on first use comes from the host, from which no recording may copy.
+        _ = self.layout.order_T
         return Batch(
             self.ids_T.clone(),
-            layout,
+            self.layout,
             torch.cat((self.sources_K, self.sources_K[:1].expand(missing))),
             F.pad(self.targets_K, (0, missing), value=-1),
             torch.cat((self.row_K, self.row_K[:1].expand(missing))),

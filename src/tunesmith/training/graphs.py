@@ -7,13 +7,14 @@ same order.
 
 What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
 gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
-Graphs and ordinary passes would need it twice: a shape that was never seen first gives the pool back.
+Graphs and ordinary passes would need it twice: whatever is not replayed first gives the pool back.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -89,14 +90,17 @@ class GraphRunner:
         """Gradients of a micro-batch's loss times `factor`, and the loss added to the step's sum."""
         self._factor.fill_(factor)
         key = batch.signature()
-        if key not in self._passes:
-            self.release()
+        if key not in self._passes and len(self._passes) > _MOST_SHAPES:
+            self._passes.clear()
         self._shapes.add(key)
         self._passes[key] += 1
         graph = self._graphs.get(key)
-        if graph is None and self._is_settled and not self.failure:
+        if graph is None and self._is_settled and self._passes[key] > _PASSES_BEFORE and not self.failure:
             graph = self._record(key, batch)
         if graph is None:
+            # To record others between such passes would be to do so again and again.
+            self._is_settled = False
+            self.release()
             self._run(batch, self._factor, self._loss_sum)
             return
         graph.batch.copy_(batch)
@@ -104,9 +108,6 @@ class GraphRunner:
 
     def release(self) -> None:
         """Forget the graphs and give their memory back; they are recorded anew."""
-        self._is_settled = False
-        if len(self._passes) > _MOST_SHAPES:
-            self._passes.clear()
         if self._pool is not None:
             self._graphs.clear()
             self._refreshing = self._pool = None
@@ -118,24 +119,45 @@ class GraphRunner:
             return None
         # What a recorded pass found out of date it would bring up to date in every replay.
         self._refresh()
-        fixed = batch.fixed()
-        try:
-            graph = self._capture(lambda: self._run(fixed, self._factor, self._loss_sum))
-            if self._refreshing is None:
-                self._refreshing = self._capture(self._refresh)
-        except RuntimeError as error:
-            # Nothing was computed. Step by step it may well fit, or run.
-            self.failure = " ".join(str(error).split())[:200] or type(error).__name__
-            self.release()
-            return None
-        self._graphs[key] = _Graph(fixed, graph)
-        return self._graphs[key]
-
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        fixed, stream = batch.fixed(), torch.cuda.current_stream()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        try:
+            if self._refreshing is None:
+                self._refreshing = self._capture(self._refresh)
+            self._graphs[key] = _Graph(
+                fixed, self._capture(lambda: self._run(fixed, self._factor, self._loss_sum))
+            )
+            return self._graphs[key]
+        except RuntimeError as error:
+            # Nothing was computed. Step by step it may well fit, or run.
+            self.failure = _name_cause(error)
+        finally:
+            _leave_recording(stream, self._pool)
+        # Only now, when no traceback holds them any more, can the pass's tensors go.
+        self.release()
+        return None
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function()
         return graph
+
+
+def _name_cause(error: BaseException) -> str:
+    """What broke a recording off, which comes before what ending it then raised."""
+    cause = error.__context__ or error
+    return " ".join(str(cause).split())[:200] or type(cause).__name__
+
+
+def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
+    """What torch leaves undone when it can't end a recording that broke off: its stream is still the current one, on
+    which nothing waits for the batches that are copied, and its pool still counts as in use."""
+    if torch.cuda.current_stream() == stream:
+        return
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # where the recording ended, and only its graph could not be made
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)

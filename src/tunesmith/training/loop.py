@@ -170,7 +170,7 @@ class _Run:
             self.stepper.record_graphs(self.model.refresh)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        self.stepper.feed.close()
+        self.stepper.close()
         # Whoever judges or saves the model next must not meet active dropout.
         self.model.train(False)
         for tracker in self.trackers:

@@ -82,6 +82,10 @@ class Muon(MasterWeights):
         self.round_masters()
         self.clear_gradients()
 
+    def hold_gradients(self) -> bool:
+        """See `Optimizer`. The rest clears gradients of its own accord."""
+        return super().hold_gradients() and (self._rest is None or self._rest.hold_gradients())
+
     def _stacks(self) -> Iterator[list[tuple[str, slice]]]:
         """Matrices with a gradient, those of one shape together, as far as `_STACK_VALUES` allows."""
         shapes: dict[torch.Size, list[tuple[str, slice]]] = {}

@@ -294,9 +294,12 @@ def _find_first(counts: range, fits: Callable[[int], bool]) -> int | None:
 
 def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool) -> TrainingSetup:
     """What a job's method and `train` section mean for memory. method: FullSpec or LoraSpec; train: TrainSpec."""
+    # What these need has no form that a compiler or a fused kernel could have (Projection.has_plain_form).
+    is_plain = not (method.qat_spec or (method.name != "full" and method.dora))
+    compiled = compiled and is_plain
     if method.name == "full":
         return TrainingSetup(
-            rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled, fused=True
+            rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled, fused=is_plain
         )
     tuned = len({"lm_head" if name == "lm_head" else "embed_tokens" for name in method.modules_to_save})
     return TrainingSetup(
@@ -309,7 +312,7 @@ def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool)
         optimizer=train.optimizer,
         value_bytes=value_bytes,
         compiled=compiled,
-        fused=not method.dropout,
+        fused=is_plain and not method.dropout,
         recorded=compiled and trains_adapters_only(method),
     )
 

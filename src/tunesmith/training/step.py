@@ -117,11 +117,18 @@ class Stepper:
         refresh: see `GraphRunner`.
         """
         self.graphs = GraphRunner(
-            self._differentiate,
+            # Not a method: it would hold the stepper, which holds it, in a circle that nothing collects.
+            partial(_differentiate, self.model, self._loss),
             hold_gradients=self.optimizer.hold_gradients,
             refresh=refresh,
             device=self._device,
         )
+
+    def close(self) -> None:
+        """Give back what only steps need: the feed's thread, and the memory of recorded micro-batches."""
+        self.feed.close()
+        if self.graphs is not None:
+            self.graphs.release()
 
     def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
         """Train on `rows` once. Weights change only if loss and gradients are finite.
@@ -208,7 +215,7 @@ class Stepper:
                 batch = self.feed.take(group)
                 self.feed.begin(partial(self._choose_next, groups, index + 1))
                 if self.graphs is None:
-                    self._differentiate(batch, factor, loss_sum)
+                    _differentiate(self.model, self._loss, batch, factor, loss_sum)
                 else:
                     self.graphs.run(batch, factor)
             except (MemoryError, RuntimeError) as error:
@@ -217,12 +224,6 @@ class Stepper:
                 # Returned, not handled here: the traceback holds the very tensors that must be freed first.
                 return index
         return loss_sum
-
-    def _differentiate(self, batch: Any, factor: float | Tensor, loss_sum: Tensor) -> None:
-        """Gradients of the batch's loss times `factor`; the loss is added to `loss_sum`."""
-        total = self._loss(self.model, batch).total
-        (total * factor).backward()
-        loss_sum += total.detach()
 
     def _choose_next(self, groups: Sequence[Sequence[TokenRow]], index: int) -> Sequence[TokenRow] | None:
         """The step's micro-batch of that number; after its last, the first of the step that follows."""
@@ -238,6 +239,8 @@ class Stepper:
         self, rows: Sequence[TokenRow], *, step: int, loss: float, norm: float
     ) -> TrainingFailed:
         """Run every row alone and name those that are not finite by themselves."""
+        if self.graphs is not None:
+            self.graphs.release()
         guilty = [row for row in rows if not self._is_finite_alone(row)]
         finding = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         if len(guilty) == len(rows) > 1:
@@ -264,6 +267,15 @@ class Stepper:
         norm = self.optimizer.gradient_norm().item()
         self.optimizer.clear_gradients()
         return math.isfinite(norm)
+
+
+def _differentiate(
+    model: Any, loss: LossFunction, batch: Any, factor: float | Tensor, loss_sum: Tensor
+) -> None:
+    """Gradients of the batch's loss times `factor`; the loss is added to `loss_sum`."""
+    total = loss(model, batch).total
+    (total * factor).backward()
+    loss_sum += total.detach()
 
 
 def name_rows(rows: Sequence[TokenRow]) -> str:
