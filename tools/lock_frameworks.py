@@ -65,6 +65,11 @@ def resolve(name: str) -> str:
             wanted = not with_torch or (entry.startswith("triton==") and name in NEED_TRITON)
         if wanted:
             kept.append(entry)
+    if name == "torch":
+        # `==` would also take 2.13.0+cpu from a folder of wheels, and prefer it.
+        kept = [
+            entry.replace("torch==", "torch===") if entry.startswith("torch==") else entry for entry in kept
+        ]
     return HEADER.format(asked=", ".join(asked)) + "".join(kept)
 
 

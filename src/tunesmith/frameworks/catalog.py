@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from tunesmith.core.errors import SetupError
@@ -110,10 +109,9 @@ def torch_lock() -> Path:
     return LOCKS / "torch.txt"
 
 
-@cache
 def read_lock(path: Path) -> dict[str, str]:
     """Distribution -> exact version."""
-    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return dict(re.findall(r"^([a-z0-9-]+)===?(\S+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def torch_requirement() -> str:

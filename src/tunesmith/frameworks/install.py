@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ class _Work:
 
     def _run(self, command: Sequence[str], *, environ: dict[str, str] | None = None) -> None:
         """One program of a step. Raises SetupError with its cause in one line, Stopped after a signal."""
-        lines: list[str] = []
+        lines: deque[str] = deque(maxlen=1000)
         with self.environment.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(command)}\n")
         try:
@@ -297,7 +298,7 @@ class _Work:
         if self.stop.is_set():
             raise Stopped
 
-    def _follow(self, lines: list[str]) -> Callable[[str], None]:
+    def _follow(self, lines: deque[str]) -> Callable[[str], None]:
         seen = 0
 
         def take(line: str) -> None:
@@ -307,7 +308,7 @@ class _Work:
                 r"\s*(Collecting|Downloading|Building|Prepared|Installing|Installed) (.*)", line
             ):
                 seen += found[1] == "Collecting"
-                what = found[2] if len(found[2]) < 60 else found[2][:57] + "..."
+                what = found[2].split(" (from ")[0]
                 self.on_event(Event("progress", text=f"{found[1].lower()} {what}", done=seen))
 
         return take
