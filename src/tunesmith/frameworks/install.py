@@ -37,6 +37,7 @@ from tunesmith.frameworks.installers import (
     TORCH_CPU_INDEX,
     Build,
     Installer,
+    ask_version,
     choose_build,
     find_installer,
     find_python,
@@ -84,7 +85,7 @@ def install_framework(
         if before is not None and before.origin == "added":
             cure = f"Run first: tunesmith frameworks remove {name}"
             raise SetupError(name, f"uses an environment of yours ({before.python})", cure=cure)
-        if before is not None and not again and _is_as_wanted(before, framework, build):
+        if before is not None and not again and _is_as_wanted(before, framework, build, python):
             return Installation(before, fresh=False)
         environment.sweep(keep=before.slot if before else "")
         _check_disk(framework, environment.root, build)
@@ -132,9 +133,13 @@ def add_environment(name: str, python: str, *, on_event: OnEvent = ignore_event)
     return record
 
 
-def _is_as_wanted(record: EnvironmentRecord, framework: Framework, build: Build) -> bool:
+def _is_as_wanted(record: EnvironmentRecord, framework: Framework, build: Build, python: str | None) -> bool:
+    version = ".".join(map(str, ask_version(python) or ())) if python else record.python_version
     return (
-        record.lock_sha256 == hash_locks(framework) and record.build == build and Path(record.python).exists()
+        record.lock_sha256 == hash_locks(framework)
+        and record.build == build
+        and record.python_version.startswith(version)
+        and Path(record.python).exists()
     )
 
 
@@ -327,4 +332,7 @@ class _Work:
             )
         if found.problems:
             raise self._fail(found.problems[0])
+        if self.build == "cuda" and not found.gpus:
+            text = f"torch {found.torch} sees no GPU: is the driver new enough for CUDA {found.cuda}?"
+            self.on_event(Event("warning", text=text))
         return found
