@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from tunesmith.cli.main import app
 from tunesmith.core.errors import SetupError, TunesmithError
 from tunesmith.frameworks import doctor as doctoring
+from tunesmith.frameworks.adding import add_environment
 from tunesmith.frameworks.doctor import examine, inspect_environment
 from tunesmith.frameworks.environments import foreign_environ, frameworks_folder, require_environment
-from tunesmith.frameworks.install import add_environment, install_framework
+from tunesmith.frameworks.install import install_framework
 
 
 def frameworks(*arguments: str) -> tuple[int, str]:

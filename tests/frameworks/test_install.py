@@ -127,6 +127,8 @@ def test_a_second_install_does_nothing_until_the_lock_changes(tiny: Tiny) -> Non
     again = install_framework("tiny")
     assert (again.fresh, again.record) == (False, first)
     assert not install_framework("tiny", python=sys.executable).fresh
+    with pytest.raises(SetupError, match="no-such-python is no Python that runs"):
+        install_framework("tiny", python="no-such-python")
 
     tiny.release("2.0")
     changed = install_framework("tiny")

@@ -131,6 +131,7 @@ def test_locks_hold_the_frameworks_and_leave_torch_to_the_machine() -> None:
         ("ERROR: No matching distribution found for needed==1.0", "there is no needed==1.0 for this Python"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM", "not the one that was locked"),
         ("noise\nerror: something new\nmore", "error: something new"),
+        ("Resolved 2 packages\n", "ended with exit code 3; it last said: Resolved 2 packages"),
         ("", "ended with exit code 3"),
     ],
 )

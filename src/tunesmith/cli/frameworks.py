@@ -102,7 +102,7 @@ def add(
     """Use an environment that exists already, as on a cluster. It is checked, and never changed."""
     from tunesmith.cli.progress import watch
     from tunesmith.core.events import Event
-    from tunesmith.frameworks.install import add_environment
+    from tunesmith.frameworks.adding import add_environment
 
     with watch() as on_event:
         record = add_environment(name, python, on_event=on_event)
@@ -134,9 +134,11 @@ def doctor(
     """Import each framework in its environment, and show versions, torch, GPU and what differs from the lock."""
     from tunesmith.cli.progress import watch
     from tunesmith.core.events import Event
-    from tunesmith.frameworks.catalog import FRAMEWORKS
+    from tunesmith.frameworks.catalog import FRAMEWORKS, find_framework
     from tunesmith.frameworks.doctor import OWN, examine
 
+    if name and name != OWN:
+        find_framework(name)
     found: list[Diagnosis] = []
     with watch() as on_event:
         for each in (name,) if name else (OWN, *FRAMEWORKS):

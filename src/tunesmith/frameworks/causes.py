@@ -46,5 +46,6 @@ def explain_failure(said: str, *, otherwise: str) -> tuple[str, str]:
             what = next((value for value in match.groupdict().values() if value), "")
             return cause.format(what=what), cure
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines[-1:] or [otherwise])[-1][:300], ""
+    if errors := [line for line in lines if line.lower().startswith("error")]:
+        return errors[-1][:300], ""
+    return "; it last said: ".join([otherwise, *lines[-1:]])[:300], ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -15,7 +16,14 @@ from typing import Any
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.events import ignore_event
 from tunesmith.core.records import EnvironmentRecord
-from tunesmith.frameworks.catalog import FRAMEWORKS, find_framework, hash_locks, read_lock, torch_lock
+from tunesmith.frameworks.catalog import (
+    FRAMEWORKS,
+    Framework,
+    find_framework,
+    hash_locks,
+    read_lock,
+    torch_lock,
+)
 from tunesmith.frameworks.environments import foreign_environ, open_environment
 from tunesmith.frameworks.installers import choose_build
 from tunesmith.frameworks.process import run_process
@@ -183,3 +191,33 @@ def measure_folder(folder: Path) -> int:
             facts = os.lstat(os.path.join(parent, file))
             seen[facts.st_dev, facts.st_ino] = facts.st_size
     return sum(seen.values())
+
+
+def make_record(
+    framework: Framework,
+    found: Diagnosis,
+    *,
+    origin: str,
+    slot: str,
+    build: str,
+    installer: str,
+    seconds: float,
+    size_bytes: int = 0,
+) -> EnvironmentRecord:
+    """The record of an environment as it was found to be."""
+    return EnvironmentRecord(
+        framework=framework.name,
+        origin=origin,
+        python=found.python,
+        slot=slot,
+        python_version=found.python_version,
+        torch=found.torch,
+        build=build,
+        lock_sha256=hash_locks(framework),
+        installer=installer,
+        versions=dict(sorted(found.installed.items())),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        wall_seconds=round(seconds, 1),
+        size_bytes=size_bytes,
+        differences=list(found.differences),
+    )

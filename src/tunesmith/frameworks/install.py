@@ -1,4 +1,4 @@
-"""Make a framework's environment from its lock, step by step; add one that exists already.
+"""Make a framework's environment from its lock, step by step.
 
 Nothing is there until everything is: the new environment is made beside the old one and becomes it when the record is
 written, after it has imported what it must. Until then a failure or a signal deletes what was begun.
@@ -6,7 +6,6 @@ written, after it has imported what it must. Until then a failure or a signal de
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from tunesmith.frameworks.catalog import (
     torch_requirement,
 )
 from tunesmith.frameworks.causes import explain_failure
-from tunesmith.frameworks.doctor import Diagnosis, inspect_environment, measure_folder
+from tunesmith.frameworks.doctor import Diagnosis, inspect_environment, make_record, measure_folder
 from tunesmith.frameworks.environments import SLOTS, EnvironmentDir, delete_tree, open_environment
 from tunesmith.frameworks.installers import (
     TORCH_CPU_INDEX,
@@ -82,10 +81,11 @@ def install_framework(
     environment = open_environment(name)
     with environment.own():
         before = environment.read()
+        chosen = find_python(framework.pythons, wanted=python, place=name) if python else None
         if before is not None and before.origin == "added":
             cure = f"Run first: tunesmith frameworks remove {name}"
             raise SetupError(name, f"uses an environment of yours ({before.python})", cure=cure)
-        if before is not None and not again and _is_as_wanted(before, framework, build, python):
+        if before is not None and not again and _is_as_wanted(before, framework, build, chosen):
             return Installation(before, fresh=False)
         environment.sweep(keep=before.slot if before else "")
         _check_disk(framework, environment.root, build)
@@ -94,7 +94,7 @@ def install_framework(
             environment=environment,
             slot=next(slot for slot in SLOTS if before is None or slot != before.slot),
             build=build,
-            python=find_python(framework.pythons, wanted=python, place=name),
+            python=chosen or find_python(framework.pythons, wanted=None, place=name),
             installer=find_installer(installer),
             on_event=on_event,
             stop=stop or threading.Event(),
@@ -108,29 +108,6 @@ def install_framework(
         environment.write(record)
         environment.sweep(keep=record.slot)
     return Installation(record, fresh=True)
-
-
-def add_environment(name: str, python: str, *, on_event: OnEvent = ignore_event) -> EnvironmentRecord:
-    """Use an environment that exists, once the framework has been imported in it. Its packages stay as they are."""
-    framework, environment = find_framework(name), open_environment(name)
-    # Made absolute and no more: an environment's interpreter is a link, which says where its packages are.
-    path = os.path.abspath(shutil.which(python) or python)
-    with environment.own():
-        before = environment.read()
-        if before is not None and before.origin == "installed":
-            cure = f"Run first: tunesmith frameworks remove {name}"
-            raise SetupError(name, "is installed already", cure=cure)
-        on_event(Event("stage", text=f"Importing {framework.title} with {path}"))
-        found = inspect_environment(name, path)
-        if not found.ok:
-            cure = "Repair that environment, or give another --python"
-            raise SetupError(f"frameworks add {name}", found.problems[0], cure=cure)
-        build = "cpu" if found.cuda is None else "cuda"
-        record = _make_record(
-            framework, found, origin="added", slot="", build=build, installer="", seconds=0.0
-        )
-        environment.write(record)
-    return record
 
 
 def _is_as_wanted(record: EnvironmentRecord, framework: Framework, build: Build, python: str | None) -> bool:
@@ -153,35 +130,6 @@ def _check_disk(framework: Framework, root: Path, build: Build) -> None:
             rule=f"{framework.title} needs {needed_gib:g} GiB",
             cure="Free some space, or set TUNESMITH_HOME to a folder on another disk",
         )
-
-
-def _make_record(
-    framework: Framework,
-    found: Diagnosis,
-    *,
-    origin: str,
-    slot: str,
-    build: str,
-    installer: str,
-    seconds: float,
-    size_bytes: int = 0,
-) -> EnvironmentRecord:
-    return EnvironmentRecord(
-        framework=framework.name,
-        origin=origin,
-        python=found.python,
-        slot=slot,
-        python_version=found.python_version,
-        torch=found.torch,
-        build=build,
-        lock_sha256=hash_locks(framework),
-        installer=installer,
-        versions=dict(sorted(found.installed.items())),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        wall_seconds=round(seconds, 1),
-        size_bytes=size_bytes,
-        differences=list(found.differences),
-    )
 
 
 @dataclass
@@ -221,7 +169,7 @@ class _Work:
             found = self._check()
         seconds = time.monotonic() - started
         size = measure_folder(self.folder)
-        record = _make_record(
+        record = make_record(
             self.framework,
             found,
             origin="installed",
