@@ -113,3 +113,19 @@ def test_an_endless_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(process, "MAX_LOG_BYTES", 1 << 20)
     run("import sys\nfor _ in range(400): sys.stderr.write('x' * 16384)", tmp_path / "log.txt")
     assert (tmp_path / "log.txt").stat().st_size < 2 << 20
+
+
+def test_a_program_that_is_no_worker_gives_its_lines_and_all_of_them_to_the_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    code = "import os, sys; print(os.environ['SAID'], flush=True); print('to stderr', file=sys.stderr)"
+    run_process(
+        [sys.executable, "-c", code],
+        log=tmp_path / "log.txt",
+        task="install",
+        on_event=lambda event: None,
+        on_line=lines.append,
+        stop=threading.Event(),
+        environ={"SAID": "to stdout"},
+    )
+    assert sorted(lines) == ["to stderr", "to stdout"]
+    assert sorted((tmp_path / "log.txt").read_text().splitlines()) == ["to stderr", "to stdout"]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+from tunesmith.api.stopping import stop_on_signals
 from tunesmith.api.tasks import Task, is_finished, write_tasks
 from tunesmith.core.errors import Interrupted, TunesmithError
 from tunesmith.core.events import Event, OnEvent
@@ -40,7 +38,7 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
     done = {work.name for work in works if all(is_finished(task) for task in work.tasks)}
     waiting = [work for work in works if work.name not in done]
     running: dict[Future[None], Work] = {}
-    with _stop_on_signals() as (stop, received), ThreadPoolExecutor(parallel) as pool:
+    with stop_on_signals() as (stop, received), ThreadPoolExecutor(parallel) as pool:
         while waiting or running:
             for work in [w for w in waiting if w.after & failures.keys()]:
                 waiting.remove(work)
@@ -98,28 +96,6 @@ def _serialise(on_event: OnEvent) -> OnEvent:
             on_event(event)
 
     return tell
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
-    """A flag that Ctrl-C and SIGTERM set, and the signals received. A second signal ends this process at once."""
-    stop, received = threading.Event(), list[int]()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop, received
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop, received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def plan_parallel(parallel: int | str, *, model_bytes: int) -> tuple[int, int]:

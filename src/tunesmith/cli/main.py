@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tunesmith.cli import frameworks
 from tunesmith.core.errors import JobError, TunesmithError
 from tunesmith.core.jsonl import dump_json
 
@@ -27,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # its markup would swallow what stands in square brackets
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(frameworks.app, name="frameworks")
 
 # Without naming click: recent versions of typer carry their own.
 _UsageError: Any = typer.BadParameter.__base__

@@ -147,3 +147,31 @@ class RunRecord(_Record):
     micro_batch_tokens: int = 0
     memory_plan: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentRecord(_Record):
+    """A framework's environment (`environment.json`): the one that jobs are run in.
+
+    origin:      "installed" by us, or "added": an environment of the user's, of which only this record is ours.
+    python:      path of its interpreter.
+    slot:        folder beside the record that holds it; empty for an added one.
+    build:       torch's: "cpu", "cuda", or "default" on systems whose plain build has no CUDA in it.
+    lock_sha256: of what was to be installed; an added one has it too, and its `differences` from it.
+    installer:   such as `uv 0.13.9`; empty for an added one.
+    """
+
+    framework: str
+    origin: str
+    python: str
+    slot: str
+    python_version: str
+    torch: str
+    build: str
+    lock_sha256: str
+    installer: str
+    versions: dict[str, str]
+    created: str
+    wall_seconds: float
+    size_bytes: int
+    differences: list[str] = field(default_factory=list[str])

@@ -149,7 +149,7 @@ class RunDir:
         return self
 
     @contextmanager
-    def lock(self) -> Generator[None]:
+    def lock(self, *, cure: str = "Wait, or give another --out") -> Generator[None]:
         """Own the folder; a second owner is refused, naming the first. The lock dies with the process."""
         path = self.root / ".lock"
         try:
@@ -165,7 +165,7 @@ class RunDir:
                     str(self.root),
                     f"in use by {owner}",
                     rule="one run owns a folder",
-                    cure="Wait, or give another --out",
+                    cure=cure,
                 ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)

@@ -13,9 +13,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.events import Event, OnEvent
@@ -49,11 +50,15 @@ def run_process(
     stop: threading.Event,
     threads: int = 1,
     idle_seconds: float = 3600.0,
+    environ: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> ProcessUse:
     """Run one worker to its end, passing its events on.
 
     stop:         when set, the worker gets SIGTERM (it saves a checkpoint) and, after a grace period, SIGKILL.
     idle_seconds: a worker silent for this long is ended.
+    environ:      in place of this process's environment; thread counts are set in either.
+    on_line:      for a program that is no worker: gets every line of both pipes, which all go to the log.
     Raises ArmFailed in one line when it ends badly; the line is the worker's own last error, or names the log.
     """
     started = time.monotonic()
@@ -64,11 +69,11 @@ def run_process(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(threads),
+            env=_environment(os.environ if environ is None else environ, threads),
             start_new_session=True,
         )
         try:
-            failure, timed_out, peak_bytes = _pump(child, log_handle, task, on_event, stop, idle_seconds)
+            failure, timed_out, peak_bytes = _pump(child, log_handle, on_event, on_line, stop, idle_seconds)
         finally:
             _end_group(child.pid, signal.SIGKILL)
             _, status, use = os.wait4(child.pid, 0)
@@ -91,17 +96,17 @@ def run_process(
     return outcome
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     quiet = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**_KERNEL_CACHE, **os.environ, **counts, **quiet}
+    return {**_KERNEL_CACHE, **environ, **counts, **quiet}
 
 
 def _pump(
     child: subprocess.Popen[bytes],
-    log_handle: object,
-    task: str,
+    log_handle: IO[bytes],
     on_event: OnEvent,
+    on_line: Callable[[str], None] | None,
     stop: threading.Event,
     idle_seconds: float,
 ) -> tuple[str, bool, int]:
@@ -127,11 +132,16 @@ def _pump(
                 selector.unregister(key.fileobj)
                 continue
             last_sign = time.monotonic()
-            if key.fileobj is child.stderr:
+            if key.fileobj is child.stderr or on_line:
                 if logged < MAX_LOG_BYTES:
-                    log_handle.write(chunk)  # type: ignore[attr-defined]
-                    log_handle.flush()  # type: ignore[attr-defined]
+                    log_handle.write(chunk)
+                    log_handle.flush()
                 logged += len(chunk)
+            if on_line:
+                for line in _take_lines(buffers[key.fileobj], chunk):  # type: ignore[index]
+                    on_line(line.decode(errors="replace"))
+                continue
+            if key.fileobj is child.stderr:
                 continue
             for event in _take_events(buffers[child.stdout], chunk):
                 if event.kind == "failed":
@@ -157,13 +167,18 @@ def _read_peak_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
-    """Complete lines of the worker's stdout that are events; anything else on stdout is dropped."""
+def _take_lines(buffer: bytearray, chunk: bytes) -> list[bytes]:
+    """Complete lines; what follows the last of them waits in the buffer."""
     buffer += chunk
     *lines, rest = bytes(buffer).split(b"\n")
     buffer[:] = rest[-MAX_LINE_BYTES:]
+    return lines
+
+
+def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
+    """Complete lines of the worker's stdout that are events; anything else on stdout is dropped."""
     events: list[Event] = []
-    for line in lines:
+    for line in _take_lines(buffer, chunk):
         try:
             value = json.loads(line)
             events.append(Event.from_json(value))
