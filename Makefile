@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-trl test-browser test-gpu benchmark-trl clean python
+.PHONY: help demo test lint format test-slow test-trl test-browser test-gpu benchmark-trl clean python
 
 help:
 	@echo 'make demo           train, compare and report on the bundled model and data (minutes, no network after set-up)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make format         let ruff rewrite the code in place'
 	@echo 'make test-trl       our numbers against TRL, in its own environment'
 	@echo 'make test-browser   open the report in Chromium'
+	@echo 'make test-slow      tests of the benchmarks, and long ones'
 	@echo 'make test-gpu       tests that need an NVIDIA GPU'
 	@echo 'make benchmark-trl  CPU training speed against TRL'
 	@echo 'make clean          remove environments and caches; runs stay'
@@ -42,7 +43,7 @@ demo: python
 test: python
 	@$(SET_UP) dev
 	@lint=0; $(MAKE) --no-print-directory run-lint || lint=1; \
-	    $(BIN)/python -m pytest -n 2 -m 'not gpu and not trl and not browser' $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -n 2 -m 'not gpu and not trl and not browser and not slow' $(ARGS) || exit 1; \
 	    if [ $$lint = 1 ]; then echo 'make test: the tests passed, lint did not (above)' >&2; exit 1; fi
 
 lint: python
@@ -61,6 +62,11 @@ run-lint:
 format: python
 	@$(SET_UP) dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+# The benchmarks' harnesses, and a few long trainings.
+test-slow: python
+	@$(SET_UP) dev
+	@$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not trl and not browser' $(ARGS)
 
 test-trl: python
 	@$(SET_UP) dev
