@@ -12,6 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.job.importing.axolotl_keys import OTHERS
+from tunesmith.job.importing.axolotl_rows import (
+    kind_of_rows,
+    message_field,
+    messages_field,
+    properties,
+    rows,
+    split,
+    trained_roles,
+    validation_rows,
+)
 from tunesmith.job.importing.rules import (
     At,
     Framework,
@@ -31,7 +41,6 @@ from tunesmith.job.importing.rules import (
     truth,
     whole,
 )
-from tunesmith.job.importing.sources import is_file, mixed, source
 from tunesmith.job.importing.trainer import (
     batch,
     best,
@@ -46,27 +55,25 @@ from tunesmith.job.importing.trainer import (
 )
 
 _TEMPLATES = {"alpaca": "alpaca", "chatml": "chatml", "llama3": "llama-3", "mistral_v1": "mistral"}
-_SHAREGPT = {"role": "from", "content": "value"}
-_MESSAGES = {"role": "role", "content": "content"}
 
 
 def method(at: At) -> str:
     if at["adapter"] is None:
         return "full"
-    return "qlora" if at["adapter"] == "qlora" or truth(at["load_in_4bit"]) else "lora"
+    return "qlora" if at["adapter"] == "qlora" or at.on("load_in_4bit") else "lora"
 
 
 def the_method(_: Any, at: At) -> Any:
     if at["adapter"] not in (None, "lora", "qlora"):
         raise NotSupported(f"the adapter {at['adapter']}; a job has lora and qlora", fatal=True)
-    eight = truth(at["load_in_8bit"])
-    if method(at) == "full" and (eight or truth(at["load_in_4bit"])):
+    eight = at.on("load_in_8bit")
+    if method(at) == "full" and (eight or at.on("load_in_4bit")):
         raise NotSupported("a quantised base without adapters", instead="full")
     return Taken("lora", "the base in int8", {"method.base": "int8"}) if eight else method(at)
 
 
 def targets(_: Any, at: At) -> Any:
-    if truth(at["lora_target_linear"]):
+    if at.on("lora_target_linear"):
         return "all-linear"
     given = at["lora_target_modules"]
     if isinstance(given, str) and any(letter in given for letter in r".*()|\^$["):
@@ -76,107 +83,6 @@ def targets(_: Any, at: At) -> Any:
     if wanted := names(given or []):
         return wanted
     raise NotSupported("no targets are given; all linear layers in their place", instead="all-linear")
-
-
-def rows(_: Any, at: At) -> Any:
-    """`data.train` from datasets, with the template that the first one asks for."""
-    items = at.items("datasets")
-    return mixed([_source(item) for item in items])
-
-
-def validation_rows(_: Any, at: At) -> Any:
-    first, *more = at.items("test_datasets")
-    item = _source(first)
-    path = item if isinstance(item, str) else item["path"]
-    if more:
-        raise NotSupported("several validation sets; the first in their place", instead=path)
-    return path
-
-
-def _source(item: At) -> str | dict[str, Any]:
-    path, files, split = str(item.within("path") or ""), item.within("data_files"), item.within("split")
-    weight = item.within("weight")
-    if path in ("json", "csv", "parquet", "text") and files:
-        path, files = names(files)[0], names(files)[1:]
-    if files:
-        raise NotSupported("data_files of one data set; name each file as a data set", fatal=True)
-    here = is_file(path) or item.files.find(path) is not None
-    return source(
-        item.files.name(path),
-        split=None if here or not split else str(split),
-        format=_shape(item),
-        revision=item.within("revision"),
-        weight=None if weight is None else number(weight, item),
-    )
-
-
-def _shape(item: At) -> str | None:
-    kind = str(item.within("type") or "").partition(".")[0].partition(":")[0]
-    if kind == "chat_template":
-        return "sharegpt" if (item.within("field_messages") or "messages") == "conversations" else "messages"
-    return {"alpaca": "alpaca", "alpaca_chat": "alpaca", "sharegpt": "sharegpt", "completion": "text"}.get(
-        kind
-    )
-
-
-def kind_of_rows(value: Any, at: At) -> Any:
-    """`type:`, which fixes the shape of the rows and how they are written as text."""
-    kind = str(value).partition(":")[0]
-    if kind in ("chat_template", "sharegpt"):
-        if any(item.within("type") == "alpaca" for item in at.items("datasets")):
-            raise NotSupported("a template of its own: a job has one for all rows", instead=rows(value, at))
-        return rows(value, at)
-    if kind == "completion":
-        return Taken(rows(value, at), "rows of `text`, trained whole")
-    if kind == "alpaca":
-        raise NotSupported(
-            "Axolotl's alpaca text, which opens with `Below is an instruction` and has a section for the input; "
-            "the template alpaca, without these, in its place",
-            instead=rows(value, at),
-            also={"data.template": "alpaca"},
-        )
-    raise NotSupported(
-        f"rows of type {value}; convert them to messages (see docs/data-formats.md)", fatal=True
-    )
-
-
-def split(value: Any, at: At) -> Any:
-    if "[" in str(value):
-        raise NotSupported(
-            f"a part of a split ({value}); the whole split in its place", instead=rows(value, at)
-        )
-    return rows(value, at)
-
-
-def messages_field(value: Any, at: At) -> Any:
-    if value not in ("messages", "conversations"):
-        raise NotSupported(f"rename the field {value} of the rows to `messages`")
-    return rows(value, at)
-
-
-def properties(value: Any, at: At) -> Any:
-    """message_property_mappings: which fields of a message are role and content."""
-    wanted = _SHAREGPT if at.within("field_messages") == "conversations" else _MESSAGES
-    if not isinstance(value, dict) or any(value.get(key, name) != name for key, name in wanted.items()):
-        fields = " and ".join(wanted.values())
-        raise NotSupported(f"other fields of a message than {fields}; rename them in the rows")
-    return Implied(f"rows of {wanted['role']} and {wanted['content']} are read")
-
-
-def message_field(ours: str) -> Any:
-    def turn(value: Any, at: At) -> Implied:
-        wanted = (_SHAREGPT if at.within("field_messages") == "conversations" else _MESSAGES)[ours]
-        if value != wanted:
-            raise NotSupported(f"rename {value} to {wanted} in the rows")
-        return Implied(f"{wanted} is read")
-
-    return turn
-
-
-def trained_roles(value: Any, _: At) -> Implied:
-    if set(names(value)) <= {"assistant", "gpt"} and value:
-        return Implied("answers are what is trained")
-    raise NotSupported(f"training on the roles {value}; here answers alone are trained")
 
 
 def template(value: Any, at: At) -> Any:
@@ -210,12 +116,12 @@ def share(value: Any, at: At) -> Any:
 
 def evaluating(value: Any, at: At) -> Any:
     """eval_strategy, eval_steps and evals_per_epoch, where there are rows to validate on."""
-    if not number(at["val_set_size"], at) and not at.items("test_datasets"):
+    if not at.number("val_set_size") and not at.items("test_datasets"):
         return Taken("never", "no validation rows there")
     if at.given("evals_per_epoch"):
         return _per_epoch(at["evals_per_epoch"])
     if at.given("eval_steps") and str(at["eval_strategy"]) != "no":
-        return steps_between(at["eval_steps"], at)
+        return steps_between(at.number("eval_steps"), at)
     return "epoch" if at["eval_strategy"] == "epoch" else "never"
 
 
@@ -223,7 +129,7 @@ def saving(value: Any, at: At) -> Any:
     if at.given("saves_per_epoch"):
         return _per_epoch(at["saves_per_epoch"])
     if at.given("save_steps"):
-        return steps_between(at["save_steps"], at)
+        return steps_between(at.number("save_steps"), at)
     return {"no": "never"}.get(str(at["save_strategy"]), "epoch")
 
 
@@ -248,7 +154,7 @@ def long_rows(value: Any, _: At) -> str:
 
 def rows_of_a_batch(_: Any, at: At) -> Any:
     if at.given("batch_size"):
-        return Taken(whole(at["batch_size"], at), "batch_size is the whole batch, on one GPU")
+        return Taken(at.number("batch_size", whole), "batch_size is the whole batch, on one GPU")
     return batch("micro_batch_size", "gradient_accumulation_steps")(_, at)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.job.importing.rules import Key, each, implied, refused
+from tunesmith.job.importing.rules import Key, each, implied, names, refused
 from tunesmith.job.importing.sources import PREFERENCES
 from tunesmith.job.importing.trainer import EVALUATING, HUB, KERNELS, LOADING, MANY_GPUS, OUTPUT, RECOMPUTING
 
@@ -103,7 +103,7 @@ OTHERS: dict[str, Key] = {
     "quantization": _INFERENCE,
     "plugins": Key(
         lambda value, at: refused("plugins that change training").turn(
-            [one for one in value if not any(word in str(one) for word in _KERNEL_PLUGINS)], at
+            [one for one in names(value) if not any(word in one for word in _KERNEL_PLUGINS)], at
         ),
         note="kernels (Liger, cut cross-entropy) are the engine's choice; others are not supported",
         status="not supported",

@@ -40,6 +40,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
     unsloth.FLAT,
 )
 Status = Literal["mapped", "implied", "not supported"]
+# Lists that several keys add to.
+_JOINED = ("train.trackers", "method.new_tokens", "method.modules_to_save")
 _SECRET = re.compile(r"(^|\.)(token|\w*(hub|hf|wandb)_token|\w*api_key|\w*_secret)$")
 
 
@@ -170,7 +172,10 @@ class _Run:
         self.origin_places: dict[str, str] = {}
 
     def carry_out(self) -> Import:
-        self.trains_adapters = self.framework.method(self.at) != "full"
+        try:
+            self.trains_adapters = self.framework.method(self.at) != "full"
+        except WrongValue as error:
+            raise self._wrong(error, "") from None
         for path, (name, value) in self.flat.items():
             self._take(path, name, value)
         for name, key in self.framework.table.items():
@@ -250,24 +255,31 @@ class _Run:
                 error.reason, from_default, error.fatal,
             )  # fmt: skip
         except WrongValue as error:
-            raise JobError(
-                place or path, f"{path} is {str(shown)[:60]!r}", rule=f"it should be {error}"
-            ) from None
+            raise self._wrong(error, path) from None
         if isinstance(answer, Implied):
             return Entry(path, place, shown, "implied", remark=answer.remark, from_default=from_default)
         taken = answer if isinstance(answer, Taken) else Taken(answer)
         origin += f" ({taken.remark})" if taken.remark else ""
-        self._write(key.to, taken.value, origin, place)
+        if not self._write(key.to, taken.value, origin, place):
+            remark = f"{key.to} is {self.ours[key.to]!r} already, from {self.origins[key.to]}"
+            return Entry(path, place, shown, "not supported", remark=remark, from_default=from_default)
         for target, extra in taken.also.items():
             self._write(target, extra, origin, place)
         return Entry(path, place, shown, "mapped", key.to, taken.value, taken.remark, from_default)
 
-    def _write(self, target: str, value: Any, origin: str, place: str) -> None:
-        if target == "train.trackers":
+    def _wrong(self, error: WrongValue, path: str) -> JobError:
+        key = error.key or path
+        place = self.places.get(key, str(self.files.config))
+        return JobError(place, f"{key} is {self.at[key]!r}"[:100], rule=f"it should be {error}")
+
+    def _write(self, target: str, value: Any, origin: str, place: str) -> bool:
+        """The first key that decides one of ours has it; False if this one says something else."""
+        if target in _JOINED:
             value = list(dict.fromkeys([*self.ours.get(target, []), *value]))
         elif target in self.ours:
-            return
+            return self.ours[target] == value
         self.ours[target], self.origins[target], self.origin_places[target] = value, origin, place
+        return True
 
     def _check(self, job: dict[str, Any]) -> None:
         """Raise JobError at their line for a value that no job can have."""

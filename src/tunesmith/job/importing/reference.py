@@ -1,4 +1,4 @@
-"""The tables of `docs/importing.md`, made from the tables that do the work."""
+"""`docs/importing-keys.md`, made from the tables that do the work."""
 
 from __future__ import annotations
 
@@ -8,47 +8,12 @@ from tunesmith.job.importing.engine import FRAMEWORKS
 from tunesmith.job.importing.rules import UNSET, Framework, Key
 from tunesmith.job.importing.unsloth import CLI
 
-_INTRO = """\
-# Importing a configuration
-
-Made from the code by `tunesmith schema --imports`; do not edit by hand.
-
-```console
-$ tunesmith import qlora.yml --out job.yaml     # whose it is, is told by its keys; or --from NAME
-```
-
-Reads what Axolotl (`axolotl train`), LLaMA-Factory (`llamafactory-cli train`), TRL (`trl sft --config`) and Unsloth
-(`unsloth train --config`) take, and writes a job file in which each value names the line it comes from. For Unsloth's
-notebooks, which have no file, the argument names of `from_pretrained`, `get_peft_model` and `SFTConfig` may be written
-as one flat YAML, with `dataset_name` for the rows.
-
-Every key of the file is reported as one of:
-
-- **mapped**: to a key of ours, with a remark where the meaning differs;
-- **implied**: we do that anyway, or it changes no result;
-- **not supported**: it changes the result and a job cannot say it (or nobody knows the key). The job says in its first
-  lines what is missing, and a stand-in is named where there is one.
-
-Defaults of theirs that the file does not mention but that decide something are written out too, so that the job does
-not depend on ours. They belong to one version each, named below. `--json` prints the report.
-
-The command ends with 0 if there is a job, even if something is not supported; with 1 if there is none (learning from
-preferences, no model, no rows); with 2 if the file cannot be read.
-
-What to look at after an import:
-
-- **A batch** is counted for one GPU. With packing switched on theirs counts packed sequences, ours rows.
-- **Warm-up** given in steps becomes a share of the steps, which takes `max_steps`; without it a stand-in is written.
-- **Held-out rows**: theirs have no test split, and so has the job (`data.split.test: 0`). Give it a share to have
-  something that `eval` and `compare` can judge on.
-- **Templates** of the same name are not the same letter by letter: `tunesmith preview job.yaml` shows what is trained.
-- Files are looked for where the command runs, then beside the configuration. YAML aliases and tags are not read.
-"""
-
 
 def import_reference() -> str:
-    """`docs/importing.md`: what an import does, and every key of every framework."""
-    parts = [_INTRO]
+    """`docs/importing-keys.md`: every key of every framework, what becomes of it, and their defaults."""
+    parts = [
+        "# Keys that an import knows\n\nMade from the code by `tunesmith schema --imports`; do not edit by hand.\n"
+    ]
     for framework in FRAMEWORKS:
         title = framework.title
         if framework.name == "unsloth":

@@ -54,7 +54,9 @@ class NotSupported(Exception):
 
 
 class WrongValue(Exception):
-    """A value that the framework itself would refuse; says what it should be."""
+    """A value that the framework itself would refuse; says what it should be. key: whose, if not the one looked at."""
+
+    key = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,21 @@ class At:
         if value is None and name in self.table and self.table[name].default is not UNSET:
             return self.table[name].default
         return value
+
+    def on(self, name: str) -> bool:
+        """Whether a switch, which may be another key than the one looked at, is on."""
+        return self._read(name, truth)
+
+    def number(self, name: str, kind: Turn | None = None) -> Any:
+        """The number under another key, or None. kind: `whole` for whole numbers."""
+        return None if self[name] is None else self._read(name, lambda value: (kind or number)(value, self))
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(self[name])
+        except WrongValue as error:
+            error.key = name
+            raise
 
     def given(self, name: str) -> bool:
         return self.values.get(name) is not None

@@ -58,7 +58,7 @@ def batch(rows: str, accumulated: str) -> Turn:
     """rows, accumulated: the keys whose product is a batch."""
 
     def turn(_: Any, at: At) -> Taken:
-        product = whole(at[rows], at) * whole(at[accumulated] or 1, at)
+        product = at.number(rows, whole) * (at.number(accumulated, whole) or 1)
         return Taken(product, f"{at[rows]} rows x {at[accumulated] or 1} accumulated, on one GPU")
 
     return turn
@@ -73,12 +73,12 @@ def warmup(steps: str, share: str, scheduler: str, max_steps: str) -> Turn:
         if at[steps] is None and at[share] is None:
             return 0.0
         # Their steps win where both are given, unless they are 0; below 1 they are a share already.
-        count = number(at[steps] or 0, at)
+        count = at.number(steps) or 0
         if count == 0:
-            return number(at[share] or 0, at)
+            return at.number(share) or 0.0
         if count < 1:
             return count
-        total = number(at[max_steps] or 0, at)
+        total = at.number(max_steps) or 0
         if total > 0:
             return Taken(
                 min(round(count / total, 6), 0.999),
@@ -111,7 +111,7 @@ def every(strategy: str, steps: str, fallback: str = "") -> Turn:
             return "never"
         if when in ("epoch", "best"):
             return "epoch"
-        return steps_between(at[steps] or (at[fallback] if fallback else 0) or 0, at)
+        return steps_between(at.number(steps) or (at.number(fallback) if fallback else 0) or 0, at)
 
     return turn
 
@@ -126,11 +126,11 @@ def steps_between(value: Any, at: At) -> Any:
 
 def precision(value: Any, at: At) -> Any:
     """From `bf16` and `fp16`; their `auto` is ours."""
-    if at["fp16"] is not None and truth(at["fp16"]):
+    if at["fp16"] is not None and at.on("fp16"):
         return "fp16"
     if str(at["bf16"]).lower() in ("auto", "full", "none"):
         return "bf16" if str(at["bf16"]).lower() == "full" else "auto"
-    if truth(at["bf16"]):
+    if at.on("bf16"):
         return "bf16"
     return "fp32"
 

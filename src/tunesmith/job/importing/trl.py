@@ -37,15 +37,15 @@ PEFT_TARGETS = ["q_proj", "v_proj"]
 
 
 def method(at: At) -> str:
-    if not truth(at["use_peft"]):
+    if not at.on("use_peft"):
         return "full"
-    return "qlora" if truth(at["load_in_4bit"]) else "lora"
+    return "qlora" if at.on("load_in_4bit") else "lora"
 
 
 def the_method(value: Any, at: At) -> Any:
-    eight = truth(at["load_in_8bit"])
+    eight = at.on("load_in_8bit")
     if method(at) == "full":
-        if eight or truth(at["load_in_4bit"]):
+        if eight or at.on("load_in_4bit"):
             raise NotSupported("a quantised base without adapters", instead="full")
         return "full"
     return Taken(method(at), "the base in int8", {"method.base": "int8"}) if eight else method(at)
@@ -97,7 +97,7 @@ def one_source(name: Any, split: Any, at: At) -> str | dict[str, Any]:
 def validation(_: Any, at: At) -> Any:
     """A source or a share for `data.split.validation`."""
     if at.given("test_split_size"):
-        return number(at["test_split_size"], at)
+        return at.number("test_split_size")
     if str(at["eval_strategy"]) in ("no", "False"):
         return Taken(0.0, "no validation there (eval_strategy: no), so every row trains")
     if at.items("datasets") or not at.given("dataset_name"):

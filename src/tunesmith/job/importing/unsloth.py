@@ -88,7 +88,7 @@ def targets(value: Any, at: At) -> Any:
 def cli_method(at: At) -> str:
     if str(at["training.training_type"]).strip().lower() == "full":
         return "full"
-    return "qlora" if truth(at["training.load_in_4bit"]) else "lora"
+    return "qlora" if at.on("training.load_in_4bit") else "lora"
 
 
 def cli_rows(_: Any, at: At) -> Any:
@@ -192,23 +192,28 @@ CLI = Framework(
 
 
 def method(at: At) -> str:
-    if truth(at["full_finetuning"]):
+    if at.on("full_finetuning"):
         return "full"
-    sixteen = truth(at["load_in_16bit"]) or truth(at["load_in_8bit"]) or truth(at["load_in_fp8"])
-    return "lora" if sixteen or not truth(at["load_in_4bit"]) else "qlora"
+    sixteen = at.on("load_in_16bit") or at.on("load_in_8bit") or at.on("load_in_fp8")
+    return "lora" if sixteen or not at.on("load_in_4bit") else "qlora"
 
 
 def the_method(value: Any, at: At) -> Any:
-    if method(at) == "lora" and truth(at["load_in_8bit"]):
+    if method(at) == "lora" and at.on("load_in_8bit"):
         return Taken("lora", "the base in int8", {"method.base": "int8"})
-    if method(at) == "lora" and truth(at["load_in_fp8"]):
+    if method(at) == "lora" and at.on("load_in_fp8"):
         return Taken("lora", "the base in fp8", {"method.base": "fp8"})
     return method(at)
 
 
+def flat_length(_: Any, at: At) -> Taken:
+    """SFTConfig's max_length cuts rows; without it the model's max_seq_length does."""
+    return length(at["max_length"] if at.given("max_length") else at["max_seq_length"], at)
+
+
 def flat_loss(value: Any, at: At) -> Implied:
     """train_on_responses_only of the notebooks, which format rows into one text and train all of it without."""
-    if truth(value) or truth(at["assistant_only_loss"]):
+    if truth(value) or at.on("assistant_only_loss"):
         return Implied("answers alone are trained")
     if shape_of_file(at.files.find(str(at["dataset_name"]))) in ("text", "prompt_completion"):
         return Implied("the rows are text, or completions of prompts, not chats")
@@ -218,8 +223,8 @@ def flat_loss(value: Any, at: At) -> Implied:
 def seed(_: Any, at: At) -> Any:
     """`seed` is the trainer's and `random_state` the adapters'; ours is one for both."""
     if at.given("seed") and at.given("random_state") and at["seed"] != at["random_state"]:
-        return Taken(whole(at["seed"], at), "one seed here for adapters (random_state) and rows (seed)")
-    return whole(at["random_state"] if at.given("random_state") and not at.given("seed") else at["seed"], at)
+        return Taken(at.number("seed", whole), "one seed here for adapters (random_state) and rows (seed)")
+    return at.number("random_state" if at.given("random_state") and not at.given("seed") else "seed", whole)
 
 
 FLAT = Framework(
@@ -243,8 +248,8 @@ FLAT = Framework(
         "assistant_only_loss": replace(trl.SFT["assistant_only_loss"], default=UNSET),
         "model_name": to("model", the_model, required=True),
         "revision": refused("a revision of the model; add `revision` to model"),
-        "max_seq_length": to("data.max_tokens", length, "and data.too_long: truncate", default=2048),
-        "max_length": to("data.max_tokens", length),
+        "max_seq_length": to("data.max_tokens", flat_length, "and data.too_long: truncate", default=2048),
+        "max_length": to("data.max_tokens", flat_length),
         "load_in_4bit": to("method.name", the_method, "qlora", default=True),
         "load_in_8bit": to("method.name", switch(the_method), "lora, base: int8"),
         "load_in_16bit": to("method.name", switch(the_method), "lora"),
