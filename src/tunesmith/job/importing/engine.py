@@ -150,7 +150,7 @@ def _flatten(values: Mapping[str, Any], table: Mapping[str, Key]) -> dict[str, t
                 for index, item in enumerate(value):
                     walk(item, f"{at}[{index}].", called + "[].")
             else:
-                flat[at] = (called, value)
+                flat[at] = (called, None if value in ("", [], {}) else value)
 
     walk(values, "", "")
     return flat

@@ -255,7 +255,7 @@ def flag(value: Any, _: At) -> bool:
 def names(value: Any, _: At = UNSET) -> list[str]:
     """A list of names, also written as one text with commas."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        value = [part.strip() for part in value.split(",") if part.strip()] or None
     if not isinstance(value, list):
         raise WrongValue("a list of names")
     return [str(item) for item in value]

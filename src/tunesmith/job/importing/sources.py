@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.bundled import BUNDLED
 from tunesmith.job.importing.rules import NotSupported
 
 _BUCKETS = ("s3://", "gs://", "gcs://", "az://", "abfs://", "oci://", "https://", "http://")
@@ -26,7 +27,7 @@ def source(
     """One source as a job writes it; a bare path where nothing else is said."""
     if path.startswith(_BUCKETS):
         raise NotSupported(f"rows at {path}: download them and name the file", fatal=True)
-    if split:
+    if split and path not in BUNDLED:
         path = f"{path}:{split.partition('[')[0]}"
     more = {"format": format, "revision": revision, "weight": weight if weight != 1 else None}
     kept = {key: value for key, value in more.items() if value is not None}

@@ -73,8 +73,8 @@ def rows(_: Any, at: At) -> Any:
         raise NotSupported("no rows are named: neither dataset_name nor datasets is there", fatal=True)
     if not items:
         return one_source(at["dataset_name"], at["dataset_train_split"], at)
-    fractions = {item.within("fraction") for item in items}
-    if len(fractions) > 1:
+    fractions = [item.within("fraction") for item in items]
+    if any(fraction != fractions[0] for fraction in fractions):
         raise NotSupported(
             "fractions for a mixture: theirs are shares of the mixture, weights here of each source"
         )

@@ -61,16 +61,16 @@ def _lines(node: Mapping[str, Any], origins: Mapping[str, str], path: str, depth
     lines: list[str] = []
     for key, value in node.items():
         target, head = path + key, "  " * depth + f"{key}:"
-        opened: bool = isinstance(value, dict) and target not in origins
-        text = head if opened else f"{head} {_flow(value)}"
+        section: dict[str, Any] = value if isinstance(value, dict) and target not in origins else {}
+        text = head if section else f"{head} {_flow(value)}"
         origin = _plain(origins.get(target, ""))
         listed = isinstance(value, list) and any(isinstance(item, dict) for item in value)
         text = head if listed else text
         lines.append(f"{text.ljust(_COLUMN)} # {origin}" if origin else text)
         if listed:
             lines += [f"{'  ' * (depth + 1)}- {_flow(item)}" for item in value]
-        elif opened:
-            lines += _lines(value, origins, target + ".", depth + 1)
+        elif section:
+            lines += _lines(section, origins, target + ".", depth + 1)
     return lines
 
 
