@@ -105,6 +105,9 @@ VALUES: list[Any] = [
     "none",
 ]
 VALUES += [
+    10**400,
+    "inf",
+    "nan",
     "constant",
     "acme/other",
     "q_proj,v_proj",

@@ -81,15 +81,17 @@ class Import:
         return [entry for entry in self.entries if entry.status == "not supported"]
 
     def to_json(self) -> dict[str, Any]:
-        counts = {
-            status: sum(entry.status == status and not entry.from_default for entry in self.entries)
-            for status in ("mapped", "implied", "not supported")
-        }
+
+        def counts(of_defaults: bool) -> dict[str, int]:
+            found = [entry.status for entry in self.entries if entry.from_default == of_defaults]
+            return {status: found.count(status) for status in ("mapped", "implied", "not supported")}
+
         return {
             "framework": self.framework.name,
             "defaults_of_version": self.framework.version,
             "file": str(self.file),
-            "counts": counts,
+            "counts": counts(False),
+            "counts_of_defaults": counts(True),
             "keys": [asdict(entry) for entry in self.entries],
             "job": self.job,
             "failures": self.failures,

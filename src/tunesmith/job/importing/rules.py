@@ -9,6 +9,7 @@ whole configuration, and answers with our value, `Taken` (a value with a remark)
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -224,10 +225,11 @@ def each(names: str, key: Key, prefix: str = "") -> dict[str, Key]:
 def number(value: Any, _: At) -> float:
     """A number; also as text, which is how YAML 1.1 reads `2e-5`."""
     try:
-        if isinstance(value, bool):
+        read = float(value)
+        if isinstance(value, bool) or not math.isfinite(read):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
+        return read
+    except (TypeError, ValueError, OverflowError):
         raise WrongValue("a number") from None
 
 

@@ -197,7 +197,9 @@ _SCRIPT = {
     "model_revision": to(
         "model", model("model_name_or_path", "model_revision"), "`main` is the default branch"
     ),
-    "dtype": implied("weights that train are kept in fp32; train.precision is what products are computed in"),
+    "dtype": implied(
+        "weights that train are kept in fp32, a frozen base in train.precision, which is what products are computed in"
+    ),
     "torch_dtype": implied("as dtype"),
     "use_peft": to("method.name", the_method, default=False),
     "load_in_4bit": to("method.name", switch(the_method), "with use_peft: qlora"),
