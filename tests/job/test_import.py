@@ -275,6 +275,15 @@ def test_warmup_in_steps_of_an_unknown_number_is_not_supported() -> None:
     assert "set train.warmup to 10 / steps" in entry(made, "warmup_steps").remark
 
 
+def test_warmup_in_steps_follows_from_rows_that_can_be_counted() -> None:
+    Path("rows.jsonl").write_text('{"text": "a"}\n' * 100)
+    made = imported(TRL.replace("acme/rows", "rows.jsonl") + "warmup_steps: 6\nnum_train_epochs: 2\n")
+    # 100 rows, 8 a step: 13 steps an epoch, 26 in all.
+    assert job_of(made).train.warmup == 0.230769
+    assert entry(made, "warmup_steps").status == "mapped"
+    assert "6 of about 26 steps" in job_text(made)
+
+
 def test_numbers_that_yaml_1_1_reads_as_text_are_numbers() -> None:
     assert job_of(imported(TRL + "learning_rate: '2e-4'\nweight_decay: 1e-2\n")).train.learning_rate == 2e-4
 

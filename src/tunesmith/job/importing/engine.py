@@ -10,9 +10,10 @@ into the job and listed apart.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from tunesmith.job.importing.rules import (
     Taken,
     WrongValue,
 )
+from tunesmith.job.importing.sources import count_rows
+from tunesmith.job.importing.trainer import StepsUnknown
 from tunesmith.job.load import Location, check_values, read_yaml
 from tunesmith.job.spec import DataSpec, LoraSpec, SplitSpec, TrainSpec
 
@@ -172,6 +175,7 @@ class _Run:
         self.ours: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.origin_places: dict[str, str] = {}
+        self.warmup_steps: float | None = None
 
     def carry_out(self) -> Import:
         try:
@@ -188,6 +192,7 @@ class _Run:
                 self.entries.append(
                     Entry("", "", None, "mapped", habit.to, habit.value, habit.text, from_default=True)
                 )
+        self._settle_warmup()
         failures = [f"{entry.key}: {entry.remark}" for entry in self.entries if entry.fatal]
         if not failures:
             failures = [
@@ -247,6 +252,8 @@ class _Run:
         try:
             answer = key.turn(value, at)
         except NotSupported as error:
+            if isinstance(error, StepsUnknown):
+                self.warmup_steps = error.steps
             ours = None if error.instead is UNSET else error.instead
             if error.instead is not UNSET and key.to:
                 self._write(key.to, error.instead, f"in place of {path}: {error.reason}", place)
@@ -268,6 +275,32 @@ class _Run:
         for target, extra in taken.also.items():
             self._write(target, extra, origin, place)
         return Entry(path, place, shown, "mapped", key.to, taken.value, taken.remark, from_default)
+
+    def _settle_warmup(self) -> None:
+        """Warm-up in steps as a share after all, where the rows are in files here and can be counted."""
+        if (
+            self.warmup_steps is None
+            or not {"data.train", "train.batch_rows", "train.epochs"} <= self.ours.keys()
+        ):
+            return
+        steps = self.warmup_steps
+        sources = self.ours["data.train"]
+        counted = 0.0
+        for one in sources if isinstance(sources, list) else [sources]:
+            path, weight = (one, 1) if isinstance(one, str) else (one["path"], one.get("weight", 1))
+            if (rows := count_rows(self.files.out.parent / path)) is None:
+                return
+            counted += rows * weight
+        held_out = self.ours.get("data.split.validation")
+        kept = counted * (1 - held_out) if isinstance(held_out, float) else counted
+        total = max(math.ceil(kept / self.ours["train.batch_rows"]) * self.ours["train.epochs"], 1)
+        share = min(round(steps / total, 6), 0.999)
+        remark = f"{steps:g} of about {total:g} steps, by the rows there are now; a share of the steps here"
+        self.ours["train.warmup"] = share
+        for index, entry in enumerate(self.entries):
+            if entry.to == "train.warmup":
+                self.entries[index] = replace(entry, status="mapped", ours=share, remark=remark)
+                self.origins["train.warmup"] = f"{entry.key}, {entry.place or 'their default'} ({remark})"
 
     def _wrong(self, error: WrongValue, path: str) -> JobError:
         key = error.key or path

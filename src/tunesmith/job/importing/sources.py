@@ -43,6 +43,20 @@ def is_file(path: str) -> bool:
     return path.endswith((".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"))
 
 
+def count_rows(path: Path) -> int | None:
+    """Rows of a .jsonl or .json file; None of anything else, or larger than 256 MB."""
+    try:
+        if path.suffix not in (".jsonl", ".json") or path.stat().st_size > 1 << 28:
+            return None
+        if path.suffix == ".json":
+            rows = json.loads(path.read_bytes())
+            return len(rows) if isinstance(rows, list) else None
+        with path.open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def shape_of_file(path: Path | None) -> str | None:
     """`messages`, `sharegpt`, `prompt_completion`, `alpaca`, `text` by the keys of a file's first row; else None."""
     if path is None or path.suffix not in (".jsonl", ".json") or not path.is_file():

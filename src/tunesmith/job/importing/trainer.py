@@ -28,6 +28,15 @@ from tunesmith.job.importing.rules import (
 
 STAND_IN_WARMUP = 0.03
 
+
+class StepsUnknown(NotSupported):
+    """Warm-up in steps, of a run whose length the configuration alone does not tell; the rows may."""
+
+    def __init__(self, steps: float, reason: str, *, instead: float) -> None:
+        super().__init__(reason, instead=instead)
+        self.steps = steps
+
+
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla"), "adamw"),
     **dict.fromkeys(("paged_adamw", "paged_adamw_32bit", "adamw_apex_fused"), "adamw"),
@@ -84,7 +93,8 @@ def warmup(steps: str, share: str, scheduler: str, max_steps: str) -> Turn:
                 min(round(count / total, 6), 0.999),
                 f"{count:g} of {total:g} steps; a share of the steps here",
             )
-        raise NotSupported(
+        raise StepsUnknown(
+            count,
             f"{count:g} warm-up steps: a job gives them as a share of the steps, whose number follows from the data; "
             f"{STAND_IN_WARMUP} in its place, set train.warmup to {count:g} / steps",
             instead=STAND_IN_WARMUP,
