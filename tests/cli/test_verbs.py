@@ -209,3 +209,47 @@ def test_plan_prints_a_row_for_each_method(folder: Path) -> None:
     wrong = tunesmith("plan", "job.yaml", "--memory", "4", cwd=folder)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+
+
+THEIRS = """\
+model_name_or_path: tunesmith/tiny
+dataset_name: tunesmith/tickets
+use_peft: true
+max_steps: 2
+assistant_only_loss: true
+"""
+
+
+def test_an_import_writes_a_job_that_loads_and_reports_each_key_as_json(folder: Path) -> None:
+    (folder / "trl.yaml").write_text(THEIRS + "packing: true\n")
+    answer = tunesmith("import", "trl.yaml", "--out", "made.yaml", "--json", cwd=folder)
+    assert answer.returncode == 0
+    report = json.loads(answer.stdout)
+    assert (report["framework"], report["job_file"], report["counts"]["not supported"]) == (
+        "trl",
+        "made.yaml",
+        1,
+    )
+    assert "warning: trl.yaml: 1 not supported" in answer.stderr
+    assert (folder / "tunesmith.schema.json").exists()
+    assert tunesmith("check", "made.yaml", "--json", cwd=folder).returncode == 0
+    again = tunesmith("import", "trl.yaml", "--out", "made.yaml", cwd=folder)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+def test_an_import_without_a_job_ends_with_1_and_still_reports(folder: Path) -> None:
+    (folder / "dpo.yaml").write_text(THEIRS + "beta: 0.1\n")
+    answer = tunesmith("import", "dpo.yaml", "--out", "made.yaml", cwd=folder)
+    assert answer.returncode == 1
+    assert "error: dpo.yaml: no job can be made; beta: learning from preferences" in answer.stderr
+    assert "NOT SUPPORTED (1)" in answer.stdout
+    assert not (folder / "made.yaml").exists()
+
+
+def test_an_import_of_a_bad_file_is_one_line_and_needs_no_torch(folder: Path) -> None:
+    (folder / "bad.yaml").write_text("- 1\n")
+    used = cpu_seconds()
+    answer = tunesmith("import", "bad.yaml", cwd=folder)
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
+    assert answer.stderr.startswith("error: bad.yaml:1: is a list")
+    assert cpu_seconds() - used < 1.5

@@ -65,11 +65,50 @@ def init(
     _say(f"Wrote {path}. Next: tunesmith check {path}")
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Configuration of another framework (YAML).")],
+    framework: Annotated[
+        Literal["axolotl", "llamafactory", "trl", "unsloth"] | None,
+        typer.Option("--from", help="Whose it is; told by its keys if left out."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="JOB", help="Job file to write.")] = Path("job.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a job file from a configuration of Axolotl, LLaMA-Factory, TRL or Unsloth."""
+    from tunesmith.job.importing.engine import import_configuration
+    from tunesmith.job.importing.write import write_job
+
+    made = import_configuration(file, framework=framework, out=out)
+    if made.job is not None:
+        write_job(made, out)
+    if as_json:
+        _print_json({**made.to_json(), "job_file": str(out) if made.job is not None else None})
+    else:
+        from tunesmith.cli.show_import import print_import
+
+        print_import(made)
+    if made.job is None:
+        _say(f"error: {file}: no job can be made; {'; '.join(made.failures)}")
+        raise typer.Exit(1)
+    if count := len(made.not_supported):
+        _say(f"warning: {file}: {count} not supported; {out} says what stands in their place")
+    _say(f"Wrote {out}. Next: tunesmith check {out}")
+
+
 @app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+    imports: Annotated[
+        bool, typer.Option("--imports", help="The page on `tunesmith import` instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of the job file."""
+    if imports:
+        from tunesmith.job.importing.reference import import_reference
+
+        print(import_reference(), end="")
+        return
     from tunesmith.job.schema import job_reference, job_schema
 
     print(job_reference() if markdown else dump_json(job_schema(), indent=2), end="" if markdown else "\n")

@@ -38,7 +38,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Paths in the file are relative to the file. Raises JobError, in one line.
     """
     path = Path(path)
-    values, places = _read_yaml(path)
+    values, places = read_yaml(path)
     for override in overrides:
         _apply_override(values, override, places)
     job = _validate(values, places, str(path))
@@ -54,13 +54,23 @@ def job_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
     return resolve_paths(_validate(copied, places, "job"), Path())
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
-    """The file's values, and the place (`job.yaml:4`) of every key and list item."""
-    text = _read_text(path)
+def check_values(values: dict[str, Any], places: dict[Location, str], path: str) -> Job:
+    """A job from values whose places are known; JobError at the place of the first that is wrong."""
+    return _validate(values, places, path)
+
+
+def read_yaml(
+    path: Path, *, what: str = "a job file", cure: str = "Start from: tunesmith init"
+) -> tuple[dict[str, Any], dict[Location, str]]:
+    """The file's values, and the place (`job.yaml:4`) of every key and list item.
+
+    what, cure: how messages call the file, and what helps if it holds no mapping.
+    """
+    text = _read_text(path, what)
     yaml = YAML(typ="rt")
     yaml.allow_duplicate_keys = False
     try:
-        _refuse_aliases_and_tags(text, path)
+        _refuse_aliases_and_tags(text, path, what)
         document = yaml.load(text)
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -76,49 +86,45 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
         raise JobError(str(path), f"not YAML: {str(error).splitlines()[0]}", cure="Check the file") from None
     if document is None:
         raise JobError(
-            str(path), "is empty", rule="a job names a model and data", cure="Start from: tunesmith init"
+            str(path), "is empty", rule=f"{what.removesuffix(' file')} names a model and data", cure=cure
         )
     if not isinstance(document, dict):
         raise JobError(
             f"{path}:1",
             f"is a {_yaml_type(document)}",
-            rule="a job is a mapping",
-            cure="Start from: tunesmith init",
+            rule=f"{what.removesuffix(' file')} is a mapping",
+            cure=cure,
         )
     places: dict[Location, str] = {}
     _collect_places(document, (), places, str(path))
     return _plain(document), places
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, what: str) -> str:
     try:
         if path.stat().st_size > MAX_JOB_BYTES:
             raise JobError(
-                str(path), "is larger than 1 MB", rule="a job file is short", cure="Is this a data file?"
+                str(path), "is larger than 1 MB", rule=f"{what} is short", cure="Is this a data file?"
             )
         raw = path.read_bytes()
     except OSError as error:
         raise JobError(
             str(path),
             (error.strerror or str(error)).lower(),
-            cure="Check the path, or write one with: tunesmith init",
+            cure="Check the path" + (", or write one with: tunesmith init" if what == "a job file" else ""),
         ) from None
     if raw.startswith(b"\xef\xbb\xbf"):
         raise JobError(f"{path}:1", "starts with a byte order mark", cure="Save the file without BOM")
     if b"\x00" in raw:
-        raise JobError(
-            str(path), "contains a NUL byte", rule="a job file is text", cure="Save it as UTF-8 text"
-        )
+        raise JobError(str(path), "contains a NUL byte", rule=f"{what} is text", cure="Save it as UTF-8 text")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise JobError(
-            f"{path}:{line}", "is not UTF-8", rule="a job file is UTF-8", cure="Convert it"
-        ) from None
+        raise JobError(f"{path}:{line}", "is not UTF-8", rule=f"{what} is UTF-8", cure="Convert it") from None
 
 
-def _refuse_aliases_and_tags(text: str, path: Path) -> None:
+def _refuse_aliases_and_tags(text: str, path: Path, what: str) -> None:
     from ruamel.yaml.events import AliasEvent
 
     depth = 0
@@ -126,19 +132,19 @@ def _refuse_aliases_and_tags(text: str, path: Path) -> None:
         place = f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
         if isinstance(event, AliasEvent):
             raise JobError(
-                place, "uses a YAML alias", rule="a job file is plain data", cure="Write the value out"
+                place, "uses a YAML alias", rule=f"{what} is plain data", cure="Write the value out"
             )
         tag = getattr(event, "ctag", None) or getattr(event, "tag", None)
         if tag is not None and str(tag) not in ("None", "!"):
             raise JobError(
-                place, f"uses the YAML tag {tag}", rule="a job file is plain data", cure="Remove the tag"
+                place, f"uses the YAML tag {tag}", rule=f"{what} is plain data", cure="Remove the tag"
             )
         name = type(event).__name__
         depth += name.endswith("StartEvent") and not name.startswith(("Stream", "Document"))
         depth -= name.endswith("EndEvent") and not name.startswith(("Stream", "Document"))
         if depth > 20:
             raise JobError(
-                place, "is nested more than 20 deep", rule="a job file is shallow", cure="Check indentation"
+                place, "is nested more than 20 deep", rule=f"{what} is shallow", cure="Check indentation"
             )
 
 
