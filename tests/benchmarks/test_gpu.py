@@ -530,7 +530,9 @@ def write_reference(folder: Path, *, noise: float) -> dict[str, np.ndarray]:
         for name in ("a.q_proj.weight", "a.k_proj.weight", "b.weight")
     }
     save_file(truth, folder / "reference.safetensors")
-    save_file({name: value * (1 + noise) for name, value in truth.items()}, folder / "rounded.safetensors")
+    for kind, times in (("rounded", 1), ("rounded-fp8", 10)):
+        rounded = {name: value * (1 + times * noise) for name, value in truth.items()}
+        save_file(rounded, folder / f"{kind}.safetensors")
     (folder / "reference.json").write_text(json.dumps({"reference": 2.0, "rounded": 2.0}))
     return truth
 
@@ -555,6 +557,17 @@ def test_gradients_may_be_three_times_as_far_as_plain_bf16(tmp_path, factor, pas
 
     assert parity.passed is passed
     assert parity.allowed_total == pytest.approx(0.03, rel=1e-3)
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(1.14, True), (1.17, False)])
+def test_gradients_of_an_fp8_base_may_be_half_as_far_again_as_plain_fp8(tmp_path, factor, passed):
+    truth = write_reference(tmp_path, noise=0.01)
+    save_file({name: value * np.float32(factor) for name, value in truth.items()}, tmp_path / "x.safetensors")
+
+    parity = check_parity(tmp_path, tmp_path / "x.safetensors", {"loss": 2.0}, fp8=True)
+
+    assert parity.passed is passed
+    assert parity.allowed_total == pytest.approx(0.15, rel=1e-3)
 
 
 def test_a_missing_gradient_and_another_loss_are_told(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,12 +179,15 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_why(hf_folders: Any) -> N
 def test_a_fixed_batch_takes_over_batches_of_its_signature(hf_folders: Any) -> None:
     model = open_model(hf_folders("llama")[0], rank=4)
     model.segments = Segments(compiled=False)
-    batches = [make_batch(make_rows([20, 33], seed=seed)) for seed in (0, 1)]
+    rows = make_rows([20, 33], seed=1)
+    fewer = replace(rows[1], mask=[0] * 30 + [1] * 3)
+    batches = [make_batch(given) for given in (make_rows([20, 33]), rows, [rows[0], fewer])]
     fixed = batches[0].fixed()
-    assert fixed.signature() == batches[0].signature() == batches[1].signature()
+    assert len({batch.signature() for batch in (fixed, *batches)}) == 1
+    assert len({batch.num_targets for batch in (fixed, *batches)}) == 3
     assert len(fixed.targets_K) == 64
     assert "buckets" in vars(fixed.layout)  # made now: a recording takes nothing from the host
-    for batch in (batches[0], batches[1], batches[0]):
+    for batch in (*batches, batches[0]):
         fixed.copy_(batch)
         assert sft_loss(model, fixed).total.item() == pytest.approx(
             sft_loss(model, batch).total.item(), rel=1e-6
