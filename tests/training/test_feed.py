@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -81,8 +82,17 @@ def test_running_out_of_memory_repeats_the_step_with_the_same_result(tmp_path, a
     assert any("out of memory, repeated" in warning for warning in outcome.warnings)
 
 
-def test_only_the_first_batch_of_a_run_is_made_while_the_device_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_module, "Feed", partial(Feed, ahead=True))
+class SlowFeed(Feed):
+    """Comes to its work when the main thread has gone on to the next step."""
+
+    def _make(self, choose_rows):
+        time.sleep(0.02)
+        return super()._make(choose_rows)
+
+
+@pytest.mark.parametrize("kind", [Feed, SlowFeed])
+def test_only_the_first_batch_of_a_run_is_made_while_the_device_waits(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(step_module, "Feed", partial(kind, ahead=True))
     makers: list[str] = []
 
     def note(rows, device):

@@ -213,7 +213,7 @@ class Stepper:
         for index, group in enumerate(groups):
             try:
                 batch = self.feed.take(group)
-                self.feed.begin(partial(self._choose_next, groups, index + 1))
+                self.feed.begin(partial(self._choose_next, groups, index + 1, self.following))
                 if self.graphs is None:
                     _differentiate(self.model, self._loss, batch, factor, loss_sum)
                 else:
@@ -225,13 +225,18 @@ class Stepper:
                 return index
         return loss_sum
 
-    def _choose_next(self, groups: Sequence[Sequence[TokenRow]], index: int) -> Sequence[TokenRow] | None:
-        """The step's micro-batch of that number; after its last, the first of the step that follows."""
+    def _choose_next(
+        self, groups: Sequence[Sequence[TokenRow]], index: int, following: Callable[[], StepRows] | None
+    ) -> Sequence[TokenRow] | None:
+        """The step's micro-batch of that number; after its last, the first of the step that follows.
+
+        following: as it is when asked for. By the time the background comes to it, another step may have begun.
+        """
         if index < len(groups):
             return groups[index]
-        if self.following is None:
+        if following is None:
             return None
-        trained = [row for row in self.following().rows if count_targets(row)]
+        trained = [row for row in following().rows if count_targets(row)]
         plan = plan_micro_batches([len(row.ids) for row in trained], budget_tokens=self.budget_tokens)
         return [trained[number] for number in plan[0]] if plan else None
 
