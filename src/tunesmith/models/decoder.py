@@ -269,14 +269,16 @@ class Decoder(CausalLM):
     def has_plain_form(self) -> bool:
         return all(block.has_plain_form for block in self.layers if isinstance(block, Block))
 
-    def refresh(self) -> None:
-        """Bring what adapters are joined to up to date with them, where passes over it are only replayed."""
+    def refresh(self) -> bool:
+        """Bring what adapters are joined to up to date with them, where passes over it are only replayed. False if
+        they are joined to nothing."""
         columns = [column for projection in self.projections() for column in projection.joined_columns()]
         if columns:
             into, b, scales = zip(*columns, strict=True)
             with torch.no_grad():
                 for target, scaled in zip(into, torch._foreach_mul(b, scales), strict=True):  # pyright: ignore[reportPrivateImportUsage]
                     target.copy_(scaled)
+        return bool(columns)
 
     def step(
         self,

@@ -46,7 +46,7 @@ class GraphRunner:
     """Runs micro-batches, recorded where they can be.
 
     hold_gradients: makes gradients stay where they are; False if they can't.
-    refresh: brings what is computed with up to date with the weights, at the start of a step.
+    refresh: brings what is computed with up to date with the weights, at the start of a step; False if nothing is.
     failure: why nothing is recorded any more; empty while it is.
     """
 
@@ -55,7 +55,7 @@ class GraphRunner:
         run: RunMicroBatch,
         *,
         hold_gradients: Callable[[], bool],
-        refresh: Callable[[], None],
+        refresh: Callable[[], bool],
         device: torch.device,
     ) -> None:
         self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
@@ -118,12 +118,12 @@ class GraphRunner:
             self.failure = "gradients do not stay in place"
             return None
         # What a recorded pass found out of date it would bring up to date in every replay.
-        self._refresh()
+        has_refresh = self._refresh()
         fixed, stream = batch.fixed(), torch.cuda.current_stream()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            if self._refreshing is None:
+            if has_refresh and self._refreshing is None:
                 self._refreshing = self._capture(self._refresh)
             self._graphs[key] = _Graph(
                 fixed, self._capture(lambda: self._run(fixed, self._factor, self._loss_sum))
@@ -138,7 +138,7 @@ class GraphRunner:
         self.release()
         return None
 
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -154,10 +154,13 @@ def _name_cause(error: BaseException) -> str:
 
 def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
     """What torch leaves undone when it can't end a recording that broke off: its stream is still the current one, on
-    which nothing waits for the batches that are copied, and its pool still counts as in use."""
+    which nothing waits for the batches that are copied, its pool still counts as in use, and its random generator
+    still takes itself for recorded, and refuses to draw."""
     if torch.cuda.current_stream() == stream:
         return
     torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())
     with suppress(RuntimeError):  # where the recording ended, and only its graph could not be made
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)

@@ -111,7 +111,7 @@ class Stepper:
         self.following: Callable[[], StepRows] | None = None
         self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
 
-    def record_graphs(self, refresh: Callable[[], None]) -> None:
+    def record_graphs(self, refresh: Callable[[], bool]) -> None:
         """From now on, record micro-batches whose shape comes back. Memory plan and what blocks keep stay as they are.
 
         refresh: see `GraphRunner`.
