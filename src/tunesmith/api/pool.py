@@ -9,8 +9,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.api.foreign import run_foreign
 from tunesmith.api.stopping import stop_on_signals
-from tunesmith.api.tasks import Task, is_finished, write_tasks
+from tunesmith.api.tasks import Task, TrainTask, is_finished, write_tasks
 from tunesmith.core.errors import Interrupted, TunesmithError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.frameworks.native import worker_command
@@ -78,13 +79,13 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
 def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
     task_file = work.folder / f"{work.name.replace(' ', '-')}.tasks.json"
     write_tasks(task_file, work.tasks)
+    log = work.folder / f"{work.name.replace(' ', '-')}.log"
+    only = work.tasks[0]
+    if isinstance(only, TrainTask) and only.framework != "tunesmith":
+        run_foreign(only, task_file=task_file, log=log, on_event=on_event, stop=stop, threads=threads)
+        return
     run_process(
-        worker_command(task_file),
-        log=work.folder / f"{work.name.replace(' ', '-')}.log",
-        task=work.name,
-        on_event=on_event,
-        stop=stop,
-        threads=threads,
+        worker_command(task_file), log=log, task=work.name, on_event=on_event, stop=stop, threads=threads
     )
 
 
