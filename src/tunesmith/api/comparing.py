@@ -192,7 +192,11 @@ class _Comparing:
         Before a framework trains, it and our own engine show what they do in the first steps of the same job.
         """
         works = [work for arm in arms if arm.is_foreign for work in self._plan_parity(arm)]
-        shown = {arm.name: frozenset(work.name for work in self._plan_parity(arm)) for arm in arms if arm.is_foreign}
+        shown = {
+            arm.name: frozenset(work.name for work in self._plan_parity(arm))
+            for arm in arms
+            if arm.is_foreign
+        }
         works += [
             Work(
                 f"{arm.name} seed {seed}",
@@ -222,7 +226,12 @@ class _Comparing:
         works: list[Work] = []
         for who, framework in (("parity", arm.framework), ("reference", "tunesmith")):
             name, folder = f"{arm.name} {who}", self.run.parity_run(arm.name, who).root
-            changes = {"label": name, "out": str(folder), "framework": framework, "parity_steps": PARITY_STEPS}
+            changes = {
+                "label": name,
+                "out": str(folder),
+                "framework": framework,
+                "parity_steps": PARITY_STEPS,
+            }
             works.append(Work(name, (replace(task, **changes),), folder))
         return works
 
@@ -314,7 +323,9 @@ def _by_arm(failed: Mapping[str, str], arms: Sequence[PlannedArm]) -> dict[str, 
     reasons: dict[str, str] = {}
     for arm in arms:
         for work, reason in sorted(failed.items(), key=lambda item: (item[0].endswith(" judged"), item[0])):
-            if work.startswith(tuple(f"{arm.name} {what}" for what in ("judged", "seed ", "parity", "reference"))):
+            if work.startswith(
+                tuple(f"{arm.name} {what}" for what in ("judged", "seed ", "parity", "reference"))
+            ):
                 reasons.setdefault(arm.name, f"{work.removeprefix(arm.name).strip()}: {reason}")
     if reasons and len(reasons) == len(arms):
         name, reason = next(iter(reasons.items()))

@@ -6,8 +6,10 @@ again from the start: frameworks' checkpoints are not ours to trust.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.frameworks.environments import foreign_environ, require_environment
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.native import worker_command
-from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_training, find_port
+from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_training
+from tunesmith.frameworks.ports import find_port
 from tunesmith.frameworks.process import ProcessUse, run_process
 
 
@@ -44,7 +47,9 @@ def run_foreign(
         shutil.rmtree(folder, ignore_errors=True)
     for file in (run.record, run.steps, run.parity):
         file.unlink(missing_ok=True)
-    run_process(worker_command(task_file), log=log, task=task.label, on_event=on_event, stop=stop, threads=threads)
+    run_process(
+        worker_command(task_file), log=log, task=task.label, on_event=on_event, stop=stop, threads=threads
+    )
     if stop.is_set():
         return
     place = str(run.handoff / "handoff.json")
@@ -58,7 +63,7 @@ def run_foreign(
         [python, *translation.argv],
         handoff,
         name=name,
-        environ={**foreign_environ(name), **translation.environ},
+        environ={**foreign_environ(name), **_first_gpu(os.environ), **translation.environ},
         log=log,
         on_event=on_event,
         stop=stop,
@@ -72,6 +77,11 @@ def run_foreign(
         record = collect_training(handoff, framework=name, log=log)
         write_json(run.record, _describe_run(record, handed["run"], handoff, use).to_json())
     mark_finished(task)
+
+
+def _first_gpu(environ: Mapping[str, str]) -> dict[str, str]:
+    """Only the GPU that our own engine takes: with several in sight, transformers would spread rows over all."""
+    return {"CUDA_VISIBLE_DEVICES": environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def _run_worker(

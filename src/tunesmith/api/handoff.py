@@ -35,7 +35,7 @@ _NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {
 
 
 def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
-    """Write `handoff/` of the task's folder: `handoff.json` holds the Handoff, and what is known of the run's record."""
+    """Write the task's `handoff/`: `handoff.json` holds the Handoff, and what is known of the run's record."""
     on_event(Event("progress", task.label, "handing over"))
     job, run = Job.model_validate(task.job), RunDir(Path(task.out)).create()
     prepared, device = load_prepared(Path(task.prepared)), pick_device()
@@ -44,7 +44,9 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     lengths = prepared.rows("train").lengths
     budget = job.train.micro_batch_tokens
     micro_rows = choose_micro_rows(
-        job.train.batch_rows, longest=max(lengths), budget=AUTO_BUDGET[device.type] if budget == "auto" else budget
+        job.train.batch_rows,
+        longest=max(lengths),
+        budget=AUTO_BUDGET[device.type] if budget == "auto" else budget,
     )
     order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
     total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))

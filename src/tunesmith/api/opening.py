@@ -12,7 +12,7 @@ from tunesmith.core.errors import JobError, ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.frameworks.environments import require_environment
-from tunesmith.frameworks.port import find_port
+from tunesmith.frameworks.ports import find_port
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
 from tunesmith.models.adapter_config import check_lora

@@ -37,7 +37,7 @@ def _read(kind: Any, value: Any, place: str, at: str) -> Any:
             raise _wrong(place, at, f"is {str(value)[:60]!r}", f"it is one of {', '.join(map(str, inner))}")
         return value
     if origin is tuple:
-        items = cast("list[Any]", _expect(list, value, "a list", place, at))
+        items = cast("list[Any]", _expect((list, tuple), value, "a list", place, at))
         return tuple(_read(inner[0], item, place, f"{at}[{number}]") for number, item in enumerate(items))
     if origin is dict:
         pairs = cast("dict[str, Any]", _expect(dict, value, "an object", place, at))
@@ -65,7 +65,7 @@ def _read_fields(kind: type, value: Any, place: str, at: str) -> Any:
     return kind(**{name: _read(hints[name], item, place, dotted + name) for name, item in given.items()})
 
 
-def _expect(kind: type, value: Any, name: str, place: str, at: str) -> Any:
+def _expect(kind: type | tuple[type, ...], value: Any, name: str, place: str, at: str) -> Any:
     if not isinstance(value, kind):
         raise _wrong(place, at, f"is {str(value)[:60]!r}", f"it is {name}")
     return value

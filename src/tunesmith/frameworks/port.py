@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.core.checked import read_checked
-from tunesmith.core.errors import ArmFailed, DataError, JobError
+from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.jsonl import read_json
 from tunesmith.core.parity import ParityRecord
 from tunesmith.frameworks.handoff import Handoff
@@ -42,7 +42,7 @@ class Translation:
 @dataclass(frozen=True, slots=True)
 class FrameworkRecord:
     """What a worker says of a finished training. seconds: of `importing`, `loading`, `building`, `first step`, `steps`,
-    `saving`. bytes: peaks, `allocated` and `reserved` on a GPU, `resident` in any case.
+    `validating`, `saving`. bytes: peaks, `allocated` and `reserved` on a GPU, `resident` in any case.
 
     resolved: the framework's whole configuration as it was used, its own defaults among it.
     """
@@ -78,28 +78,16 @@ class Port(Protocol):
         ...
 
 
-def find_port(name: str, *, place: str = "") -> Port:
-    """The adapter of a framework. Raises JobError for one that has none yet. place: the arm that asks for it."""
-    from tunesmith.frameworks.trl import Trl
-
-    ports: dict[str, Port] = {"trl": Trl()}
-    if name not in ports:
-        raise JobError(
-            f"{place}: framework" if place else "framework",
-            f"{name} cannot be compared yet",
-            rule=f"arms are trained by tunesmith or {', '.join(ports)}",
-            cure="Remove the arm, or choose another framework",
-        )
-    return ports[name]
-
-
 def collect_training(handoff: Handoff, *, framework: str, log: Path) -> FrameworkRecord:
     """What a training left. Raises ArmFailed in one line if it left nothing, or something else than a record."""
     record = read_left(FrameworkRecord, Path(handoff.record), what="record", handoff=handoff, log=log)
     if record.framework != framework or record.steps != handoff.total_steps:
         finding = f"its record is of {record.steps} steps by {record.framework}"
         raise ArmFailed(
-            handoff.label, finding, rule=f"{framework} was asked for {handoff.total_steps}", cure=f"Its log: {log}"
+            handoff.label,
+            finding,
+            rule=f"{framework} was asked for {handoff.total_steps}",
+            cure=f"Its log: {log}",
         )
     weights = Path(handoff.weights) if handoff.weights else None
     if weights is not None and not any(weights.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""What all frameworks over `transformers.Trainer` share: what they cannot express, and how a handoff is said to them."""
+"""What frameworks over `transformers.Trainer` share: what they cannot express, and how a handoff is said to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def can_trainer(job: Job, *, title: str) -> Reason | None:
 def _can_train(job: Job, title: str) -> Reason | None:
     train = job.train
     if job.data.streaming:
-        return Reason("data.streaming", f"{title} is handed rows in files", "Read train without data.streaming")
+        return Reason(
+            "data.streaming", f"{title} is handed rows in files", "Read train without data.streaming"
+        )
     if train.optimizer != "adamw":
         cure = "Set train.optimizer: adamw"
         return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
@@ -33,7 +35,9 @@ def _can_train(job: Job, title: str) -> Reason | None:
 
 def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | None:
     if method.qat_spec:
-        return Reason("qat", f"{title} does not train with rounded weights as ours does", "Leave qat out of the arm")
+        return Reason(
+            "qat", f"{title} does not train with rounded weights as ours does", "Leave qat out of the arm"
+        )
     if isinstance(method, FullSpec):
         return None
     if method.storage != "full":
@@ -43,7 +47,9 @@ def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | N
         return Reason("new_tokens", f"{title} is handed no new tokens yet", "Remove method.new_tokens")
     if method.modules_to_save:
         cure = "Remove modules_to_save"
-        return Reason("modules_to_save", f"{title} is handed no module to train whole beside adapters yet", cure)
+        return Reason(
+            "modules_to_save", f"{title} is handed no module to train whole beside adapters yet", cure
+        )
     if method.dora and job.train.weight_decay:
         finding = f"{title} also decays DoRA's magnitudes"
         return Reason("dora", finding, "Set train.weight_decay: 0, or leave dora out")

@@ -45,7 +45,9 @@ class Trl:
             "handoff": handoff.to_json(),
             "sft": trainer_settings(handoff) | _SFT,
             "lora": lora_settings(handoff),
-            "weights": "float32" if handoff.lora is None or handoff.precision == "fp32" else _DTYPES[handoff.precision],
+            "weights": "float32"
+            if handoff.lora is None or handoff.precision == "fp32"
+            else _DTYPES[handoff.precision],
         }
         return Translation(
             files={"trl.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"},

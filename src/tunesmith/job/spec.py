@@ -395,8 +395,8 @@ class ArmSpec(Spec):
     method: Literal["zero-shot", "few-shot", "rag"] | MethodSpec | Literal["full", "lora", "qlora"]
     """A way of prompting, or a training method by name or with its settings."""
     framework: Framework = "tunesmith"
-    """Who trains it: our own engine, or a framework in its own environment (`tunesmith frameworks`), which is handed the
-    same token rows, order, first adapters and settings."""
+    """Who trains it: our own engine, or a framework in its own environment (`tunesmith frameworks`), which is handed
+    the same token rows, order, first adapters and settings."""
     rag: bool = False
     """Answer with retrieved examples in the prompt."""
     quantize: Scheme | QuantizeSpec | None = None

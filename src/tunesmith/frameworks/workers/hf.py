@@ -1,12 +1,13 @@
 """What every framework over `transformers.Trainer` is given by its worker, in place of what it would choose itself: our
 order of rows, our first adapters, our validation, and a log of what each step did.
 
-Nothing of it decides how a loss, a gradient or an update is computed: that is what frameworks are compared by. All of it
-is hung onto the trainer when the framework calls `Trainer.train`, however it came to make one.
+Nothing of it decides how a loss, a gradient or an update is computed: that is what frameworks are compared by. All is
+hung onto the trainer when the framework calls `Trainer.train`, however it came to make one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from capture import IGNORED, Capture, saved_name
 from safetensors.torch import load_file
+from validation import measure_loss
 from worker import Failure, Run, peak_resident_bytes, write_json
 
-IGNORED = -100
-COMPANIONS = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "generation_config")
+COMPANIONS = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
 
 
 def read_rows(path: str) -> list[dict]:
@@ -31,11 +33,28 @@ def read_rows(path: str) -> list[dict]:
 
 def read_versions(*names: str) -> dict[str, str]:
     """Installed versions of the framework and of what else can change a number."""
-    return {name: importlib.metadata.version(name) for name in (*names, "transformers", "accelerate", "torch")}
+    return {
+        name: importlib.metadata.version(name) for name in (*names, "transformers", "accelerate", "torch")
+    }
+
+
+def leave_out_unknown(kind: type, settings: dict) -> dict:
+    """Settings that this version of a configuration has. What is off (None, False) and unknown to it decides nothing;
+    what is on and unknown cannot be obeyed."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if missing := [
+        name for name, value in settings.items() if name not in known and value not in (None, False)
+    ]:
+        raise Failure(f"{kind.__name__} has no setting {missing[0]!r}, which the job needs")
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def install(run: Run, *, framework: str, versions: dict[str, str]) -> None:
     """From now on, whoever trains with a `Trainer` does so watched; what the run is asked for is left when it ends."""
+    if run.handoff["device"] == "cuda" and not torch.cuda.is_available():
+        raise Failure(
+            f"torch {torch.__version__} of this environment finds no GPU, and our engine trains on one"
+        )
     plain = transformers.Trainer.train
 
     @functools.wraps(plain)
@@ -52,8 +71,8 @@ def install(run: Run, *, framework: str, versions: dict[str, str]) -> None:
 class _Order:
     """A sampler: the rows of the epoch that the trainer is at, step after step.
 
-    A step's rows are a whole number of the loader's batches (`micro_rows` divides `batch_rows`), but for an epoch's last
-    step, after which the loader begins anew: so no forward pass has rows of two steps.
+    A step's rows are whole batches of the loader, as `micro_rows` divides `batch_rows`, but for an epoch's last step,
+    after which the loader begins anew: so no forward pass has rows of two steps.
     """
 
     def __init__(self, trainer, order: list[list[list[int]]]) -> None:
@@ -76,7 +95,7 @@ class _Watcher(transformers.TrainerCallback):
         self.framework, self.versions = framework, versions
         self.order = json.loads(Path(self.handoff["order"]).read_text(encoding="utf-8"))
         self.trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-        self.capture = _Capture(self) if self.handoff["parity_steps"] else None
+        self.capture = Capture(self) if self.handoff["parity_steps"] else None
         self.losses: list[torch.Tensor] = []
         self.counts: list[torch.Tensor] = []
         self.tokens = self.targets = 0
@@ -145,11 +164,10 @@ class _Watcher(transformers.TrainerCallback):
                 "cuda": torch.version.cuda,
             }
         kept_best = self.best is not None and self.handoff["keep_best"]
-        names = ("starting", "importing", "loading", "building", "first step", "steps", "saving")
         return {
             "framework": self.framework,
             "versions": self.versions,
-            "seconds": {name: self.run.seconds.get(name, 0.0) for name in names},
+            "seconds": self.run.seconds,
             "bytes": sizes,
             "hardware": hardware,
             "resolved": describe(self.trainer),
@@ -209,13 +227,18 @@ class _Watcher(transformers.TrainerCallback):
             self.clip_norm, norm = self.clips[-1]
         else:
             gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-            self.clip_norm, norm = 0.0, torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
+            self.clip_norm, norm = (
+                0.0,
+                torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
+                ),
             )
         self.loss = float(torch.stack([loss.double() for loss in self.losses]).sum())
         self.grad_norm = float(norm)
         self.rates = [float(group["lr"]) for group in optimizer.param_groups if group["params"]]
-        if not math.isfinite(self.loss) or not (math.isfinite(self.grad_norm) or self.handoff["precision"] == "fp16"):
+        if not math.isfinite(self.loss) or not (
+            math.isfinite(self.grad_norm) or self.handoff["precision"] == "fp16"
+        ):
             raise Failure(f"step {state.global_step + 1}: loss {self.loss}, gradient norm {self.grad_norm}")
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
@@ -228,7 +251,9 @@ class _Watcher(transformers.TrainerCallback):
         seconds, total = now - self.mark, self.handoff["total_steps"]
         epoch, place = divmod(step - 1, len(self.order[0]))
         validation_loss = self._validate(step) if self._is_due(step, place) else None
-        peak = torch.cuda.max_memory_allocated() if self.handoff["device"] == "cuda" else peak_resident_bytes()
+        peak = (
+            torch.cuda.max_memory_allocated() if self.handoff["device"] == "cuda" else peak_resident_bytes()
+        )
         row = {
             "schema": 1,
             "step": step,
@@ -248,7 +273,7 @@ class _Watcher(transformers.TrainerCallback):
         left = (now - self.began) / step * (total - step)
         facts = {"loss": self.loss, "tokens_per_second": rate, "eta_seconds": left, "memory_bytes": peak}
         self.run.tell("step", done=step, total=total, **facts)
-        if step == 1:
+        if step == 1 or validation_loss is not None:
             self.run.enter("steps")
         if self.capture and step >= self.handoff["parity_steps"]:
             control.should_training_stop = True
@@ -267,6 +292,7 @@ class _Watcher(transformers.TrainerCallback):
 
     def _validate(self, step: int) -> float:
         """Nats per target token over all validation rows; the weights are kept if it is the lowest."""
+        self.run.enter("validating")
         loss = self.validation_loss = measure_loss(self.trainer, self.validation, self.handoff["micro_rows"])
         if not math.isfinite(loss):
             raise Failure(f"step {step}: the validation loss is {loss}")
@@ -274,44 +300,6 @@ class _Watcher(transformers.TrainerCallback):
             kept = {n: p.detach().to("cpu", copy=True) for n, p in self.trained.items()}
             self.best = (loss, step, kept if self.handoff["keep_best"] else {})
         return loss
-
-
-def saved_name(name: str) -> str:
-    """A parameter's name as PEFT or transformers saves it, without what wraps the model:
-    `base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `model.layers.0.mlp.up_proj.lora_A.weight`."""
-    name = name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("base_model.model.")
-    name = name.replace(".default", "").replace(".base_layer.", ".")
-    return name.removesuffix(".weight") if ".lora_magnitude_vector" in name else name
-
-
-@torch.no_grad()
-def measure_loss(trainer, rows: list[dict], batch_rows: int) -> float:
-    """Loss of the model as it is, by its own logits, in evaluation mode; training goes on as if there had been none."""
-    model, device = trainer.model, trainer.args.device
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    random = torch.get_rng_state()
-    model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_rows):
-        part = rows[start : start + batch_rows]
-        longest = max(len(row["input_ids"]) for row in part)
-        ids, seen, labels = (torch.zeros(len(part), longest, dtype=torch.long) for _ in range(3))
-        labels += IGNORED
-        for number, row in enumerate(part):
-            size = len(row["input_ids"])
-            ids[number, :size] = torch.tensor(row["input_ids"])
-            labels[number, :size] = torch.tensor(row["labels"])
-            seen[number, :size] = 1
-        with trainer.accelerator.autocast():
-            logits = model(input_ids=ids.to(device), attention_mask=seen.to(device)).logits
-        targets = labels[:, 1:].to(device)
-        kept = targets != IGNORED
-        picked = logits[:, :-1][kept].float()
-        total += float(torch.nn.functional.cross_entropy(picked, targets[kept], reduction="sum"))
-        count += int(kept.sum())
-    model.train()
-    torch.set_rng_state(random)
-    return total / count
 
 
 def save(trainer, handoff: dict) -> None:
@@ -323,8 +311,11 @@ def save(trainer, handoff: dict) -> None:
     model.save_pretrained(str(folder))
     for name in ("README.md", "training_args.bin"):
         (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner reads
+    wanted = COMPANIONS if handoff["lora"] else (*COMPANIONS, "generation_config")
     for path in sorted(Path(handoff["model"]).iterdir()):
-        if path.is_file() and path.name.startswith(COMPANIONS):
+        if path.is_file() and path.name.startswith(wanted):
             shutil.copyfile(path, folder / path.name)
 
 
@@ -334,117 +325,6 @@ def describe(trainer) -> dict:
     for name, config in getattr(trainer.model, "peft_config", {}).items():
         found[f"peft {name}"] = config.to_dict()
     # Sets, enums and paths have no JSON; what they hold does.
-    return json.loads(json.dumps(found, default=lambda item: sorted(item) if isinstance(item, set) else str(item)))
-
-
-# --- what a parity record needs ---------------------------------------------------------------------------------------
-
-
-class _Capture:
-    """Sees what reaches the model, and what the optimizer does with it. What it cannot see stays None."""
-
-    def __init__(self, watcher: _Watcher) -> None:
-        self.watcher, self.open = watcher, False
-        self.examples: list[dict] | None = []
-        self.steps: list[dict] = []
-        self.found: list[dict] = []
-        self.groups: list[dict] | None = None
-        self.state_dtypes: list[str] | None = None
-        watcher.trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
-
-    def parameters(self) -> None:
-        """As the framework made them, before ours take their place."""
-        for name, parameter in self.watcher.trained.items():
-            values = parameter.detach().double()
-            self.found.append(
-                {
-                    "name": saved_name(name),
-                    "shape": list(parameter.shape),
-                    "dtype": str(parameter.dtype).removeprefix("torch."),
-                    "std": float(values.std(correction=0)),
-                }
-            )
-
-    def _see(self, model, args, kwargs) -> None:
-        if not self.open or self.examples is None:
-            return
-        ids, labels, seen = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
-        flat = seen is None and kwargs.get("position_ids") is not None
-        if ids is None or labels is None or flat or (seen is not None and seen.dim() != 2):
-            self.examples = None  # rows laid end to end, or embedded already: not taken apart here
-            return
-        seen = torch.ones_like(ids) if seen is None else seen
-        for row_ids, row_labels, row_seen in zip(ids.tolist(), labels.tolist(), seen.tolist(), strict=True):
-            self.examples.append(describe_example(row_ids, row_labels, row_seen))
-
-    def step(self, optimizer) -> None:
-        watcher = self.watcher
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        if self.groups is None:
-            names = {id(p): saved_name(name) for name, p in watcher.trained.items()}
-            self.groups = [describe_group(group, names, optimizer) for group in optimizer.param_groups if group["params"]]
-            states = (t for state in optimizer.state.values() for k, t in state.items() if k != "step")
-            kinds = {str(t.dtype).removeprefix("torch.") for t in states if torch.is_tensor(t)}
-            self.state_dtypes = sorted(kinds)
-        self.steps.append(
-            {
-                "examples": self.examples,
-                "loss": watcher.loss,
-                "grad_norm": watcher.grad_norm,
-                "learning_rates": watcher.rates,
-                "clip_norm": watcher.clip_norm,
-            }
-        )
-        self.examples = None if self.examples is None else []
-
-    def record(self) -> dict:
-        precision = self.watcher.handoff["precision"]
-        return {
-            "schema": 1,
-            "framework": self.watcher.framework,
-            "versions": self.watcher.versions,
-            "precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-            "steps": self.steps,
-            "parameters": self.found,
-            "groups": self.groups,
-            "state_dtypes": self.state_dtypes,
-        }
-
-
-def describe_example(ids: list[int], labels: list[int], seen: list[int]) -> dict:
-    """A row as `core.parity.Example` has it. A label that is not its own token counts as 2 in the digest, so that a row
-    with other labels is another row."""
-    places = [at for at, is_seen in enumerate(seen) if is_seen]
-    kept = [ids[at] for at in places]
-    marks = [0 if labels[at] == IGNORED else 1 if labels[at] == ids[at] else 2 for at in places]
-    if marks:
-        marks[0] = 0  # nothing before it could predict it, so it carries no loss
-    return {
-        "digest": hash_row(kept, marks),
-        "num_tokens": len(kept),
-        "num_target_tokens": sum(map(bool, marks)),
-        "labelled_pads": sum(1 for at, is_seen in enumerate(seen) if not is_seen and labels[at] != IGNORED),
-    }
-
-
-def hash_row(ids: list[int], mask: list[int]) -> str:
-    """`tunesmith.core.fingerprint.hash_row`, which cannot be imported here."""
-    import hashlib
-    import struct
-
-    digest = hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids))
-    digest.update(bytes(mask))
-    return digest.hexdigest()[:16]
-
-
-def describe_group(group: dict, names: dict[int, str], optimizer) -> dict:
-    kind = type(optimizer).__name__.lower()
-    beta1, beta2 = group.get("betas", (0.0, 0.0))
-    return {
-        "kind": {"adamw8bit": "adamw-8bit"}.get(kind, kind),
-        "names": [names.get(id(p), "?") for p in group["params"]],
-        "weight_decay": float(group.get("weight_decay", 0.0)),
-        "beta1": float(beta1),
-        "beta2": float(beta2),
-        "epsilon": float(group.get("eps", 0.0)),
-    }
+    return json.loads(
+        json.dumps(found, default=lambda item: sorted(item) if isinstance(item, set) else str(item))
+    )

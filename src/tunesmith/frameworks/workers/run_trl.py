@@ -27,7 +27,7 @@ def work(run: Run) -> None:
     run.enter("building")
     trainer = trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**settings["sft"]),
+        args=trl.SFTConfig(**hf.leave_out_unknown(trl.SFTConfig, settings["sft"])),
         train_dataset=rows,
         processing_class=transformers.AutoTokenizer.from_pretrained(handoff["model"]),
         peft_config=peft.LoraConfig(**settings["lora"]) if settings["lora"] else None,
