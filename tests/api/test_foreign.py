@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 import tunesmith
 from tunesmith import api
+from tunesmith.api.foreign import run_foreign
+from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
 from tunesmith.core.errors import JobError, SetupError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_json
@@ -31,6 +34,16 @@ print("what a framework says of itself", file=sys.stderr)
 """
 CRASHES = BEGIN + "os.abort()\n"
 LEAVES_NOTHING = BEGIN
+WAITS = BEGIN + "import time; time.sleep(600)\n"
+# As our own engine's, which lies beside it, under the name that it was asked under.
+LEAVES_ALL = (
+    BEGIN
+    + """\
+path = task["parity"]
+record = json.load(open(os.path.join(os.path.dirname(path), "..", "reference", "parity.json")))
+json.dump({**record, "framework": "axolotl"}, open(path, "w"))
+"""
+)
 LEAVES_NONSENSE = (
     BEGIN + 'open(task["parity"], "w").write(json.dumps({"schema": 1, "framework": "unsloth"}))\n'
 )
@@ -127,6 +140,29 @@ def test_the_other_arms_go_on_and_the_report_tells_of_the_failure(said: tuple[Pa
     assert "nll" in public["arms"][0]["metrics"]
     assert not (out / "arms" / "lora-axolotl" / "seed-0" / "run.json").exists()
     assert any("lora-axolotl" in text for text in public["warnings"])
+
+
+def test_an_interrupted_run_leaves_no_result_and_is_run_again(
+    said: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    add_environment("axolotl")
+    file = said[0] / "arms" / "lora-axolotl" / "parity" / "parity" / "lora-axolotl-parity.tasks.json"
+    (task,) = read_tasks(file)
+    assert isinstance(task, TrainTask)
+    stop = threading.Event()
+    settings = {"task_file": file, "log": tmp_path / "x.log", "threads": 1}
+
+    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", WAITS))
+    run_foreign(
+        task, on_event=lambda event: stop.set() if event.text == "loading" else None, stop=stop, **settings
+    )
+    assert stop.is_set()
+    assert not is_finished(task)
+
+    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", LEAVES_ALL))
+    run_foreign(task, on_event=lambda event: None, stop=threading.Event(), **settings)
+    assert is_finished(task)
 
 
 def test_our_own_engine_leaves_the_same_record_for_reference(said: tuple[Path, list[Event]]) -> None:

@@ -233,6 +233,8 @@ class _Watcher(transformers.TrainerCallback):
                     torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
                 ),
             )
+            if (scaler := getattr(self.trainer.accelerator, "scaler", None)) is not None:
+                norm = norm / scaler.get_scale()  # fp16: it is clipping that would have divided them
         self.loss = float(torch.stack([loss.double() for loss in self.losses]).sum())
         self.grad_norm = float(norm)
         self.rates = [float(group["lr"]) for group in optimizer.param_groups if group["params"]]
@@ -293,7 +295,7 @@ class _Watcher(transformers.TrainerCallback):
     def _validate(self, step: int) -> float:
         """Nats per target token over all validation rows; the weights are kept if it is the lowest."""
         self.run.enter("validating")
-        loss = self.validation_loss = measure_loss(self.trainer, self.validation, self.handoff["micro_rows"])
+        loss = self.validation_loss = measure_loss(self.trainer, self.validation)
         if not math.isfinite(loss):
             raise Failure(f"step {step}: the validation loss is {loss}")
         if self.best is None or loss < self.best[0]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from capture import IGNORED
 
+MAX_TOKENS = 4096
+
 
 @torch.no_grad()
-def measure_loss(trainer, rows: list[dict], batch_rows: int) -> float:
-    """Loss of the model as it is, by its own logits, in evaluation mode; training goes on as if there had been none."""
+def measure_loss(trainer, rows: list[dict]) -> float:
+    """Loss of the model as it is, by its own logits, in evaluation mode, where nothing is drawn."""
     model, device = trainer.model, trainer.args.device
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    random = torch.get_rng_state()
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     model.eval()
     total, count = 0.0, 0
-    for start in range(0, len(rows), batch_rows):
-        part = rows[start : start + batch_rows]
-        longest = max(len(row["input_ids"]) for row in part)
+    while rows:
+        # From the longest down: each forward pass has at most so many tokens, whose logits are all made.
+        longest = len(rows[0]["input_ids"])
+        part, rows = rows[: max(1, MAX_TOKENS // longest)], rows[max(1, MAX_TOKENS // longest) :]
         ids, seen, labels = (torch.zeros(len(part), longest, dtype=torch.long) for _ in range(3))
         labels += IGNORED
         for number, row in enumerate(part):
@@ -32,5 +34,4 @@ def measure_loss(trainer, rows: list[dict], batch_rows: int) -> float:
         total += float(torch.nn.functional.cross_entropy(picked, targets[kept], reduction="sum"))
         count += int(kept.sum())
     model.train()
-    torch.set_rng_state(random)
-    return total / count
+    return total / max(1, count)
