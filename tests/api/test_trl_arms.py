@@ -140,12 +140,14 @@ def test_nothing_is_trained_twice(compared: Path, home: Path, tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_dora_in_bf16_starts_where_ours_starts(tmp_path: Path, home: Path) -> None:
+def test_dora_in_bf16_without_clipping_starts_where_ours_starts(tmp_path: Path, home: Path) -> None:
     method = {"name": "lora", "rank": 4, "rslora": True, "dora": True, "targets": ["q_proj", "mlp.down_proj"]}
     arms = [{"method": method, "framework": "trl", "name": "dora-trl"}]
-    out = compare(arms, tmp_path, home, steps=2, weight_decay=0.0, precision="bf16", evaluate_every="never")
+    changes = {"weight_decay": 0.0, "clip_norm": None, "precision": "bf16", "evaluate_every": "never"}
+    out = compare(arms, tmp_path, home, steps=2, **changes)
     theirs, ours = parity(out, "dora-trl")
 
+    assert theirs.steps[0].clip_norm == ours.steps[0].clip_norm == 0.0
     assert theirs.precision == ours.precision == "bfloat16"
     assert {(p.name, p.shape, p.dtype) for p in theirs.parameters or ()} == {
         (p.name, p.shape, p.dtype) for p in ours.parameters or ()

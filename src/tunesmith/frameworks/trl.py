@@ -21,7 +21,8 @@ _SFT: dict[str, Any] = {
     "pad_to_multiple_of": None,
     "completion_only_loss": None,
     "assistant_only_loss": False,
-    "loss_type": "nll",
+    # The plain loss, whose logits are never all there: TRL's default, by a name that versions before 1.16 know, too.
+    "loss_type": "chunked_nll",
     "activation_offloading": False,
     "eos_token": None,
     "chat_template_path": None,

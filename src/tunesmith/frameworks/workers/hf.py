@@ -208,7 +208,8 @@ class _Watcher(transformers.TrainerCallback):
         @functools.wraps(plain)
         def clip_grad_norm_(parameters, max_norm, *args, **kwargs):
             norm = plain(parameters, max_norm, *args, **kwargs)
-            self.clips.append((float(max_norm), norm))
+            # Where nothing is clipped, the trainer asks for the norm by clipping to infinity.
+            self.clips.append((float(max_norm) if math.isfinite(max_norm) else 0.0, norm))
             return norm
 
         return clip_grad_norm_
