@@ -228,7 +228,7 @@ class MemoryModel:
             saved[-1] += self.last_copies_bytes() * tokens
         states = tokens * self.config.hidden_size * value
         final = self.final_bytes() * tokens
-        # 1: the head scores a chunk: its logits, in whose place their gradient comes; capped ones in fp32 again and again.
+        # 1: the head scores a chunk: logits, then their gradient in their place; capped ones in fp32 again and again.
         rows = min(tokens, count_chunk_rows(self.config.vocab_size, loss_chunk_bytes))
         chunk = rows * self.config.vocab_size * (2 * value + 16 if self.config.logit_cap else value)
         trains_head = not setup.rank or setup.tuned_tables > 0

@@ -85,7 +85,10 @@ def unpack_fp8(
     transposed: bool,
 ) -> Tensor:
     """The weight's e4m3 codes, (O, I) or transposed (I, O), contiguous; on a GPU in the scratch buffer, unless they are
-    stored so: of an fp8 matrix, the first tensor is read alone. inverse: fp32 (O,), what a row of NF4 values is multiplied by to give codes."""
+    stored so. Of an fp8 matrix the first tensor is read alone.
+
+    inverse: fp32 (O,), what a row of NF4 values is multiplied by to give codes.
+    """
     device, outputs = tensors[0].device, sum(sizes)
     if kind == "fp8":
         if not transposed:

@@ -245,7 +245,11 @@ def score_chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tupl
 
 
 def score_chunk_in_place(
-    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, *, otherwise: Callable[..., tuple[Tensor, Tensor]]
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    *,
+    otherwise: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """`score_chunk` by a kernel that leaves the gradient where the logits were; `otherwise` where there is none."""
     if not score_kernel.available(hidden_CD):
