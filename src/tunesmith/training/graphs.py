@@ -3,8 +3,8 @@
 To launch what a block computes takes the host some five milliseconds. A GPU is done sooner where a model is small or
 micro-batches are short, and then waits. Rows of one length give micro-batches of few shapes, over and over: once every
 shape of a step has run twice, the next step records them, and from then on they are replayed, the same kernels in the
-same order. Rows of all lengths give micro-batches of many shapes; where kernels take any lengths, a shape is little else
-than a number of tokens, and comes back, too.
+same order. Rows of all lengths give micro-batches of many shapes; where kernels take any lengths, a shape is not much
+more than a number of tokens, and comes back, too.
 
 What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
 gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
