@@ -5,12 +5,14 @@
     python benchmarks/attention_choice.py --device cpu --tokens 256 --out /dev/null      tries the script
 
 `tunesmith.models.attention.attend_rotated` chooses by what is measured here. Every variant is first held to plain
-attention in fp32 on the same stream; one that is wrong, or fails, is recorded so and not timed.
+attention in fp32 on the same stream; one that is wrong, or fails, is recorded so and not timed. FlashAttention 4 takes
+part where its package, flash-attn-4, is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -93,6 +95,8 @@ def list_variants(shape: Shape, layout: Layout) -> dict[str, Attend]:
         found["varlen"] = lambda q, k, v: attention.attend_varlen(
             q, k, v, layout, scale=scale, window=shape.window
         )
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        found["FA4"] = make_flash4(shape, layout, scale)
     if device.type == "cuda":
 
         def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -103,6 +107,27 @@ def list_variants(shape: Shape, layout: Layout) -> dict[str, Attend]:
         made: dict[str, Attend] = {}
         found["flex"] = flex
     return found
+
+
+def make_flash4(shape: Shape, layout: Layout, scale: float) -> Attend:
+    """FlashAttention 4 (package flash-attn-4), for rows of one length or any."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+        window = (shape.window - 1, 0) if shape.window else (None, None)
+        given: dict[str, Any] = {"softmax_scale": scale, "causal": True, "window_size": window}
+        given["softcap"] = shape.cap
+        if layout.is_even:
+            rows = (x.unflatten(0, (-1, layout.max_length)) for x in (q, k, v))
+            out = flash_attn_func(*rows, **given)
+        else:
+            bounds = {"cu_seqlens_q": layout.cumulative_N1, "cu_seqlens_k": layout.cumulative_N1}
+            most = {"max_seqlen_q": layout.max_length, "max_seqlen_k": layout.max_length}
+            out = flash_attn_varlen_func(q, k, v, **bounds, **most, **given)
+        return (out[0] if isinstance(out, tuple) else out).reshape(len(q), -1)
+
+    return run
 
 
 def make_flex(shape: Shape, layout: Layout, scale: float) -> Attend:

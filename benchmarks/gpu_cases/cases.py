@@ -257,7 +257,7 @@ CASES = {
             rows=Rows("real"),
             batch_rows=32,
             steps=30,
-            warm_up=20,
+            warm_up=36,
         ),
         Case(
             "real-lengths-trl",
@@ -269,7 +269,7 @@ CASES = {
             rows=Rows("real"),
             batch_rows=32,
             steps=30,
-            warm_up=20,
+            warm_up=36,
         ),
         Case(
             "lora-0.5b", "LoRA, bf16, Qwen2.5-0.5B shape", "qwen-0.5b", FREE, 1.3, _BF16, steps=20, warm_up=8

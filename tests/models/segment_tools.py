@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

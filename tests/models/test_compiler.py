@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.models import segments as ours
 from tunesmith.models.elementwise import norm_rms_plain
 from tunesmith.models.fused import project_joined
-from tunesmith.models.segments import BlockFunctions, Segments
+from tunesmith.models.segments import BlockFunctions, Segments, score_chunk
 
 # The compiler's own.
 pytestmark = pytest.mark.filterwarnings(
@@ -119,7 +119,7 @@ def test_what_a_compiler_makes_of_our_segments_has_eager_gradients(
     compile_ = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     heads, finish, kept = plain.segments.keep
     traced.segments.keep = BlockFunctions(compile_(heads), compile_(finish), compile_(kept))
-    traced.segments.score_chunk = compile_(plain.segments.score_chunk)
+    traced.segments.score_chunk = compile_(score_chunk)
 
     # fp8 codes may fall on the other side of a boundary where a sum is rounded otherwise.
     bound = 0.03 if device == "cuda" or "fp8" in options.values() else 1e-5

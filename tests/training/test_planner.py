@@ -44,7 +44,7 @@ LLAMA_8B = {
 LORA = TrainingSetup(rank=16, recorded=True)
 LORA_FP8, QLORA = replace(LORA, storage="fp8", fp8=True), replace(LORA, storage="nf4")
 QLORA_FP8 = replace(QLORA, fp8=True)
-EVEN = Workload((2048,) * 8, 2048, 128)
+EVEN = Workload(((2048,) * 8,), 2048, 128)
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,16 @@ def test_rows_of_one_length_fill_a_budget_by_whole_rows() -> None:
     assert EVEN.split(3072) == (8, 2048)
     assert EVEN.split(16384) == (1, 16384)
     assert EVEN.split(1_000_000) == (1, 16384)
-    uneven = Workload((100, 300, 200), 700, 128)
-    assert uneven.split(400) == (2, 768)  # some step may hold the longest row
-    assert uneven.split(2000) == (1, 2048)
+    uneven = Workload(((100, 300, 200), (90, 80, 10)), 700, 128)
+    assert uneven.split(400) == (3, 768)  # some step may hold the longest row
+    assert uneven.split(2000) == (2, 2048)
+
+
+def test_one_small_step_does_not_make_the_others_two_passes(llama: Any) -> None:
+    """A budget that just holds one step would split every other, at the price of a pass each."""
+    steps = tuple((total // 8,) * 7 + (total // 8 + 8,) for total in (2040, 2200, 2400, 1900, 2300))
+    planner = replace(make_planner(llama, LORA, 139.8), workload=Workload(steps, 400, 128))
+    assert planner.plan().budget_tokens == 3072
 
 
 def test_a_plan_survives_its_record(llama: Any) -> None:
@@ -226,7 +233,7 @@ def plan_tightly(folder: Path, *, micro_batch_tokens: int) -> Planner:
         ("recompute",) * 4, tokens=micro_batch_tokens, micro_batches=3, loss_chunk_bytes=2**28
     )
     limit = int((memory.resident_bytes() + least) * 1.15)
-    workload = Workload((12,) * 4, 12)
+    workload = Workload(((12,) * 4,), 12)
     return Planner(memory, workload, CARDS["h100"], limit, micro_batch_tokens=micro_batch_tokens)
 
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from tunesmith.models.decoder import Decoder
 
 
+# Steps whose rows say how they divide into micro-batches.
+_TYPICAL_STEPS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class MethodPlan:
     """One method of `plan`. seconds: of all steps, without validation, loading and compiling; None on a CPU."""
@@ -194,9 +198,12 @@ def build_planner(model: Decoder, job: Job, lengths: Sequence[int], card: Card) 
 
 
 def _make_workload(job: Job, lengths: Sequence[int]) -> Workload:
-    """The first step's rows, and the longest of all."""
-    first = plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)[0]
-    return Workload(tuple(int(lengths[row]) for row in first), int(max(lengths)), ROUND_TOKENS)
+    """The first steps' rows, and the longest of all."""
+    steps = plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)
+    # The last one of an epoch may be smaller; one alone may be a step of few tokens.
+    steps = steps[: max(1, min(_TYPICAL_STEPS, len(steps) - 1))]
+    typical = tuple(tuple(int(lengths[row]) for row in step) for step in steps)
+    return Workload(typical, int(max(lengths)), ROUND_TOKENS)
 
 
 def _count_work(job: Job, lengths: Sequence[int]) -> tuple[int, int]:

@@ -69,12 +69,17 @@ def attend_rotated(
 ) -> Tensor:
     """Attention of queries (T, H, d) and keys that are rotated already. k, v: (T, N, d). Returns (T, H * d)."""
     # benchmarks/attention_choice.py measures which is fastest for what. The variable-length kernel has no softcap.
-    if cap or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    if not takes_any_lengths(q.device, q.dtype, cap=cap):
         return attend_plain(q, k, v, layout, scale=scale, window=window, cap=cap)
     size = layout.max_length
     if layout.is_even and not 0 < window < size:
         return attend_even(q, k, v, size, scale=scale)
     return attend_varlen(q, k, v, layout, scale=scale, window=window)
+
+
+def takes_any_lengths(device: torch.device, dtype: torch.dtype, *, cap: float) -> bool:
+    """Whether there is a kernel that reads where documents begin from a tensor, and is the same for all lengths."""
+    return not cap and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def attend_even(q: Tensor, k: Tensor, v: Tensor, size: int, *, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.attention import attend, attend_rotated, cap_scores
+from tunesmith.models.attention import attend, attend_rotated, cap_scores, takes_any_lengths
 from tunesmith.models.cache import CacheView, LayerCache, Session, SharedPrefix
 from tunesmith.models.causal_lm import CausalLM, TokenTable
 from tunesmith.models.config import DecoderConfig
@@ -305,6 +305,11 @@ class Decoder(CausalLM):
     @property
     def has_plain_head(self) -> bool:
         return not self.config.logit_cap
+
+    @property
+    def takes_any_lengths(self) -> bool:
+        """Whether passes over documents of other lengths run the same kernels."""
+        return takes_any_lengths(self.device, self.dtype, cap=self.config.score_cap)
 
     def head(self, hidden: Tensor) -> Tensor:
         return cap_scores(super().head(hidden), self.config.logit_cap)

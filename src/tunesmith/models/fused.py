@@ -11,16 +11,23 @@ R: ranks of a projection's adapters together, filled up  S: those of the project
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tunesmith.models import fused_kernels
 from tunesmith.models.elementwise import gate_gradient_plain, gate_plain, rotate_plain
+from tunesmith.models.operators import operator
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tunesmith::fold_inner", mutates_args=())
+def _fold_inner_like(both: Tensor, a_RI: Tensor) -> Tensor:
+    return both.new_empty(both.shape[0], a_RI.shape[1])
+
+
+@operator(_fold_inner_like)
 def _fold_inner(both: Tensor, a_RI: Tensor) -> Tensor:
     """(T, I + R) -> the first I columns plus the last R times A, (T, I)."""
     width = a_RI.shape[1]
@@ -29,12 +36,11 @@ def _fold_inner(both: Tensor, a_RI: Tensor) -> Tensor:
     return both[:, :width] + both[:, width:] @ a_RI
 
 
-@_fold_inner.register_fake
-def _(both: Tensor, a_RI: Tensor) -> Tensor:
-    return both.new_empty(both.shape[0], a_RI.shape[1])
+def _gate_wide_like(opened: Tensor, a_RF: Tensor, *_: Any) -> Tensor:
+    return opened.new_empty(opened.shape[0], a_RF.shape[0] + a_RF.shape[1])
 
 
-@torch.library.custom_op("tunesmith::gate_wide", mutates_args=())
+@operator(_gate_wide_like)
 def _gate_wide(opened: Tensor, a_RF: Tensor, kind: str) -> Tensor:
     """[gated, gated A^T], (T, F + R), where gated is act(gate) * up of `opened`, (T, 2F)."""
     ranks, width = a_RF.shape
@@ -47,12 +53,11 @@ def _gate_wide(opened: Tensor, a_RF: Tensor, kind: str) -> Tensor:
     return wide
 
 
-@_gate_wide.register_fake
-def _(opened: Tensor, a_RF: Tensor, kind: str) -> Tensor:
-    return opened.new_empty(opened.shape[0], a_RF.shape[0] + a_RF.shape[1])
+def _gate_adapted_like(opened: Tensor, *_: Any) -> Tensor:
+    return opened.new_empty(opened.shape[0], opened.shape[1] // 2)
 
 
-@torch.library.custom_op("tunesmith::gate_adapted", mutates_args=())
+@operator(_gate_adapted_like)
 def _gate_adapted(opened: Tensor, inner_TS: Tensor, b_S: Tensor, kind: str) -> Tensor:
     """act(gate) * up of opened + inner B^T, (T, F)."""
     if not fused_kernels.available(opened, inner_TS.shape[1]):
@@ -62,12 +67,11 @@ def _gate_adapted(opened: Tensor, inner_TS: Tensor, b_S: Tensor, kind: str) -> T
     return gated
 
 
-@_gate_adapted.register_fake
-def _(opened: Tensor, inner_TS: Tensor, b_S: Tensor, kind: str) -> Tensor:
-    return opened.new_empty(opened.shape[0], opened.shape[1] // 2)
+def _gate_gradient_like(grad: Tensor, grad_inner: Any, a: Any, opened: Tensor, *_: Any) -> Tensor:
+    return opened.new_empty(opened.shape)
 
 
-@torch.library.custom_op("tunesmith::gate_gradient", mutates_args=())
+@operator(_gate_gradient_like)
 def _gate_gradient(
     grad: Tensor,
     grad_inner_TR: Tensor | None,
@@ -94,20 +98,12 @@ def _gate_gradient(
     return gate_gradient_plain(grad, opened, kind)
 
 
-@_gate_gradient.register_fake
-def _(
-    grad: Tensor,
-    grad_inner_TR: Tensor | None,
-    a_RF: Tensor | None,
-    opened: Tensor,
-    inner_TS: Tensor | None,
-    b_S: Tensor | None,
-    kind: str,
-) -> Tensor:
-    return opened.new_empty(opened.shape)
+def _join_heads_like(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *_: Any) -> Tensor:
+    heads = grad_q.shape[1] + grad_k.shape[1] + grad_v.shape[1]
+    return grad_q.new_empty(grad_q.shape[0], heads * grad_q.shape[2])
 
 
-@torch.library.custom_op("tunesmith::join_heads", mutates_args=())
+@operator(_join_heads_like)
 def _join_heads(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient of all heads before rotation, (T, (H + 2N) d)."""
     if fused_kernels.available(grad_q):
@@ -115,12 +111,6 @@ def _join_heads(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin
     # The gradient of a rotation is the rotation back.
     turned = [rotate_plain(grad, cos, -sin) for grad in (grad_q, grad_k)]
     return torch.cat((*turned, grad_v), 1).flatten(1)
-
-
-@_join_heads.register_fake
-def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    heads = grad_q.shape[1] + grad_k.shape[1] + grad_v.shape[1]
-    return grad_q.new_empty(grad_q.shape[0], heads * grad_q.shape[2])
 
 
 # --- differentiable ---------------------------------------------------------------------------------------------------

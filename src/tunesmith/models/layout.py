@@ -44,6 +44,9 @@ _RUNGS = _make_rungs()
 ROUND_TARGETS = 64
 # Fewer common tokens than this are not worth sharing.
 MIN_SHARED = 8
+# Where kernels take any lengths, documents are counted in multiples of this many, the longest in powers of two from
+# here on, and target rows in eighths of the tokens: kernels pass by what is empty.
+_ROUND_DOCUMENTS, _LEAST_BOUND, _TARGET_SHARES = 16, 256, 8
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -105,6 +108,8 @@ class Layout:
     positions_T:   position of each token in its own document, int64.
     cumulative_N1: starts of the documents' own tokens and T at the end, int32, (N + 1,).
     num_shared:    tokens that the first `num_sharing` documents begin with and that only document 0 stores.
+    bound:         what kernels may take for the longest document; 0 is the longest itself. With a bound, `lengths` are
+                   an example: what counts is in the tensors, and `cumulative_N1` may end in empty documents.
     """
 
     lengths: tuple[int, ...]
@@ -112,6 +117,7 @@ class Layout:
     cumulative_N1: Tensor
     num_shared: int = 0
     num_sharing: int = 0
+    bound: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +125,7 @@ class Layout:
 
     @property
     def max_length(self) -> int:
-        return max(self.lengths)
+        return self.bound or max(self.lengths)
 
     @property
     def is_even(self) -> bool:
@@ -166,6 +172,26 @@ class Layout:
     @cached_property
     def _folds(self) -> dict[tuple[int, int], tuple[Fold, Fold]]:
         return {}
+
+    def widened(self) -> Layout:
+        """A copy into which layouts of the same `rounded` numbers can be copied."""
+        num_documents, bound = self.rounded()
+        cumulative_N1 = self.cumulative_N1.new_full((num_documents + 1,), self.num_tokens)
+        layout = Layout(self.lengths, self.positions_T.clone(), cumulative_N1, bound=bound)
+        layout.copy_(self)
+        return layout
+
+    def copy_(self, layout: Layout) -> None:
+        """Take over a layout. This one is `widened`."""
+        count = len(layout.cumulative_N1)
+        self.positions_T.copy_(layout.positions_T)
+        self.cumulative_N1[:count].copy_(layout.cumulative_N1)
+        self.cumulative_N1[count:] = self.num_tokens
+
+    def rounded(self) -> tuple[int, int]:
+        """(documents, tokens of the longest), rounded up so far that few numbers come up."""
+        longest = max(_LEAST_BOUND, 1 << (max(self.lengths) - 1).bit_length())
+        return -(-len(self.lengths) // _ROUND_DOCUMENTS) * _ROUND_DOCUMENTS, longest
 
     def shares(self, document: int) -> int:
         """How many of a document's first tokens lie in document 0."""
@@ -256,21 +282,29 @@ class Batch:
     def num_targets(self) -> int:
         return int(self.targets_K.shape[0])
 
-    def signature(self) -> tuple[Hashable, ...]:
+    def signature(self, *, any_lengths: bool = False) -> tuple[Hashable, ...]:
         """What decides which kernels a training step runs, and over how much: batches of one signature differ in the
-        values of their tensors alone, once targets are filled up (`fixed`)."""
-        layout = self.layout
-        rounded = -(-self.num_targets // ROUND_TARGETS)
-        return layout.lengths, layout.num_shared, layout.num_sharing, rounded
+        values of their tensors alone, once they are filled up (`fixed`).
 
-    def fixed(self) -> Batch:
+        any_lengths: attention's kernels read documents' lengths from a tensor, and are the same for all.
+        """
+        layout = self.layout
+        if self._differs_in_values(any_lengths):
+            return layout.num_tokens, *layout.rounded(), self._round_targets(any_lengths)
+        return layout.lengths, layout.num_shared, layout.num_sharing, self._round_targets(any_lengths)
+
+    def fixed(self, *, any_lengths: bool = False) -> Batch:
         """A copy that batches of the same signature can be copied into. Fillers repeat a source, with the target -1."""
-        missing = -self.num_targets % ROUND_TARGETS
-        # All share one layout. What it makes on first use comes from the host, from which no recording may copy.
-        _ = self.layout.order_T
+        missing = self._round_targets(any_lengths) - self.num_targets
+        if self._differs_in_values(any_lengths):
+            layout = self.layout.widened()
+        else:
+            # All share one layout. What it makes on first use comes from the host, from which no recording may copy.
+            layout = self.layout
+            _ = layout.order_T
         return Batch(
             self.ids_T.clone(),
-            self.layout,
+            layout,
             torch.cat((self.sources_K, self.sources_K[:1].expand(missing))),
             F.pad(self.targets_K, (0, missing), value=-1),
             torch.cat((self.row_K, self.row_K[:1].expand(missing))),
@@ -280,6 +314,8 @@ class Batch:
         """Take over the values of a batch of this one's signature. This one is `fixed`."""
         kept = batch.num_targets
         self.ids_T.copy_(batch.ids_T)
+        if self.layout.bound:
+            self.layout.copy_(batch.layout)
         for mine, theirs, filler in (
             (self.sources_K, batch.sources_K, batch.sources_K[:1]),
             (self.targets_K, batch.targets_K, None),
@@ -288,6 +324,15 @@ class Batch:
             mine[:kept].copy_(theirs)
             if kept < len(mine):
                 mine[kept:] = -1 if filler is None else filler
+
+    def _differs_in_values(self, any_lengths: bool) -> bool:
+        # Documents of one length have a kernel of their own.
+        return any_lengths and not self.layout.is_even and not self.layout.num_shared
+
+    def _round_targets(self, any_lengths: bool) -> int:
+        share = 0 if not self._differs_in_values(any_lengths) else self.layout.num_tokens // _TARGET_SHARES
+        unit = max(1, -(-share // ROUND_TARGETS)) * ROUND_TARGETS
+        return -(-self.num_targets // unit) * unit
 
     def split_ids(self) -> list[list[int]]:
         """The ids of each row."""

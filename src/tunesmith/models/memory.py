@@ -228,9 +228,9 @@ class MemoryModel:
             saved[-1] += self.last_copies_bytes() * tokens
         states = tokens * self.config.hidden_size * value
         final = self.final_bytes() * tokens
-        # 1: the head scores a chunk: logits and their gradient, without a compiler in fp32 again and again.
+        # 1: the head scores a chunk: logits, then their gradient in their place; capped ones in fp32 again and again.
         rows = min(tokens, count_chunk_rows(self.config.vocab_size, loss_chunk_bytes))
-        chunk = rows * self.config.vocab_size * (2 * value + (0 if self._compiles_head else 16))
+        chunk = rows * self.config.vocab_size * (2 * value + 16 if self.config.logit_cap else value)
         trains_head = not setup.rank or setup.tuned_tables > 0
         head = tables * (4 + value) if trains_head else 0
         moments = [sum(saved) + final + states + chunk + head]
@@ -251,10 +251,6 @@ class MemoryModel:
             piece = min(self.trained_values, _PIECE_WEIGHTS) * _PIECE_BYTES
         moments.append(come + piece)
         return there + max(moments)
-
-    @property
-    def _compiles_head(self) -> bool:
-        return self.setup.compiled and not self.config.logit_cap
 
 
 def count_chunk_rows(vocab_size: int, chunk_bytes: int) -> int:

@@ -25,6 +25,7 @@ from tunesmith.core.errors import ModelError
 from tunesmith.models import nf4_kernel, scratch
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.fp8 import ALIGNMENT, FP8, LARGEST, Fp8Matrix, multiply, quantize_rows, quantize_tensor
+from tunesmith.models.operators import operator
 from tunesmith.models.quant import BLOCK, INT8_STEP, Int8Matrix, Nf4Matrix, dequantize_dynamic, dequantize_nf4
 
 Compute = Literal["auto", "bf16", "fp8"]
@@ -84,7 +85,10 @@ def unpack_fp8(
     transposed: bool,
 ) -> Tensor:
     """The weight's e4m3 codes, (O, I) or transposed (I, O), contiguous; on a GPU in the scratch buffer, unless they are
-    stored so. inverse: fp32 (O,), what a row of NF4 values is multiplied by to give codes."""
+    stored so. Of an fp8 matrix the first tensor is read alone.
+
+    inverse: fp32 (O,), what a row of NF4 values is multiplied by to give codes.
+    """
     device, outputs = tensors[0].device, sum(sizes)
     if kind == "fp8":
         if not transposed:
@@ -121,18 +125,23 @@ def _all_four(part: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tunesmith::packed_linear", mutates_args=())
+def _packed_linear_like(x: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0], sum(sizes))
+
+
+@operator(_packed_linear_like)
 def _packed_linear(x: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """x W^T, (T, O) in the dtype of x."""
     return x @ unpack(kind, tensors, sizes, x.shape[1], x.dtype).t()
 
 
-@_packed_linear.register_fake
-def _(x: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    return x.new_empty(x.shape[0], sum(sizes))
+def _packed_linear_gradient_like(
+    grad: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int], inputs: int
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], inputs)
 
 
-@torch.library.custom_op("tunesmith::packed_linear_gradient", mutates_args=())
+@operator(_packed_linear_gradient_like)
 def _packed_linear_gradient(
     grad: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int], inputs: int
 ) -> Tensor:
@@ -140,29 +149,21 @@ def _packed_linear_gradient(
     return grad @ unpack(kind, tensors, sizes, inputs, grad.dtype)
 
 
-@_packed_linear_gradient.register_fake
-def _(grad: Tensor, kind: str, tensors: Sequence[Tensor], sizes: Sequence[int], inputs: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], inputs)
+def _fp8_linear_like(
+    codes: Tensor,
+    code_scale: Tensor,
+    kind: str,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: Tensor,
+    inverse: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], sum(sizes), dtype=dtype)
 
 
-def _keep_packed(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, ctx.kind, tensors, ctx.sizes = inputs
-    ctx.inputs = x.shape[1]
-    ctx.save_for_backward(*tensors)
-
-
-def _packed_backward(ctx: Any, grad: Tensor) -> Any:
-    tensors = list(ctx.saved_tensors)  # read once: a checkpoint gives them out once
-    grad = _packed_linear_gradient(grad, ctx.kind, tensors, ctx.sizes, ctx.inputs)
-    return grad, None, [None] * len(tensors), None
-
-
-_packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)
-
-
-@torch.library.custom_op("tunesmith::fp8_linear", mutates_args=())
+@operator(_fp8_linear_like)
 def _fp8_linear(
-    x: Tensor,
     codes: Tensor,
     code_scale: Tensor,
     kind: str,
@@ -170,27 +171,27 @@ def _fp8_linear(
     sizes: Sequence[int],
     scale: Tensor,
     inverse: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """x W^T, (T, O) in the dtype of x. x is not read: `codes` stand for it, and the gradient is its."""
-    weight = unpack_fp8(kind, tensors, sizes, x.shape[1], inverse, transposed=False)
-    return multiply(codes, code_scale, weight, scale, x.dtype)
+    """x W^T, (T, O), of x in codes."""
+    weight = unpack_fp8(kind, tensors, sizes, codes.shape[1], inverse, transposed=False)
+    return multiply(codes, code_scale, weight, scale, dtype)
 
 
-@_fp8_linear.register_fake
-def _(
-    x: Tensor,
+def _fp8_linear_gradient_like(
     codes: Tensor,
     code_scale: Tensor,
     kind: str,
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
-    scale: Tensor,
+    inputs: int,
     inverse: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], sum(sizes))
+    return codes.new_empty(codes.shape[0], inputs, dtype=dtype)
 
 
-@torch.library.custom_op("tunesmith::fp8_linear_gradient", mutates_args=())
+@operator(_fp8_linear_gradient_like)
 def _fp8_linear_gradient(
     codes: Tensor,
     code_scale: Tensor,
@@ -206,38 +207,40 @@ def _fp8_linear_gradient(
     return multiply(codes, code_scale, weight, None, dtype)
 
 
-@_fp8_linear_gradient.register_fake
-def _(
-    codes: Tensor,
-    code_scale: Tensor,
-    kind: str,
-    tensors: Sequence[Tensor],
-    sizes: Sequence[int],
-    inputs: int,
-    inverse: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], inputs, dtype=dtype)
+# --- differentiable ---------------------------------------------------------------------------------------------------
 
 
-def _keep_fp8(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, _, code_scale, ctx.kind, tensors, ctx.sizes, scale, inverse = inputs
-    ctx.inputs, ctx.by_rows, ctx.doubly = x.shape[1], code_scale.dim() == 2, inverse is not None
-    ctx.save_for_backward(scale, *([] if inverse is None else [inverse]), *tensors)
+class _ProjectPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, sizes, *stored):
+        ctx.kind, ctx.sizes, ctx.inputs = kind, sizes, x.shape[1]
+        ctx.save_for_backward(*stored)
+        return _packed_linear(x, kind, stored, sizes)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        stored = ctx.saved_tensors  # read once: a checkpoint gives them out once
+        grad = _packed_linear_gradient(grad, ctx.kind, stored, ctx.sizes, ctx.inputs)
+        return grad, None, None, *[None] * len(stored)
 
 
-def _fp8_backward(ctx: Any, grad: Tensor) -> Any:
-    scale, *tensors = ctx.saved_tensors
-    inverse = tensors.pop(0) if ctx.doubly else None
-    quantize = quantize_rows if ctx.by_rows else quantize_tensor
-    codes, code_scale = quantize(grad.float() * scale)
-    grad = _fp8_linear_gradient(
-        codes, code_scale, ctx.kind, tensors, ctx.sizes, ctx.inputs, inverse, grad.dtype
-    )
-    return grad, None, None, None, [None] * len(tensors), None, None, None
+class _ProjectFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, plan, scale, inverse, *stored):
+        codes, code_scale = _quantize(x, plan)
+        ctx.plan, ctx.inputs = plan, x.shape[1]
+        ctx.save_for_backward(scale, inverse, *stored)
+        return _fp8_linear(codes, code_scale, plan.kind, stored, plan.sizes, scale, inverse, x.dtype)
 
-
-_fp8_linear.register_autograd(_fp8_backward, setup_context=_keep_fp8)
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        scale, inverse, *stored = ctx.saved_tensors
+        codes, code_scale = _quantize(grad.float() * scale, ctx.plan)
+        plan = ctx.plan
+        grad = _fp8_linear_gradient(
+            codes, code_scale, plan.kind, stored, plan.sizes, ctx.inputs, inverse, grad.dtype
+        )
+        return grad, None, None, None, *[None] * len(stored)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -279,12 +282,14 @@ class PackedPlan(NamedTuple):
 
 def project_packed(x: Tensor, tensors: PackedTensors, plan: PackedPlan) -> Tensor:
     """x W^T, differentiable in x, with operators that a compiler knows. x: (T, I)."""
-    stored, sizes = list(tensors.stored), list(plan.sizes)
-    if plan.compute != "fp8":
-        return _packed_linear(x, plan.kind, stored, sizes)
-    assert tensors.scale is not None
-    codes, code_scale = _quantize(x.detach(), plan)
-    return _fp8_linear(x, codes, code_scale, plan.kind, stored, sizes, tensors.scale, tensors.inverse)
+    if plan.compute == "fp8":
+        # Of an fp8 matrix, codes alone: the rest is its scale, and a compiler takes no tensor twice.
+        stored = tensors.stored[:1] if plan.kind == "fp8" else tensors.stored
+        y = _ProjectFp8.apply(x, plan, tensors.scale, tensors.inverse, *stored)
+    else:
+        y = _ProjectPacked.apply(x, plan.kind, plan.sizes, *tensors.stored)
+    assert isinstance(y, Tensor)
+    return y
 
 
 def _quantize(x: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor]:

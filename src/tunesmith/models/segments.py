@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.models import fused_kernels
+from tunesmith.models import fused_kernels, score_kernel
 from tunesmith.models.elementwise import gate_plain, norm_rms_plain, rotate_plain
 from tunesmith.models.fused import open_gate, project_gated, project_joined, split_heads
 from tunesmith.models.packed import PackedTensors, project_packed
@@ -244,6 +244,20 @@ def score_chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tupl
     return loss, grad.to(hidden_CD.dtype)
 
 
+def score_chunk_in_place(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    *,
+    otherwise: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`score_chunk` by a kernel that leaves the gradient where the logits were; `otherwise` where there is none."""
+    if not score_kernel.available(hidden_CD):
+        return otherwise(hidden_CD, weight_VD, targets_C)
+    logits = hidden_CD @ weight_VD.t()
+    return score_kernel.score_in_place(logits, targets_C).sum(), logits
+
+
 # A compiler finds a function by its code: what it shall compile in another way is a function of its own.
 def make_heads_again(
     x: Tensor, cos: Tensor, sin: Tensor, tensors: HeadsTensors, plan: BlockPlan
@@ -288,7 +302,8 @@ class Segments:
             again = partial(finish, make=make_again, keep=False)
             self.keep = BlockFunctions(make_heads, finish, finish_kept)
             self.cheap = BlockFunctions(partial(make_heads, make=make_again), again, again)
-        self.score_chunk = _compile(score_chunk) if compiled else score_chunk
+        otherwise = _compile(score_chunk) if compiled else score_chunk
+        self.score_chunk = partial(score_chunk_in_place, otherwise=otherwise)
 
 
 def _compile_lean(function: Callable[..., Any]) -> Callable[..., Any]:

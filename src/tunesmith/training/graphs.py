@@ -3,11 +3,13 @@
 To launch what a block computes takes the host some five milliseconds. A GPU is done sooner where a model is small or
 micro-batches are short, and then waits. Rows of one length give micro-batches of few shapes, over and over: once every
 shape of a step has run twice, the next step records them, and from then on they are replayed, the same kernels in the
-same order.
+same order. Rows of all lengths give micro-batches of many shapes; where kernels take any lengths, a shape is not much
+more than a number of tokens, and comes back, too.
 
 What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
 gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
-Graphs and ordinary passes would need it twice: whatever is not replayed first gives the pool back.
+Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives the pool
+back, and only steps of few shapes are recorded.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ from torch import Tensor
 
 # The first pass of a shape compiles, the second finds every buffer made.
 _PASSES_BEFORE = 2
-# Steps of more shapes than this are of rows whose lengths come as they come.
+# Without room: steps of more shapes than this are of rows whose lengths come as they come.
 _MOST_SHAPES = 4
+# With room: the first shapes that come back are recorded. A graph takes some megabytes besides its pool.
+_MOST_GRAPHS = 48
+# Shapes whose passes are counted.
+_MOST_COUNTED = 1024
 
 # (batch, factor, loss_sum): forward pass, backward pass of the loss times `factor`, the loss added to `loss_sum`.
 RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
@@ -32,8 +38,8 @@ RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
 class FixedBatch(Protocol):
     """A batch whose kernels follow from `signature` alone (see `layout.Batch`)."""
 
-    def signature(self) -> Hashable: ...
-    def fixed(self) -> Any: ...
+    def signature(self, *, any_lengths: bool) -> Hashable: ...
+    def fixed(self, *, any_lengths: bool) -> Any: ...
     def copy_(self, batch: Any) -> None: ...
 
 
@@ -47,6 +53,8 @@ class GraphRunner:
 
     hold_gradients: makes gradients stay where they are; False if they can't.
     refresh: brings what is computed with up to date with the weights, at the start of a step; False if nothing is.
+    any_lengths: as `layout.Batch.signature` takes it.
+    has_room: memory suffices for graphs beside ordinary passes. Whoever runs out of it says so.
     failure: why nothing is recorded any more; empty while it is.
     """
 
@@ -57,7 +65,10 @@ class GraphRunner:
         hold_gradients: Callable[[], bool],
         refresh: Callable[[], bool],
         device: torch.device,
+        any_lengths: bool = False,
+        has_room: bool = False,
     ) -> None:
+        self._any_lengths, self.has_room = any_lengths, has_room
         self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
         self._factor = torch.ones((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -89,22 +100,27 @@ class GraphRunner:
     def run(self, batch: FixedBatch, factor: float) -> None:
         """Gradients of a micro-batch's loss times `factor`, and the loss added to the step's sum."""
         self._factor.fill_(factor)
-        key = batch.signature()
-        if key not in self._passes and len(self._passes) > _MOST_SHAPES:
+        key = batch.signature(any_lengths=self._any_lengths)
+        if key not in self._passes and len(self._passes) > (_MOST_COUNTED if self.has_room else _MOST_SHAPES):
             self._passes.clear()
         self._shapes.add(key)
         self._passes[key] += 1
         graph = self._graphs.get(key)
-        if graph is None and self._is_settled and self._passes[key] > _PASSES_BEFORE and not self.failure:
+        if graph is None and self._may_record(key):
             graph = self._record(key, batch)
         if graph is None:
-            # To record others between such passes would be to do so again and again.
-            self._is_settled = False
-            self.release()
+            if not self.has_room:
+                # To record others between such passes would be to do so again and again.
+                self._is_settled = False
+                self.release()
             self._run(batch, self._factor, self._loss_sum)
             return
         graph.batch.copy_(batch)
         graph.graph.replay()
+
+    def _may_record(self, key: Hashable) -> bool:
+        settled = len(self._graphs) < _MOST_GRAPHS if self.has_room else self._is_settled
+        return settled and self._passes[key] > _PASSES_BEFORE and not self.failure
 
     def release(self) -> None:
         """Forget the graphs and give their memory back; they are recorded anew."""
@@ -119,7 +135,7 @@ class GraphRunner:
             return None
         # What a recorded pass found out of date it would bring up to date in every replay.
         has_refresh = self._refresh()
-        fixed, stream = batch.fixed(), torch.cuda.current_stream()
+        fixed, stream = batch.fixed(any_lengths=self._any_lengths), torch.cuda.current_stream()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:

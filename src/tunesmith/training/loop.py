@@ -67,7 +67,7 @@ def train(
     resume:     continue from the newest intact checkpoint, if there is one.
     identity:   what else must be equal for a checkpoint to fit (method, data, base model), JSON.
     planner:    chooses micro-batches and what is kept of each block; without it, a fixed number of tokens.
-    record_graphs: let a GPU replay micro-batches whose shape comes back (graphs.py). Only for a model with `refresh`.
+    record_graphs: let a GPU replay micro-batches whose shape comes back (graphs.py). Only for a `Decoder`.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and torch.
     Raises TrainingFailed (not finite, out of memory), Interrupted (signal, checkpoint saved), RunDirError (disk),
@@ -166,8 +166,11 @@ class _Run:
 
     def record_graphs(self) -> None:
         # What goes to the host and back does so by events that belong to one pass.
-        if "offload" not in self.model.levels:  # type: ignore[attr-defined]
-            self.stepper.record_graphs(self.model.refresh)  # type: ignore[attr-defined]
+        model: Any = self.model
+        if "offload" not in model.levels:
+            plan = self.keeper.plan
+            has_room = plan is not None and plan.has_room_for_graphs
+            self.stepper.record_graphs(model.refresh, any_lengths=model.takes_any_lengths, has_room=has_room)
 
     def close(self) -> None:
         self.stepper.close()

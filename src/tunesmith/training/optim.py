@@ -6,14 +6,19 @@ The others: `low_bit_adamw` (8-bit states; bf16 weights without masters), `muon`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _OWN_MASTER = (torch.float32, torch.float64)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Adapters are laid end to end (`_Flat`), up to so many values: for a moment they are there twice. Kernels read windows
+# of 256 bytes as fast as tensors of their own.
+_MOST_FLAT_VALUES, _ALIGNED_VALUES = 2**28, 64
 
 
 class Optimizer(Protocol):
@@ -137,6 +142,40 @@ class MasterWeights(ABC):
         self.round_masters()
 
 
+class _Flat:
+    """Weights, gradients and states of AdamW end to end, each in one tensor of which the named ones become windows.
+
+    The host then starts an update with a handful of calls, where a GPU would wait for lists of hundreds to be read.
+    """
+
+    def __init__(self, masters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> None:
+        self.steps = torch.stack([state["step"] for state in states])
+        self.values = _lay_together([master.data for master in masters])
+        self.gradient = _lay_together([_read_gradient(master) for master in masters])
+        self.moments = {kind: _lay_together([state[kind] for state in states]) for kind in _MOMENTS}
+        at = 0
+        for number, (master, state) in enumerate(zip(masters, states, strict=True)):
+            window, shape = slice(at, at + master.numel()), master.shape
+            master.data, master.grad = self.values[window].view(shape), self.gradient[window].view(shape)
+            state |= {kind: moment[window].view(shape) for kind, moment in self.moments.items()}
+            state["step"] = self.steps[number]
+            at += _align(master.numel())
+
+
+def _lay_together(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors' values one after the other, each aligned, zero between them."""
+    return torch.cat([F.pad(t.reshape(-1), (0, _align(t.numel()) - t.numel())) for t in tensors])
+
+
+def _align(num_values: int) -> int:
+    return -(-num_values // _ALIGNED_VALUES) * _ALIGNED_VALUES
+
+
+def _read_gradient(master: Tensor) -> Tensor:
+    assert master.grad is not None
+    return master.grad
+
+
 class MasterAdamW(MasterWeights):
     """AdamW in fp32, on masters. 8 bytes of states for each weight.
 
@@ -164,10 +203,31 @@ class MasterAdamW(MasterWeights):
             }
             for name, master in self.masters.items()
         }
+        self._flat: _Flat | None = None
+
+    @torch.no_grad()
+    def hold_gradients(self) -> bool:
+        """See `Optimizer`."""
+        super().hold_gradients()
+        masters = list(self.masters.values())
+        is_alike = len({(master.dtype, master.device, master.ndim >= 2) for master in masters}) == 1
+        small = sum(master.numel() for master in masters) <= _MOST_FLAT_VALUES
+        if self._flat is None and is_alike and small and not self._rounded:
+            self._flat = _Flat(masters, [self._states[name] for name in self.masters])
+        return True
+
+    def clear_gradients(self) -> None:
+        if self._flat is None:
+            super().clear_gradients()
+        else:
+            self._flat.gradient.zero_()
 
     @torch.no_grad()
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """See `Optimizer`."""
+        if self._flat is not None:
+            self._update_flat(self._flat, learning_rate, gradient_factor)
+            return
         gradients = self.gradients()
         if gradient_factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, gradient_factor)  # pyright: ignore[reportPrivateImportUsage]
@@ -178,18 +238,44 @@ class MasterAdamW(MasterWeights):
         self.round_masters()
         self.clear_gradients()
 
+    def _update_flat(self, flat: _Flat, learning_rate: float, gradient_factor: float) -> None:
+        if gradient_factor != 1.0:
+            flat.gradient.mul_(gradient_factor)
+        masters = list(self.masters.values())
+        decay = self._weight_decay if masters[0].ndim >= 2 else 0.0
+        moments = [[flat.moments[kind]] for kind in _MOMENTS]
+        flat.steps.add_(1)
+        self._run_kernel([flat.values], [flat.gradient], moments, [flat.steps[0]], learning_rate, decay)
+        torch.autograd.graph.increment_version(masters)
+        flat.gradient.zero_()
+
     def _update_together(self, names: list[str], learning_rate: float, weight_decay: float) -> None:
+        masters = [self.masters[name] for name in names]
+        gradients = [master.grad for master in masters if master.grad is not None]
         states = [self._states[name] for name in names]
+        moments = [[state[kind] for state in states] for kind in _MOMENTS]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+        self._run_kernel(masters, gradients, moments, steps, learning_rate, weight_decay)
+        # The kernel changes tensors without raising their versions, by which copies in lower precision know their age.
+        torch.autograd.graph.increment_version(masters)
+
+    def _run_kernel(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        moments: list[list[Tensor]],
+        steps: list[Tensor],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
         # The kernel behind torch.optim.AdamW(fused=True). That class loads torch's compiler when it is made, two
         # seconds of every process; tests hold this call to its results.
-        masters = [self.masters[name] for name in names]
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-            masters,
-            [master.grad for master in masters if master.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            weights,
+            gradients,
+            moments[0],
+            moments[1],
             [],
             steps,
             lr=learning_rate,
@@ -200,8 +286,6 @@ class MasterAdamW(MasterWeights):
             amsgrad=False,
             maximize=False,
         )
-        # The kernel changes tensors without raising their versions, by which copies in lower precision know their age.
-        torch.autograd.graph.increment_version(masters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""

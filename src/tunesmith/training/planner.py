@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.batch import plan_micro_batches
@@ -68,25 +69,33 @@ CARDS = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens of each row of a typical step, and of the longest row; micro-batches are filled up to round_tokens."""
+    """Tokens of each row of some steps, and of the longest row; micro-batches are filled up to round_tokens."""
 
-    step_lengths: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
     longest: int
     round_tokens: int = 1
 
     @property
+    def lengths(self) -> list[int]:
+        return [length for step in self.steps for length in step]
+
+    @property
     def is_even(self) -> bool:
-        return min(self.step_lengths) == max(self.step_lengths) == self.longest
+        return min(self.lengths) == max(self.lengths) == self.longest
 
     def split(self, budget_tokens: int) -> tuple[int, int]:
-        """(micro-batches of a step, the most tokens that one may have)."""
-        lengths = self.step_lengths
-        micro_batches = len(plan_micro_batches(lengths, budget_tokens=budget_tokens))
+        """(micro-batches of all steps, the most tokens that one may have)."""
         # Rows of one length fill a budget by whole rows only.
         whole = max(1, budget_tokens // self.longest) * self.longest
         most = whole if self.is_even else budget_tokens
-        most = max(self.longest, min(most, len(lengths) * self.longest))
-        return micro_batches, math.ceil(most / self.round_tokens) * self.round_tokens
+        most = max(self.longest, min(most, max(map(len, self.steps)) * self.longest))
+        most = math.ceil(most / self.round_tokens) * self.round_tokens
+        return _count_micro_batches(self.steps, budget_tokens), most
+
+
+@lru_cache(maxsize=256)
+def _count_micro_batches(steps: tuple[tuple[int, ...], ...], budget_tokens: int) -> int:
+    return sum(len(plan_micro_batches(step, budget_tokens=budget_tokens)) for step in steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,12 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def has_room_for_graphs(self) -> bool:
+        """Whether recorded micro-batches (training/graphs.py) fit beside ordinary ones: a pool for all of them, which
+        shapes of many sizes fill badly."""
+        return self.peak_bytes + 2 * self.parts["step"] <= self.limit_bytes
 
     @property
     def is_roomy(self) -> bool:
@@ -231,22 +246,25 @@ class Planner:
             parts = {"weights and optimizer": self.resident_bytes}
         parts["step"] = step
         fits = sum(parts.values()) <= self.share * self.limit_bytes
-        seconds = self._seconds_per_token(budget, levels)
-        return MemoryPlan(budget, levels, chunk, self.limit_bytes, parts, 1000 * seconds, fits)
+        plan = MemoryPlan(budget, levels, chunk, self.limit_bytes, parts, 0.0, fits)
+        return dataclasses.replace(plan, seconds_per_1k=1000 * self._seconds_per_token(plan))
 
     def _step_bytes(self, budget: int, levels: Sequence[Level], chunk: int) -> int:
         micro_batches, tokens = self.workload.split(budget)
         step = self.model.step_bytes(
-            levels, tokens=tokens, micro_batches=micro_batches, loss_chunk_bytes=chunk
+            levels,
+            tokens=tokens,
+            micro_batches=math.ceil(micro_batches / len(self.workload.steps)),
+            loss_chunk_bytes=chunk,
         )
         return int(step * self.step_factor)
 
     # --- time ---------------------------------------------------------------------------------------------------
 
-    def _seconds_per_token(self, budget: int, levels: Sequence[Level]) -> float:
-        model, setup, card = self.model, self.model.setup, self.card
-        config, lengths = model.config, self.workload.step_lengths
-        micro_batches, _ = self.workload.split(budget)
+    def _seconds_per_token(self, plan: MemoryPlan) -> float:
+        model, setup, card, levels = self.model, self.model.setup, self.card, plan.levels
+        config, lengths = model.config, self.workload.lengths
+        micro_batches, _ = self.workload.split(plan.budget_tokens)
         tokens = sum(lengths) / micro_batches
         # A token sees half of its row: 4 FLOPs for each value of a query and each token seen.
         seen = sum(length * length for length in lengths) / sum(lengths) / 2
@@ -273,7 +291,8 @@ class Planner:
             "offload": 1.02 * forward + max(0.0, away - forward) + max(0.0, away - backward - forward),
         }
         # The host launches a block's kernels while the GPU is at work on those before; with few tokens it is behind.
-        is_replayed = setup.recorded and self.workload.is_even and "offload" not in levels
+        comes_back = self.workload.is_even or plan.has_room_for_graphs
+        is_replayed = setup.recorded and comes_back and "offload" not in levels
         launch = 0.0 if is_replayed else _LAUNCH_SECONDS[setup.storage] / tokens
         blocks = sum(forward + backward + again[level] for level in levels)
         launches = sum(launch * (1.0 if level in ("keep", "cheap") else 1.5) for level in levels)

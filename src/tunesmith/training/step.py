@@ -111,10 +111,12 @@ class Stepper:
         self.following: Callable[[], StepRows] | None = None
         self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
 
-    def record_graphs(self, refresh: Callable[[], bool]) -> None:
+    def record_graphs(
+        self, refresh: Callable[[], bool], *, any_lengths: bool = False, has_room: bool = False
+    ) -> None:
         """From now on, record micro-batches whose shape comes back. Memory plan and what blocks keep stay as they are.
 
-        refresh: see `GraphRunner`.
+        Arguments as of `GraphRunner`.
         """
         self.graphs = GraphRunner(
             # Not a method: it would hold the stepper, which holds it, in a circle that nothing collects.
@@ -122,6 +124,8 @@ class Stepper:
             hold_gradients=self.optimizer.hold_gradients,
             refresh=refresh,
             device=self._device,
+            any_lengths=any_lengths,
+            has_room=has_room,
         )
 
     def close(self) -> None:
@@ -184,6 +188,7 @@ class Stepper:
                 return loss_sum, norm
             self.optimizer.clear_gradients()
             if self.graphs is not None:
+                self.graphs.has_room = False
                 self.graphs.release()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
