@@ -65,7 +65,9 @@ def parity(out: Path, arm: str) -> tuple[ParityRecord, ParityRecord]:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
-    arms = [{"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")]
+    arms = [
+        {"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")
+    ]
     return compare(arms, tmp_path_factory.mktemp("compare"), home)
 
 
@@ -102,7 +104,9 @@ def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method:
     assert [[row[key] for key in same] for row in theirs] == [[row[key] for key in same] for row in ours]
     assert len({row["num_target_tokens"] for row in theirs[:3]}) > 1
     assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in ours], rel=1e-5)
-    validated = [[row["validation_loss"] for row in rows if row["validation_loss"]] for rows in (theirs, ours)]
+    validated = [
+        [row["validation_loss"] for row in rows if row["validation_loss"]] for rows in (theirs, ours)
+    ]
     assert len(validated[0]) == 2
     assert validated[0] == pytest.approx(validated[1], rel=1e-5)
     arms = {arm["name"]: arm for arm in api.comparison_json(api.report(compared), compared)["arms"]}
@@ -112,14 +116,32 @@ def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method:
 
 
 def test_the_run_record_tells_who_trained_and_what_it_cost(compared: Path) -> None:
-    theirs, ours = (read_json(compared / "arms" / arm / "seed-0" / "run.json") for arm in ("lora-trl", "lora"))
+    theirs, ours = (
+        read_json(compared / "arms" / arm / "seed-0" / "run.json") for arm in ("lora-trl", "lora")
+    )
 
     assert theirs["framework"] == "trl"
     assert theirs["versions"].keys() >= {"trl", "peft", "transformers", "torch"}
-    same = ("fingerprints", "learning_rate", "steps", "trained_parameters", "total_parameters", "train_tokens", "seed")
+    same = (
+        "fingerprints",
+        "learning_rate",
+        "steps",
+        "trained_parameters",
+        "total_parameters",
+        "train_tokens",
+        "seed",
+    )
     assert {key: theirs[key] for key in same} == {key: ours[key] for key in same}
     phases = theirs["phases"]
-    assert phases.keys() >= {"importing", "loading", "building", "first step", "steps", "validating", "saving"}
+    assert phases.keys() >= {
+        "importing",
+        "loading",
+        "building",
+        "first step",
+        "steps",
+        "validating",
+        "saving",
+    }
     assert sum(phases.values()) <= theirs["wall_seconds"]
     resolved = read_json(compared / "arms" / "lora-trl" / "seed-0" / "framework" / "record.json")["resolved"]
     assert resolved["arguments"]["weight_decay"] == 0.1

@@ -91,10 +91,10 @@ def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent
         worker_command(task_file), log=log, task=work.name, on_event=on_event, stop=stop, threads=threads
     )
     if isinstance(only, TrainTask) and not only.parity_steps and not stop.is_set():
-        _adopt_costs(RunDir(Path(only.out)).record, use)
+        adopt_costs(RunDir(Path(only.out)).record, use)
 
 
-def _adopt_costs(path: Path, use: ProcessUse) -> None:
+def adopt_costs(path: Path, use: ProcessUse) -> None:
     """Time and, without a GPU, memory as seen from outside, as of every framework's worker. A training that goes on
     after an interruption knows of more than its last process."""
     record = RunRecord.from_json(read_json(path), place=str(path))
