@@ -21,6 +21,7 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.data.batch import plan_epoch
 from tunesmith.data.prepare import Prepared, load_prepared
+from tunesmith.frameworks.catalog import find_framework
 from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.models.config import load_config
@@ -43,11 +44,11 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     dtype = pick_dtype(job.train.precision, device)
     lengths = prepared.rows("train").lengths
     budget = job.train.micro_batch_tokens
-    micro_rows = choose_micro_rows(
-        job.train.batch_rows,
-        longest=max(lengths),
-        budget=AUTO_BUDGET[device.type] if budget == "auto" else budget,
-    )
+    if budget == "auto" and find_framework(task.framework).whole_steps:
+        micro_rows = job.train.batch_rows
+    else:
+        tokens = AUTO_BUDGET[device.type] if budget == "auto" else budget
+        micro_rows = choose_micro_rows(job.train.batch_rows, longest=max(lengths), budget=tokens)
     order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
     total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))
     order += [

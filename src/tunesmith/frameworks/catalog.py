@@ -31,6 +31,7 @@ class Framework:
     pythons:    oldest and newest Python that its lock is good for.
     needed_gib: disk space of its environment with a CPU torch, measured and rounded up.
     environ:    variables that it runs with: offline, silent.
+    whole_steps: it divides each forward pass by its own target tokens, so only a step of one pass has the job's loss.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Framework:
     needed_gib: float
     environ: Mapping[str, str] = field(default_factory=dict[str, str])
     cpu_repairs: tuple[Repair, ...] = ()
+    whole_steps: bool = False
 
     @property
     def lock(self) -> Path:
@@ -84,6 +86,7 @@ FRAMEWORKS = {
             pythons=((3, 11), (3, 12)),
             needed_gib=4.5,
             environ={**_QUIET, "AXOLOTL_DO_NOT_TRACK": "1"},
+            whole_steps=True,
         ),
         Framework(
             name="unsloth",

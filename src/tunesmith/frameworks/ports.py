@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tunesmith.core.errors import JobError
+from tunesmith.frameworks.axolotl import Axolotl
+from tunesmith.frameworks.llamafactory import LlamaFactory
 from tunesmith.frameworks.port import Port
 from tunesmith.frameworks.trl import Trl
 
-PORTS: dict[str, Port] = {"trl": Trl()}
+PORTS: dict[str, Port] = {port.name: port for port in (Trl(), LlamaFactory(), Axolotl())}
 
 
 def find_port(name: str, *, place: str = "") -> Port:

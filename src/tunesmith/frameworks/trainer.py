@@ -8,7 +8,15 @@ from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import Reason
 from tunesmith.job.spec import FullSpec, Job, LoraSpec
 
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Of `trainer_settings`: what would change a weight on one device. Order and rows are the worker's.
+_DECIDING = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "seed", "bf16", "fp16", "tf32",
+    "gradient_checkpointing", "torch_compile", "use_liger_kernel", "auto_find_batch_size", "dataloader_drop_last",
+)  # fmt: skip
 
 
 def can_trainer(job: Job, *, title: str) -> Reason | None:
@@ -89,7 +97,7 @@ def trainer_settings(handoff: Handoff) -> dict[str, Any]:
         "gradient_accumulation_steps": handoff.batch_rows // handoff.micro_rows,
         "average_tokens_across_devices": True,
         "learning_rate": handoff.learning_rate,
-        "lr_scheduler_type": _SCHEDULES[handoff.schedule],
+        "lr_scheduler_type": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": None,
         "warmup_steps": handoff.warmup_steps,
         # Fused where it is safe and fast: the kernel that our own AdamW calls.
@@ -126,3 +134,14 @@ def trainer_settings(handoff: Handoff) -> dict[str, Any]:
         "disable_tqdm": True,
         "push_to_hub": False,
     }
+
+
+def weights_dtype(handoff: Handoff) -> str:
+    """What the base is loaded in: what is trained is fp32, a frozen base is in the training precision."""
+    return "float32" if handoff.lora is None else DTYPES[handoff.precision]
+
+
+def expected_settings(handoff: Handoff) -> dict[str, Any]:
+    """What the worker of a framework that makes its own arguments must find in them, or refuse to train."""
+    arguments = trainer_settings(handoff)
+    return {"arguments": {name: arguments[name] for name in _DECIDING}, "lora": lora_settings(handoff)}

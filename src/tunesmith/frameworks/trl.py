@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
-from tunesmith.frameworks.trainer import can_trainer, lora_settings, trainer_settings
+from tunesmith.frameworks.trainer import can_trainer, lora_settings, trainer_settings, weights_dtype
 from tunesmith.job.spec import Job
 
 # What TRL adds to transformers' arguments. Rows come tokenised and cut; nothing may pack, pad or mask them otherwise.
@@ -46,14 +46,9 @@ class Trl:
             "handoff": handoff.to_json(),
             "sft": trainer_settings(handoff) | _SFT,
             "lora": lora_settings(handoff),
-            "weights": "float32"
-            if handoff.lora is None or handoff.precision == "fp32"
-            else _DTYPES[handoff.precision],
+            "weights": weights_dtype(handoff),
         }
         return Translation(
             files={"trl.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"},
             argv=(str(WORKERS / "run_trl.py"), f"{handoff.scratch}/trl.json"),
         )
-
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}

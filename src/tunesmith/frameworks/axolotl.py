@@ -1,0 +1,141 @@
+"""Axolotl: its own `train`, on a data set that is already tokenised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.trainer import SCHEDULES, can_trainer, expected_settings
+from tunesmith.job.spec import FullSpec, Job
+
+# Whatever of Axolotl's would choose rows, padding, kernels or precision by itself, or leave files.
+_OWN: dict[str, Any] = {
+    "skip_prepare_dataset": True,
+    "shuffle_merged_datasets": False,
+    "curriculum_sampling": False,
+    "group_by_length": False,
+    "sample_packing": False,
+    "eval_sample_packing": False,
+    "pad_to_sequence_len": False,
+    # Rows come cut and none is dropped; longer than the model's positions it would stretch them.
+    "sequence_len": 1,
+    "val_set_size": 0.0,
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "resize_token_embeddings_to_32x": False,
+    "shrink_embeddings": False,
+    "tf32": False,
+    "gradient_checkpointing": False,
+    "activation_offloading": False,
+    "layer_offloading": False,
+    "attn_implementation": "sdpa",
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_embedding_kernel": False,
+    "trust_remote_code": False,
+    "optimizer": "adamw_torch_fused",
+    "use_eaft": False,
+    "dataloader_num_workers": 0,
+    "dataloader_drop_last": False,
+    "remove_unused_columns": True,
+    "auto_find_batch_size": False,
+    "include_tkps": False,
+    "save_strategy": "no",
+    "save_first_step": False,
+    "load_best_model_at_end": False,
+    "use_wandb": False,
+    "use_mlflow": False,
+    "use_tensorboard": False,
+    "use_comet": False,
+    "use_trackio": False,
+    "use_ray": False,
+}
+
+
+class Axolotl:
+    """See `Port`."""
+
+    name = "axolotl"
+
+    def can(self, job: Job) -> Reason | None:
+        """See `Port`."""
+        if reason := can_trainer(job, title="Axolotl"):
+            return reason
+        method = job.method_spec
+        if isinstance(method, FullSpec):
+            if job.train.precision in ("bf16", "fp16"):
+                finding = f"Axolotl keeps the weights that it trains in {job.train.precision}, ours are fp32"
+                return Reason("train.precision", finding, "Set train.precision: fp32, or train adapters")
+        elif not method.scaling_alpha.is_integer():
+            finding = f"Axolotl's lora_alpha is a whole number, not {method.scaling_alpha}"
+            return Reason("alpha", finding, "Choose a whole alpha")
+        return None
+
+    def translate(self, handoff: Handoff) -> Translation:
+        """See `Port`."""
+        arguments = _OWN | _train_arguments(handoff) | _lora_arguments(handoff)
+        settings = {
+            "handoff": handoff.to_json(),
+            "arguments": arguments,
+            "expected": expected_settings(handoff),
+        }
+        return Translation(
+            files={"axolotl.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"},
+            argv=(str(WORKERS / "run_axolotl.py"), f"{handoff.scratch}/axolotl.json"),
+            environ={"AXOLOTL_LOG_LEVEL": "WARNING"},
+        )
+
+
+def _train_arguments(handoff: Handoff) -> dict[str, Any]:
+    on_gpu = handoff.device == "cuda"
+    return {
+        "base_model": handoff.model,
+        "datasets": [{"path": f"{handoff.scratch}/rows", "type": None}],
+        "dataset_prepared_path": f"{handoff.scratch}/prepared",
+        "output_dir": f"{handoff.scratch}/output",
+        "micro_batch_size": handoff.micro_rows,
+        "gradient_accumulation_steps": handoff.batch_rows // handoff.micro_rows,
+        "num_epochs": 1,
+        "max_steps": handoff.total_steps,
+        "warmup_steps": handoff.warmup_steps,
+        "learning_rate": handoff.learning_rate,
+        "lr_scheduler": SCHEDULES[handoff.schedule],
+        "lr_scheduler_kwargs": {},
+        "weight_decay": handoff.weight_decay,
+        "adam_beta1": handoff.beta1,
+        "adam_beta2": handoff.beta2,
+        "adam_epsilon": handoff.epsilon,
+        "max_grad_norm": handoff.clip_norm,
+        "seed": handoff.seed,
+        "bf16": handoff.precision == "bf16",
+        "fp16": handoff.precision == "fp16",
+        "torch_compile": handoff.compile,
+        "dataloader_pin_memory": on_gpu,
+        "logging_steps": handoff.total_steps + 1,
+    }
+
+
+def _lora_arguments(handoff: Handoff) -> dict[str, Any]:
+    lora = handoff.lora
+    if lora is None:
+        return {"adapter": None}
+    return {
+        "adapter": "lora",
+        "lora_r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target_modules": list(lora.targets),
+        "lora_target_linear": False,
+        "lora_modules_to_save": None,
+        "lora_fan_in_fan_out": False,
+        "lora_rank_pattern": dict(lora.rank_pattern),
+        "lora_alpha_pattern": dict(lora.alpha_pattern),
+        "peft_use_rslora": lora.rslora,
+        "peft_use_dora": lora.dora,
+        "peft_init_lora_weights": True,
+        "peft_autocast_adapter_dtype": True,
+        "loraplus_lr_ratio": None,
+    }

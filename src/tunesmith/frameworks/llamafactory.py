@@ -1,0 +1,128 @@
+"""LLaMA-Factory: its own `run_exp`, on a folder of rows that are already tokenised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.trainer import can_trainer, expected_settings, trainer_settings, weights_dtype
+from tunesmith.job.spec import Job
+
+# What LLaMA-Factory adds to transformers' arguments: nothing of its own may choose tokens, loss, kernels or optimizer.
+_OWN: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "do_eval": False,
+    "do_predict": False,
+    "predict_with_generate": False,
+    "overwrite_output_dir": True,
+    "plot_loss": False,
+    "compute_accuracy": False,
+    "early_stopping_steps": None,
+    "include_effective_tokens_per_second": False,
+    # A name is demanded; the folder of tokens is what is read, and nothing is rendered or cut.
+    "dataset": "handed",
+    "eval_dataset": None,
+    "val_size": 0.0,
+    "template": "empty",
+    "packing": False,
+    "neat_packing": False,
+    "streaming": False,
+    "train_on_prompt": False,
+    "mask_history": False,
+    "ignore_pad_token_for_loss": True,
+    "disable_shuffling": True,
+    # The model.
+    "trust_remote_code": False,
+    "resize_vocab": False,
+    "flash_attn": "sdpa",
+    "rope_scaling": None,
+    "shift_attn": False,
+    "mixture_of_depths": None,
+    "moe_aux_loss_coef": None,
+    "use_unsloth": False,
+    "use_unsloth_gc": False,
+    "use_kt": False,
+    "enable_liger_kernel": False,
+    "use_v1_kernels": False,
+    "upcast_layernorm": False,
+    "upcast_lmhead_output": False,
+    "quantization_bit": None,
+    "train_from_scratch": False,
+    "disable_gradient_checkpointing": True,
+    "pure_bf16": False,
+    "fp8": False,
+    # The loss and the optimizer.
+    "use_dft_loss": False,
+    "use_asft_loss": False,
+    "use_eaft_loss": False,
+    "use_galore": False,
+    "use_apollo": False,
+    "use_badam": False,
+    "use_adam_mini": False,
+    "use_muon": False,
+    "use_llama_pro": False,
+    "use_mca": False,
+    "use_hyper_parallel": False,
+    "use_swanlab": False,
+}
+
+
+class LlamaFactory:
+    """See `Port`."""
+
+    name = "llamafactory"
+
+    def can(self, job: Job) -> Reason | None:
+        """See `Port`."""
+        return can_trainer(job, title="LLaMA-Factory")
+
+    def translate(self, handoff: Handoff) -> Translation:
+        """See `Port`."""
+        arguments = trainer_settings(handoff) | _OWN | _lora_arguments(handoff)
+        # It loads a base in what the folder's config.json names, so the worker makes a folder that names this.
+        folder = {
+            "model_name_or_path": f"{handoff.scratch}/base",
+            "tokenized_path": f"{handoff.scratch}/rows",
+        }
+        settings = {
+            "handoff": handoff.to_json(),
+            "arguments": arguments | folder,
+            "expected": expected_settings(handoff),
+            "weights": weights_dtype(handoff),
+        }
+        return Translation(
+            files={"llamafactory.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"},
+            argv=(str(WORKERS / "run_llamafactory.py"), f"{handoff.scratch}/llamafactory.json"),
+            environ={
+                "LLAMAFACTORY_VERBOSITY": "WARN",
+                "USE_RAY": "0",
+                "USE_MCA": "0",
+                "USE_MODELSCOPE_HUB": "0",
+            },
+        )
+
+
+def _lora_arguments(handoff: Handoff) -> dict[str, Any]:
+    lora = handoff.lora
+    if lora is None:
+        return {"finetuning_type": "full"}
+    alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
+    # Ranks that differ between layers can only be read from an adapter, which is the one to begin with.
+    patterns = lora.rank_pattern or lora.alpha_pattern
+    return {
+        "finetuning_type": "lora",
+        "adapter_name_or_path": lora.start if patterns else None,
+        "create_new_adapter": False,
+        "lora_rank": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target": ",".join(lora.targets),
+        "additional_target": None,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "pissa_init": False,
+        "loraplus_lr_ratio": None,
+    }

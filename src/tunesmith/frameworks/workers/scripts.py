@@ -1,0 +1,84 @@
+"""For frameworks that are run by a script of their own: what it reads, what it made of it, and where it ends.
+
+A worker's module, like hf.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import datasets
+import transformers
+from hf import read_rows
+from worker import Failure, Run
+
+
+class Trained(BaseException):
+    """The training is over and what was asked for is left. What the script would do next (save again, plot, publish)
+    is left out; nothing of a framework's catches this."""
+
+
+def run_until_trained(run: Run, script) -> None:
+    """Call `script`, which makes a `Trainer` and calls its `train`; after `hf.install`.
+
+    Raises Failure if its trainer has other settings than the job, or if it never trained.
+    """
+    watched = transformers.Trainer.train
+
+    @functools.wraps(watched)
+    def train(trainer, *args, **kwargs):
+        check_settings(trainer, run.settings["expected"])
+        if trainer.args.device.type != run.handoff["device"]:
+            raise Failure(f"trains on {trainer.args.device}, and was handed {run.handoff['device']}")
+        watched(trainer, *args, **kwargs)
+        raise Trained
+
+    transformers.Trainer.train = train
+    try:
+        script()
+    except Trained:
+        return
+    raise Failure("ended without training")
+
+
+def check_settings(trainer, expected: dict) -> None:
+    """Refuse what the framework altered. Raises Failure with the first setting that is not the job's."""
+    for name, wanted in expected["arguments"].items():
+        found = getattr(trainer.args, name)
+        if (found or None) != (wanted or None):
+            raise Failure(f"makes {name} {found} of {wanted}")
+    if expected["lora"]:
+        config = trainer.model.peft_config["default"]
+        for name, wanted in expected["lora"].items():
+            found = getattr(config, name)
+            if isinstance(found, set):
+                found, wanted = sorted(found), sorted(wanted)
+            if (found or None) != (wanted or None):
+                raise Failure(f"makes the adapters' {name} {found} of {wanted}")
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and str(parameter.dtype) != "torch.float32":
+            raise Failure(f"trains {name} in {parameter.dtype}, where our engine keeps fp32")
+
+
+def write_rows(run: Run) -> None:
+    """The rows as a folder of `datasets`, in the scratch folder."""
+    rows = read_rows(run.handoff["rows"])
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+    datasets.Dataset.from_dict(columns).save_to_disk(f"{run.handoff['scratch']}/rows")
+
+
+def link_base(run: Run, *, dtype: str) -> None:
+    """The base in the scratch folder: links to its files, beside a config.json that names `dtype`."""
+    folder = Path(run.handoff["scratch"]) / "base"
+    folder.mkdir()
+    for path in Path(run.handoff["model"]).iterdir():
+        if path.is_file() and path.name != "config.json":
+            os.symlink(path.resolve(), folder / path.name)
+    config = json.loads((Path(run.handoff["model"]) / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}), encoding="utf-8"
+    )
