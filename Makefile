@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-slow test-trl test-browser test-gpu benchmark-trl clean python
+.PHONY: help demo test lint format test-slow test-trl test-frameworks test-browser test-gpu benchmark-trl clean python
 
 help:
 	@echo 'make demo           train, compare and report on the bundled model and data (minutes, no network after set-up)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make lint           ruff, pyright, import-linter'
 	@echo 'make format         let ruff rewrite the code in place'
 	@echo 'make test-trl       our numbers against TRL, in its own environment'
+	@echo 'make test-frameworks  LLaMA-Factory, Axolotl and Unsloth for real (nightly: installs 9 GB)'
 	@echo 'make test-browser   open the report in Chromium'
 	@echo 'make test-slow      tests of the benchmarks, and long ones'
 	@echo 'make test-gpu       tests that need an NVIDIA GPU'
@@ -43,7 +44,7 @@ demo: python
 test: python
 	@$(SET_UP) dev
 	@lint=0; $(MAKE) --no-print-directory run-lint || lint=1; \
-	    $(BIN)/python -m pytest -n 2 -m 'not gpu and not trl and not browser and not slow' $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -n 2 -m 'not gpu and not trl and not frameworks and not browser and not slow' $(ARGS) || exit 1; \
 	    if [ $$lint = 1 ]; then echo 'make test: the tests passed, lint did not (above)' >&2; exit 1; fi
 
 lint: python
@@ -66,12 +67,19 @@ format: python
 # The benchmarks' harnesses, and a few long trainings.
 test-slow: python
 	@$(SET_UP) dev
-	@$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not trl and not browser' $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not trl and not frameworks and not browser' $(ARGS)
 
 test-trl: python
 	@$(SET_UP) dev
 	@$(SET_UP) trl
 	@$(BIN)/python -m pytest -m trl $(ARGS)
+
+# Each in its own environment, below this folder and not the user's.
+test-frameworks: export TUNESMITH_HOME = $(CURDIR)/.frameworks
+test-frameworks: python
+	@$(SET_UP) dev
+	@for name in llamafactory axolotl unsloth; do $(BIN)/tunesmith frameworks install $$name || exit 1; done
+	@$(BIN)/python -m pytest -m frameworks $(ARGS)
 
 test-browser: python
 	@$(SET_UP) dev
@@ -87,5 +95,5 @@ benchmark-trl: python
 	@$(BIN)/python benchmarks/cpu_vs_trl.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-trl .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-trl .frameworks .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

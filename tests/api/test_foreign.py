@@ -192,8 +192,3 @@ def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path)
     with pytest.raises(JobError, match=text):
         tunesmith.compare(bad, out=tmp_path / "out")
     assert not (tmp_path / "out" / "prepared").exists()
-
-
-def test_a_framework_without_an_adapter_yet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="lora-axolotl: framework: axolotl cannot be compared yet"):
-        tunesmith.compare(job([arm("axolotl")]), out=tmp_path / "out")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from tunesmith.core.errors import ArmFailed, DataError, JobError
+from tunesmith.core.errors import ArmFailed, DataError
+from tunesmith.frameworks.catalog import FRAMEWORKS
 from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_training
 from tunesmith.frameworks.ports import PORTS, find_port
 from tunesmith.job.load import job_from
+from tunesmith.job.spec import Framework
 
 GOLDEN = Path(__file__).with_name("golden")
 LORA = Lora(
@@ -31,17 +33,20 @@ HANDOFF = Handoff(
 )  # fmt: skip
 
 
-def settings_of(handoff: Handoff) -> dict[str, Any]:
-    return json.loads(PORTS["trl"].translate(handoff).files["trl.json"])
+def settings_of(handoff: Handoff, framework: str = "trl") -> dict[str, Any]:
+    return json.loads(PORTS[framework].translate(handoff).files[f"{framework}.json"])
 
 
-def test_trl_is_told_every_number_of_the_job() -> None:
-    translation = PORTS["trl"].translate(HANDOFF)
+@pytest.mark.parametrize("name", PORTS)
+def test_a_framework_is_told_every_number_of_the_job(name: str) -> None:
+    translation = PORTS[name].translate(HANDOFF)
 
-    assert dict(translation.files) == {"trl.json": (GOLDEN / "trl-lora.json").read_text(encoding="utf-8")}
+    assert dict(translation.files) == {
+        f"{name}.json": (GOLDEN / f"{name}-lora.json").read_text(encoding="utf-8")
+    }
     worker, file = translation.argv
     assert Path(worker).is_file()
-    assert file == "/run/framework/trl.json"
+    assert file == f"/run/framework/{name}.json"
 
 
 def test_full_fine_tuning_keeps_fp32_weights_and_no_clipping_is_none() -> None:
@@ -101,11 +106,48 @@ def test_what_trl_can_express_has_no_reason(settings: dict[str, Any]) -> None:
     assert PORTS["trl"].can(job) is None
 
 
-def test_a_framework_without_an_adapter_is_refused() -> None:
-    with pytest.raises(
-        JobError, match="axolotl cannot be compared yet; arms are trained by tunesmith or trl"
-    ):
-        find_port("axolotl")
+def test_every_framework_that_an_arm_can_name_has_an_adapter() -> None:
+    assert {"tunesmith", *PORTS} == set(get_args(Framework))
+    assert list(PORTS) == list(FRAMEWORKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key"),
+    [
+        ("axolotl", {"method": "full", "train": {"precision": "bf16"}}, "train.precision"),
+        ("axolotl", {"method": {"name": "lora", "alpha": 12.5}}, "alpha"),
+        ("axolotl", {"method": "qlora"}, "base"),
+        ("llamafactory", {"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
+        ("unsloth", {"method": {"name": "lora", "dora": True}}, "dora"),
+        ("unsloth", {"method": {"name": "lora", "targets": ["mlp.down_proj"]}}, "targets"),
+    ],
+)
+def test_what_another_framework_cannot_express_is_a_reason(
+    name: str, settings: dict[str, Any], key: str
+) -> None:
+    reason = find_port(name).can(
+        job_from({"model": "tunesmith/tiny", "data": {"train": "x.jsonl"}, **settings})
+    )
+
+    assert reason is not None
+    assert reason.key == key
+
+
+@pytest.mark.parametrize("name", ["llamafactory", "axolotl", "unsloth"])
+def test_what_may_not_be_altered_is_written_beside_what_is_said(name: str) -> None:
+    settings = settings_of(dataclasses.replace(HANDOFF, precision="fp32"), name)
+
+    assert settings["expected"]["arguments"]["learning_rate"] == 3e-4
+    assert settings["expected"]["arguments"]["gradient_accumulation_steps"] == 4
+    assert settings["expected"]["lora"]["lora_alpha"] == 16.0
+    assert settings_of(dataclasses.replace(HANDOFF, lora=None), name)["expected"]["lora"] is None
+
+
+def test_llamafactory_reads_ranks_of_single_layers_from_the_first_adapter() -> None:
+    uneven = dataclasses.replace(HANDOFF, lora=dataclasses.replace(LORA, rank_pattern={"q_proj": 4}))
+
+    assert settings_of(HANDOFF, "llamafactory")["arguments"]["adapter_name_or_path"] is None
+    assert settings_of(uneven, "llamafactory")["arguments"]["adapter_name_or_path"] == "/run/handoff/adapter"
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def check_framework(name: str, job: Job, *, place: str) -> None:
 
     job: of one arm. place: the arm.
     """
-    if (reason := find_port(name, place=place).can(job)) is not None:
+    if (reason := find_port(name).can(job)) is not None:
         raise JobError(
             f"{place}: {reason.key}",
             reason.finding,

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from tunesmith.core.errors import JobError
 from tunesmith.frameworks.axolotl import Axolotl
 from tunesmith.frameworks.llamafactory import LlamaFactory
 from tunesmith.frameworks.port import Port
 from tunesmith.frameworks.trl import Trl
+from tunesmith.frameworks.unsloth import Unsloth
 
-PORTS: dict[str, Port] = {port.name: port for port in (Trl(), LlamaFactory(), Axolotl())}
+PORTS: dict[str, Port] = {port.name: port for port in (Trl(), LlamaFactory(), Axolotl(), Unsloth())}
 
 
-def find_port(name: str, *, place: str = "") -> Port:
-    """The adapter of a framework. Raises JobError for one that has none yet. place: the arm that asks for it."""
-    if name not in PORTS:
-        raise JobError(
-            f"{place}: framework" if place else "framework",
-            f"{name} cannot be compared yet",
-            rule=f"arms are trained by tunesmith or {', '.join(PORTS)}",
-            cure="Remove the arm, or choose another framework",
-        )
+def find_port(name: str) -> Port:
+    """The adapter of a framework that an arm can name."""
     return PORTS[name]

@@ -11,7 +11,7 @@ from tunesmith.frameworks.trainer import can_trainer, lora_settings, trainer_set
 from tunesmith.job.spec import Job
 
 # What TRL adds to transformers' arguments. Rows come tokenised and cut; nothing may pack, pad or mask them otherwise.
-_SFT: dict[str, Any] = {
+SFT: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
     "max_length": None,
     "truncation_mode": "keep_start",
@@ -44,7 +44,7 @@ class Trl:
         """See `Port`."""
         settings = {
             "handoff": handoff.to_json(),
-            "sft": trainer_settings(handoff) | _SFT,
+            "sft": trainer_settings(handoff) | SFT,
             "lora": lora_settings(handoff),
             "weights": weights_dtype(handoff),
         }

@@ -21,6 +21,12 @@ def work(run: Run) -> None:
     datasets.disable_progress_bars()
     hf.install(run, framework="axolotl", versions=hf.read_versions("axolotl", "trl", "peft", "datasets"))
     handoff, arguments = run.handoff, run.settings["arguments"]
+    if handoff["device"] == "cpu" and handoff["precision"] != "fp32":
+        raise Failure(f"has no {handoff['precision']} on a CPU; set train.precision: fp32")
+    if handoff["lora"] is None and handoff["precision"] != "fp32":
+        raise Failure(
+            f"would keep trained weights in {handoff['precision']}, ours are fp32; set train.precision: fp32"
+        )
     run.enter("loading")
     scripts.write_rows(run)
     tempfile.tempdir = handoff["scratch"]  # it writes down its configuration, and leaves it

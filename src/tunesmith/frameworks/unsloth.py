@@ -1,0 +1,91 @@
+"""Unsloth: its model and adapters under TRL's `SFTTrainer`, which it rewrites, on rows that are already tokenised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.trainer import (
+    can_trainer,
+    expected_settings,
+    lora_settings,
+    trainer_settings,
+    weights_dtype,
+)
+from tunesmith.frameworks.trl import SFT
+from tunesmith.job.spec import Job, LoraSpec
+
+
+class Unsloth:
+    """See `Port`."""
+
+    name = "unsloth"
+
+    def can(self, job: Job) -> Reason | None:
+        """See `Port`."""
+        if reason := can_trainer(job, title="Unsloth"):
+            return reason
+        method = job.method_spec
+        if isinstance(method, LoraSpec) and method.dora:
+            return Reason("dora", "Unsloth's fused adapters have no DoRA", "Leave dora out of the arm")
+        if isinstance(method, LoraSpec) and any("." in name for name in method.targets):
+            finding = "Unsloth knows linear layers by the last part of their names"
+            return Reason("targets", finding, "Name targets without dots, as down_proj")
+        return None
+
+    def translate(self, handoff: Handoff) -> Translation:
+        """See `Port`."""
+        # TRL's chunked loss would stand in the way of Unsloth's own.
+        arguments = trainer_settings(handoff) | SFT | {"loss_type": "nll"}
+        settings = {
+            "handoff": handoff.to_json(),
+            "model": {
+                "model_name": handoff.model,
+                "dtype": weights_dtype(handoff),
+                "load_in_4bit": False,
+                "load_in_8bit": False,
+                "load_in_16bit": False,
+                "full_finetuning": handoff.lora is None,
+                "use_gradient_checkpointing": False,
+                "fast_inference": False,
+                "trust_remote_code": False,
+                "attn_implementation": "sdpa",
+                "random_state": handoff.seed,
+            },
+            "lora": _lora_arguments(handoff),
+            "sft": arguments,
+            "expected": expected_settings(handoff),
+        }
+        return Translation(
+            files={"unsloth.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"},
+            argv=(str(WORKERS / "run_unsloth.py"), f"{handoff.scratch}/unsloth.json"),
+            environ={
+                "UNSLOTH_COMPILE_LOCATION": f"{handoff.scratch}/compiled",
+                # Rows laid end to end are not taken apart by parity records; all frameworks pad.
+                "UNSLOTH_DISABLE_AUTO_PADDING_FREE": "1",
+                "UNSLOTH_CPU_COMPILE": "0",
+                "UNSLOTH_CPU_FROZEN_BF16": "0",
+            },
+        )
+
+
+def _lora_arguments(handoff: Handoff) -> dict[str, Any] | None:
+    """Arguments for `FastLanguageModel.get_peft_model`; those of PEFT alone only where they say something."""
+    settings = lora_settings(handoff)
+    if settings is None:
+        return None
+    known = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "bias",
+        "modules_to_save",
+        "init_lora_weights",
+    )
+    patterns = {name: settings[name] for name in ("rank_pattern", "alpha_pattern") if settings[name]}
+    own = {"use_gradient_checkpointing": False, "random_state": handoff.seed}
+    return {name: settings[name] for name in known} | patterns | own
