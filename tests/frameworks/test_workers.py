@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,3 +90,58 @@ def test_a_setting_that_is_off_may_be_unknown_to_a_version_and_one_that_is_on_ma
     assert hf.leave_out_unknown(Config, {"rate": 0.1, "packing": False, "coef": None}) == {"rate": 0.1}
     with pytest.raises(hf.Failure, match="Config has no setting 'packing'"):
         hf.leave_out_unknown(Config, {"rate": 0.1, "packing": True})
+
+
+@pytest.fixture
+def scripts(hf: Any) -> Any:
+    return importlib.import_module("scripts")
+
+
+def make_trainer(**changes: Any) -> Any:
+    """What a framework made of a job: fp32 weights, two arguments, the adapters' settings."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 2)
+    lora = SimpleNamespace(r=4, target_modules={"up_proj", "q_proj"}, use_dora=changes.get("use_dora", False))
+    model.peft_config = {"default": lora}
+    args = SimpleNamespace(warmup_steps=changes.get("warmup_steps", 1), lr_scheduler_kwargs={})
+    return SimpleNamespace(args=args, model=model.to(changes.get("dtype", torch.float32)))
+
+
+EXPECTED = {
+    "arguments": {"warmup_steps": 1, "lr_scheduler_kwargs": None},
+    "lora": {"r": 4, "target_modules": ["q_proj", "up_proj"], "use_dora": False},
+}
+
+
+def test_a_trainer_with_the_settings_of_the_job_may_train(scripts: Any) -> None:
+    scripts.check_settings(make_trainer(), EXPECTED)
+    scripts.check_settings(make_trainer(use_dora=True), EXPECTED | {"lora": None})
+
+
+def test_a_trainer_with_other_settings_may_not_train(scripts: Any) -> None:
+    import torch
+
+    with pytest.raises(scripts.Failure, match="makes warmup_steps 2 of 1"):
+        scripts.check_settings(make_trainer(warmup_steps=2), EXPECTED)
+    with pytest.raises(scripts.Failure, match="makes the adapters' use_dora True of False"):
+        scripts.check_settings(make_trainer(use_dora=True), EXPECTED)
+    with pytest.raises(
+        scripts.Failure, match=r"trains weight in torch\.bfloat16, where our engine keeps fp32"
+    ):
+        scripts.check_settings(make_trainer(dtype=torch.bfloat16), EXPECTED)
+
+
+def test_a_base_is_handed_in_another_dtype_without_a_copy_of_its_weights(
+    scripts: Any, tmp_path: Path
+) -> None:
+    base, scratch = tmp_path / "model", tmp_path / "scratch"
+    base.mkdir()
+    scratch.mkdir()
+    (base / "config.json").write_text('{"hidden_size": 8, "dtype": "bfloat16", "torch_dtype": "bfloat16"}')
+    (base / "model.safetensors").write_bytes(b"weights")
+
+    scripts.link_base(SimpleNamespace(handoff={"model": str(base), "scratch": str(scratch)}), dtype="float32")
+
+    config = json.loads((scratch / "base" / "config.json").read_text())
+    assert config == {"hidden_size": 8, "dtype": "float32", "torch_dtype": "float32"}
+    assert (scratch / "base" / "model.safetensors").resolve() == base / "model.safetensors"

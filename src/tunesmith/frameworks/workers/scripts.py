@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import transformers
 from hf import read_rows
 from worker import Failure, Run
@@ -65,6 +64,8 @@ def check_settings(trainer, expected: dict) -> None:
 
 def write_rows(run: Run) -> None:
     """The rows as a folder of `datasets`, in the scratch folder."""
+    import datasets
+
     rows = read_rows(run.handoff["rows"])
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
