@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -90,6 +91,7 @@ def train(
             budget_tokens=_choose_budget(spec, device),
             clip_norm=spec.clip_norm,
             scale=LossScale(enabled=_computes_in_fp16(model)),
+            in_backward=spec.optimizer_in_backward,
         )
         told = describe_run(spec, named, rows=source.fingerprint(), given=identity or {})
         keeper = Keeper(
@@ -376,6 +378,8 @@ def _computes_in_fp16(model: TrainableModel) -> bool:
 
 
 def _choose_budget(spec: TrainSpec, device: torch.device) -> int:
+    if spec.micro_batch_tokens == "auto" and spec.optimizer_in_backward:
+        return sys.maxsize
     if spec.micro_batch_tokens == "auto":
         return _AUTO_BUDGET.get(device.type, _AUTO_BUDGET["cpu"])
     return spec.micro_batch_tokens

@@ -71,11 +71,13 @@ CARDS = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens of each row of some steps, and of the longest row; micro-batches are filled up to round_tokens."""
+    """Tokens of each row of some steps; of the longest row, and of the most that one step may have; micro-batches are
+    filled up to round_tokens."""
 
     steps: tuple[tuple[int, ...], ...]
     longest: int
     round_tokens: int = 1
+    largest_step: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -90,7 +92,8 @@ class Workload:
         # Rows of one length fill a budget by whole rows only.
         whole = max(1, budget_tokens // self.longest) * self.longest
         most = whole if self.is_even else budget_tokens
-        most = max(self.longest, min(most, max(map(len, self.steps)) * self.longest))
+        largest = self.largest_step or max(map(len, self.steps)) * self.longest
+        most = max(self.longest, min(most, largest))
         most = math.ceil(most / self.round_tokens) * self.round_tokens
         return _count_micro_batches(self.steps, budget_tokens), most
 
@@ -214,6 +217,8 @@ class Planner:
     def _budgets(self) -> list[int]:
         if self.micro_batch_tokens is not None:
             return [self.micro_batch_tokens]
+        if self.model.setup.in_backward:
+            return [self.workload.largest_step]
         longest = self.workload.longest
         return sorted({max(budget, longest) for budget in _BUDGETS}, reverse=True)
 
@@ -323,7 +328,12 @@ def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool)
     compiled = compiled and is_plain
     if method.name == "full":
         return TrainingSetup(
-            rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled, fused=is_plain
+            rank=0,
+            optimizer=train.optimizer,
+            value_bytes=value_bytes,
+            compiled=compiled,
+            fused=is_plain,
+            in_backward=train.optimizer_in_backward,
         )
     tuned = len({"lm_head" if name == "lm_head" else "embed_tokens" for name in method.modules_to_save})
     return TrainingSetup(
