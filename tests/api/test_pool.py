@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tunesmith.api.pool import _has_gpu, plan_parallel
+from tunesmith.api.pool import _has_gpu, adopt_costs, plan_parallel
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.records import RunRecord
+from tunesmith.frameworks.process import ProcessUse
 
 
 @pytest.mark.skipif(_has_gpu(), reason="one process at a time on a GPU")
@@ -36,3 +40,20 @@ def test_a_single_training_takes_one_thread_unless_told_otherwise(said: str | No
     env = {**kept, "CUDA_VISIBLE_DEVICES": "", **({"OMP_NUM_THREADS": said} if said else {})}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert int(run.stdout) == threads
+
+
+@pytest.mark.parametrize(("hardware", "peak_bytes"), [({}, 900), ({"gpu": "a card"}, 500)])
+def test_our_own_trainings_cost_what_the_parent_saw(
+    tmp_path: Path, hardware: dict[str, str], peak_bytes: int
+) -> None:
+    # The worker's own clock starts after Python has; a resumed training knows of CPU time that an earlier process took.
+    run = RunRecord(
+        status="done", method="lora", framework="tunesmith", model="m", seed=0, config={}, fingerprints={}, versions={},
+        hardware=hardware, wall_seconds=10.0, cpu_seconds=30.0, peak_bytes=500,
+    )  # fmt: skip
+    write_json(tmp_path / "run.json", run.to_json())
+
+    adopt_costs(tmp_path / "run.json", ProcessUse(0, wall_seconds=12.0, cpu_seconds=20.0, peak_bytes=900))
+
+    found = RunRecord.from_json(read_json(tmp_path / "run.json"))
+    assert (found.wall_seconds, found.cpu_seconds, found.peak_bytes) == (12.0, 30.0, peak_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -44,6 +45,23 @@ def test_events_arrive_in_order_and_noise_is_dropped(tmp_path: Path) -> None:
     use, events = run(code, tmp_path / "log.txt")
     assert use.exit_code == 0
     assert [(event.done, event.total) for event in events] == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"done": "many"}, {"kind": "dance"}, {"text": ["a"]}, {"loss": None, "total": 1.5}]
+)
+def test_an_event_of_other_types_is_noise(tmp_path: Path, wrong: dict[str, object]) -> None:
+    lines = [json.dumps({"kind": "step", "done": 1} | change) for change in (wrong, {})]
+    _, events = run(f"print({lines[0]!r}); print({lines[1]!r})", tmp_path / "log.txt")
+    assert events == [Event("step", done=1)]
+
+
+def test_what_would_act_on_a_terminal_is_cut_from_what_is_shown(tmp_path: Path) -> None:
+    text = "\x1b[31mred\x1b[0m\x00 \x1b]0;title\x07\x9b1mend\r"
+    _, events = run(
+        f"import json; print(json.dumps({{'kind': 'note', 'text': {text!r}}}))", tmp_path / "log.txt"
+    )
+    assert [event.text for event in events] == ["red 1mend"]
 
 
 def test_cpu_seconds_and_peak_memory_are_the_workers_own(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.api.foreign import describe_framework
 from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
-from tunesmith.comparing.plan import PlannedArm, choose_rate, plan_arms, plan_trials
+from tunesmith.comparing.plan import PlannedArm, choose_rate, job_of_arm, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.core.comparison import Comparison
@@ -28,6 +29,8 @@ from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.report.card import render_card
 from tunesmith.report.page import render_report
 
+# Optimizer steps that a parity record holds.
+PARITY_STEPS = 20
 GENERAL_TEXT = BUNDLED["tunesmith/tickets"] / "general.jsonl"
 DEMO_JOB = BUNDLED["tunesmith/tickets"].parent / "demo.yaml"
 
@@ -143,7 +146,8 @@ class _Comparing:
         return [self._tuned(arm, trials, failures) for arm in arms]
 
     def _plan_trials(self, arm: PlannedArm) -> list[Work]:
-        prior = resolve_learning_rate(self._arm_job(arm, self.job.compare.seeds[0]), self.base.folder)
+        job = job_of_arm(self.job, arm, seed=self.job.compare.seeds[0])
+        prior = resolve_learning_rate(job, self.base.folder)
         return [
             Work(
                 f"{arm.name} trial {number}",
@@ -183,9 +187,23 @@ class _Comparing:
     # --- training and judging ---------------------------------------------------------------------------------------
 
     def _plan_works(self, arms: Sequence[PlannedArm]) -> list[Work]:
-        """Trainings first, each seed its own process; then one judge process per arm, once its trainings are done."""
-        works = [
-            Work(f"{arm.name} seed {seed}", (self._train_task(arm, seed),), self.run.arm(arm.name, seed).root)
+        """Trainings first, each seed its own process; then one judge process per arm, once its trainings are done.
+
+        Before a framework trains, it and our own engine show what they do in the first steps of the same job.
+        """
+        works = [work for arm in arms if arm.is_foreign for work in self._plan_parity(arm)]
+        shown = {
+            arm.name: frozenset(work.name for work in self._plan_parity(arm))
+            for arm in arms
+            if arm.is_foreign
+        }
+        works += [
+            Work(
+                f"{arm.name} seed {seed}",
+                (self._train_task(arm, seed),),
+                self.run.arm(arm.name, seed).root,
+                shown.get(arm.name, frozenset[str]()),
+            )
             for arm in arms
             if arm.trains
             for seed in arm.seeds
@@ -202,15 +220,23 @@ class _Comparing:
             )
         return works
 
-    def _arm_job(self, arm: PlannedArm, seed: int) -> Job:
-        """The job of one arm and seed, as if it were run alone."""
-        train = self.job.train.model_copy(update={"seed": seed, "learning_rate": arm.learning_rate})
-        if arm.epochs is not None:
-            train = train.model_copy(update={"epochs": arm.epochs, "steps": None})
-        return self.job.model_copy(update={"method": arm.method or self.job.method, "train": train})
+    def _plan_parity(self, arm: PlannedArm) -> list[Work]:
+        """The first steps of an arm's first seed, by its framework and by our own engine."""
+        task = self._train_task(arm, arm.seeds[0])
+        works: list[Work] = []
+        for who, framework in (("parity", arm.framework), ("reference", "tunesmith")):
+            name, folder = f"{arm.name} {who}", self.run.parity_run(arm.name, who).root
+            changes = {
+                "label": name,
+                "out": str(folder),
+                "framework": framework,
+                "parity_steps": PARITY_STEPS,
+            }
+            works.append(Work(name, (replace(task, **changes),), folder))
+        return works
 
     def _train_task(self, arm: PlannedArm, seed: int, *, trial: int | None = None) -> TrainTask:
-        job = self._arm_job(arm, seed)
+        job = job_of_arm(self.job, arm, seed=seed)
         if trial is not None and job.train.evaluate_every == "never":
             # A trial without a validation loss could not be chosen.
             job = job.model_copy(update={"train": job.train.model_copy(update={"evaluate_every": "epoch"})})
@@ -224,9 +250,16 @@ class _Comparing:
             model_folder=str(self.base.folder),
             model_name=self.base.name,
             revision=self.base.revision,
-            key=hash_json({"job": values, **self._shared_hashes(("train", "validation"))}),
+            key=hash_json(
+                {
+                    "job": values,
+                    **self._shared_hashes(("train", "validation")),
+                    **({"framework": describe_framework(arm.framework)} if arm.is_foreign else {}),
+                }
+            ),
             keep_weights=trial is None,
             skip_bad_rows=self.skip_bad_rows,
+            framework=arm.framework,
         )
 
     def _judge_task(self, arm: PlannedArm, seed: int) -> JudgeTask:
@@ -235,7 +268,7 @@ class _Comparing:
         trained = self.run.arm(arm.trained_by, seed) if arm.trained_by else None
         folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
         quantize = arm.quantize.model_dump(mode="json") if arm.quantize else None
-        job = self._arm_job(arm, seed).model_dump(mode="json", exclude={"compare"})
+        job = job_of_arm(self.job, arm, seed=seed).model_dump(mode="json", exclude={"compare"})
         general = (
             str(self.job.evaluate.general or GENERAL_TEXT)
             if self.job.evaluate.forgetting and (trained or arm.quantize)
@@ -290,7 +323,9 @@ def _by_arm(failed: Mapping[str, str], arms: Sequence[PlannedArm]) -> dict[str, 
     reasons: dict[str, str] = {}
     for arm in arms:
         for work, reason in sorted(failed.items(), key=lambda item: (item[0].endswith(" judged"), item[0])):
-            if work == f"{arm.name} judged" or work.startswith(f"{arm.name} seed "):
+            if work.startswith(
+                tuple(f"{arm.name} {what}" for what in ("judged", "seed ", "parity", "reference"))
+            ):
                 reasons.setdefault(arm.name, f"{work.removeprefix(arm.name).strip()}: {reason}")
     if reasons and len(reasons) == len(arms):
         name, reason = next(iter(reasons.items()))

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.comparing.plan import PlannedArm
-from tunesmith.core.errors import ModelError, RunDirError
+from tunesmith.comparing.plan import PlannedArm, job_of_arm
+from tunesmith.core.errors import JobError, ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
+from tunesmith.frameworks.environments import require_environment
+from tunesmith.frameworks.ports import find_port
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
 from tunesmith.models.adapter_config import check_lora
@@ -52,7 +54,24 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
             except ModelError as e:
                 raise ModelError(f"{place}: {e.place}", e.finding, rule=e.rule, cure=e.cure) from None
         check_quantize(arm.quantize, base, place=place)
+        if arm.is_foreign:
+            check_framework(arm.framework, job_of_arm(job, arm, seed=arm.seeds[0]), place=place)
     return base
+
+
+def check_framework(name: str, job: Job, *, place: str) -> None:
+    """Raise JobError if the framework cannot do what `job` asks, SetupError if it is not installed.
+
+    job: of one arm. place: the arm.
+    """
+    if (reason := find_port(name, place=place).can(job)) is not None:
+        raise JobError(
+            f"{place}: {reason.key}",
+            reason.finding,
+            rule="a framework does all that the job fixes, or its arm is refused",
+            cure=reason.cure,
+        )
+    require_environment(name)
 
 
 def check_quantize(spec: QuantizeSpec | None, base: ResolvedModel, *, place: str) -> None:

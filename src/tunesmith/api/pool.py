@@ -6,15 +6,19 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunesmith.api.foreign import run_foreign
 from tunesmith.api.stopping import stop_on_signals
-from tunesmith.api.tasks import Task, is_finished, write_tasks
+from tunesmith.api.tasks import Task, TrainTask, is_finished, write_tasks
 from tunesmith.core.errors import Interrupted, TunesmithError
 from tunesmith.core.events import Event, OnEvent
+from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.records import RunRecord
+from tunesmith.core.rundir import RunDir
 from tunesmith.frameworks.native import worker_command
-from tunesmith.frameworks.process import run_process
+from tunesmith.frameworks.process import ProcessUse, run_process
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +82,29 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
 def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
     task_file = work.folder / f"{work.name.replace(' ', '-')}.tasks.json"
     write_tasks(task_file, work.tasks)
-    run_process(
-        worker_command(task_file),
-        log=work.folder / f"{work.name.replace(' ', '-')}.log",
-        task=work.name,
-        on_event=on_event,
-        stop=stop,
-        threads=threads,
+    log = work.folder / f"{work.name.replace(' ', '-')}.log"
+    only = work.tasks[0]
+    if isinstance(only, TrainTask) and only.framework != "tunesmith":
+        run_foreign(only, task_file=task_file, log=log, on_event=on_event, stop=stop, threads=threads)
+        return
+    use = run_process(
+        worker_command(task_file), log=log, task=work.name, on_event=on_event, stop=stop, threads=threads
     )
+    if isinstance(only, TrainTask) and not only.parity_steps and not stop.is_set():
+        adopt_costs(RunDir(Path(only.out)).record, use)
+
+
+def adopt_costs(path: Path, use: ProcessUse) -> None:
+    """Time and, without a GPU, memory as seen from outside, as of every framework's worker. A training that goes on
+    after an interruption knows of more than its last process."""
+    record = RunRecord.from_json(read_json(path), place=str(path))
+    peak = record.peak_bytes if record.hardware.get("gpu") else max(record.peak_bytes, use.peak_bytes)
+    costs = {
+        "wall_seconds": max(record.wall_seconds, use.wall_seconds),
+        "cpu_seconds": max(record.cpu_seconds, use.cpu_seconds),
+        "peak_bytes": peak,
+    }
+    write_json(path, replace(record, **costs).to_json())
 
 
 def _serialise(on_event: OnEvent) -> OnEvent:

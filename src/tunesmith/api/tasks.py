@@ -25,6 +25,8 @@ class TrainTask:
     key:          hash of everything that decides the result; kept when the task is done.
     keep_weights: False for learning-rate trials, of which only the validation loss is wanted.
     skip_bad_rows: set bad rows of a streamed source aside (others are read before, in `prepare`).
+    framework:    who trains.
+    parity_steps: take that many steps only and leave a ParityRecord of them; 0 trains.
     """
 
     label: str
@@ -38,6 +40,8 @@ class TrainTask:
     resume: bool = True
     keep_weights: bool = True
     skip_bad_rows: bool = False
+    framework: str = "tunesmith"
+    parity_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,9 @@ def read_tasks(path: Path) -> list[Task]:
 def is_finished(task: Task) -> bool:
     """True if the task's folder holds the result of exactly this task."""
     folder = RunDir(Path(task.out))
-    result = folder.record if isinstance(task, TrainTask) else folder.evaluation
+    result = folder.evaluation
+    if isinstance(task, TrainTask):
+        result = folder.parity if task.parity_steps else folder.record
     return result.is_file() and _read_state(folder).get(_kind(task)) == {"key": task.key, "done": True}
 
 

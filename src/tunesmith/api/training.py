@@ -193,7 +193,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         warnings.append(warning)
         on_event(Event("warning", task.label, text=warning))
     rate = resolve_learning_rate(job, Path(task.model_folder))
-    fingerprints = _fingerprint(task, job, prepared)
+    fingerprints = fingerprint_run(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
     outcome = run_loop(
         model,
@@ -343,7 +343,8 @@ def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _fingerprint(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
+def fingerprint_run(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
+    """Hashes of what a training rests on: data, base model, our code."""
     return {
         **fingerprint_data(job, prepared),
         "model": fingerprint_model(Path(task.model_folder), task.revision),

@@ -31,9 +31,20 @@ def main(argv: list[str]) -> int:
         for task in read_tasks(Path(argv[1])):
             if is_finished(task):
                 continue
+            if isinstance(task, TrainTask) and task.framework != "tunesmith":
+                from tunesmith.api.handoff import write_handoff
+
+                # What a framework is handed takes torch to make; the parent sees to the rest.
+                with writing_to(RunDir(Path(task.out))):
+                    write_handoff(task, on_event)
+                continue
             with writing_to(RunDir(Path(task.out))):
                 mark_started(task)
-                if isinstance(task, TrainTask):
+                if isinstance(task, TrainTask) and task.parity_steps:
+                    from tunesmith.api.parity import run_parity_task
+
+                    run_parity_task(task, on_event)
+                elif isinstance(task, TrainTask):
                     from tunesmith.api.training import run_train_task
 
                     run_train_task(task, on_event)

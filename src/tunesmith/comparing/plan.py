@@ -61,6 +61,11 @@ class PlannedArm:
         return self.trained_by == self.name
 
     @property
+    def is_foreign(self) -> bool:
+        """True if another framework than our own engine trains for it, in its own folder."""
+        return self.trains and self.framework != "tunesmith"
+
+    @property
     def settings(self) -> tuple[Any, ...]:
         """What decides the trained weights, seed aside: arms with equal settings share a training."""
         return (self.method, self.framework, self.learning_rate, self.epochs)
@@ -103,6 +108,14 @@ def plan_arms(job: Job) -> list[PlannedArm]:
                 )
         arms.append(arm)
     return _share_training(arms)
+
+
+def job_of_arm(job: Job, arm: PlannedArm, *, seed: int) -> Job:
+    """The job of one arm and seed, as if it were run alone."""
+    train = job.train.model_copy(update={"seed": seed, "learning_rate": arm.learning_rate})
+    if arm.epochs is not None:
+        train = train.model_copy(update={"epochs": arm.epochs, "steps": None})
+    return job.model_copy(update={"method": arm.method or job.method, "train": train})
 
 
 def _parse_name(text: str, job: Job) -> ArmSpec:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tunesmith.core.checked import read_checked
+
 EventKind = Literal["stage", "step", "progress", "note", "warning", "done", "failed"]
 
 
@@ -34,8 +36,9 @@ class Event:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Event:
+        """Fields that it has not are left out. Raises DataError for one of another type: it will be shown to people."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: item for key, item in value.items() if key in names})
+        return read_checked(cls, {key: item for key, item in value.items() if key in names}, place="event")
 
 
 OnEvent = Callable[[Event], None]

@@ -6,14 +6,23 @@ What could not be seen is None, which a gate calls UNVERIFIED and never PASS. Pl
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.core.checked import read_checked
+from tunesmith.core.errors import DataError
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row as it reached the model.
 
-    digest:         `fingerprint.hash_row` of its ids without padding, and of 1 where a label carries loss, else 0.
+    digest:         `fingerprint.hash_row` of its ids without padding, and of 1 where a label carries loss, else 0; of 2
+                    where that label is not the token itself.
     labelled_pads:  labels that carry loss where the padding is.
     """
 
@@ -40,7 +49,8 @@ class ParityStep:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A trained parameter before the first step. name: as PEFT or transformers saves it, without wrappers' prefixes.
+    """A trained parameter before the first step. name: as PEFT or transformers saves it, without wrappers' prefixes:
+    `model.layers.0.mlp.up_proj.lora_A.weight`.
 
     std: of its values as the framework drew them, before anything was injected.
     """
@@ -53,7 +63,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """What an optimizer does with some parameters. kind: `adamw`, `adamw_8bit`, ... as in `train.optimizer`."""
+    """What an optimizer does with some parameters. kind: `adamw`, `adamw-8bit`, ... as in `train.optimizer`."""
 
     kind: str
     names: tuple[str, ...]
@@ -77,3 +87,14 @@ class ParityRecord:
     parameters: tuple[Parameter, ...] | None
     groups: tuple[ParameterGroup, ...] | None
     state_dtypes: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any, *, place: str = "parity record") -> ParityRecord:
+        """Raises DataError naming the field that is missing, of another type, or not finite."""
+        if not isinstance(value, Mapping) or value.get("schema") != SCHEMA:  # pyright: ignore[reportUnknownMemberType]
+            raise DataError(place, "is no parity record", rule=f"this version reads schema {SCHEMA}")
+        given: dict[str, Any] = {**value}
+        return read_checked(cls, {key: item for key, item in given.items() if key != "schema"}, place=place)

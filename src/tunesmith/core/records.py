@@ -118,6 +118,9 @@ class RunRecord(_Record):
     fp8_check:    with products in fp8, the base's loss on the first step's rows: `reference_loss` without and
                   `fp8_loss` with fp8, nats per target token, and the relative `difference`.
     micro_batch_tokens: most tokens of a forward pass, as the run ended.
+    phases:       of a framework, seconds of `importing`, `loading`, `building`, `first step`, `steps`,
+                  `validating`, `saving`.
+    memory:       of a framework, its peaks in bytes: `allocated` and `reserved` on a GPU, `resident` in any case.
     memory_plan:  on a GPU, what was kept of each block and why: `budget_tokens`, `levels`, `limit_bytes`, predicted
                   `parts` and `peak_bytes`, and the `probe` that corrected them.
     """
@@ -146,6 +149,8 @@ class RunRecord(_Record):
     fp8_check: dict[str, float] | None = None
     micro_batch_tokens: int = 0
     memory_plan: dict[str, Any] | None = None
+    phases: dict[str, float] | None = None
+    memory: dict[str, int] | None = None
     warnings: list[str] = field(default_factory=list[str])
 
 

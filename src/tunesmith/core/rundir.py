@@ -8,6 +8,7 @@ DIR/
   rejected_rows.jsonl, rejected_stream_rows.jsonl    what --on-bad-row skip set aside
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
+  handoff/, framework/ what a framework was handed, and what is its own; parity.json: what it did in its first steps
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
   report.html
 """
@@ -60,6 +61,18 @@ class RunDir:
         return self.root / "model"
 
     @property
+    def handoff(self) -> Path:
+        return self.root / "handoff"
+
+    @property
+    def framework(self) -> Path:
+        return self.root / "framework"
+
+    @property
+    def parity(self) -> Path:
+        return self.root / "parity.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 
@@ -95,6 +108,9 @@ class RunDir:
         """Delete what runs and comparisons write here, and nothing else."""
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
         names += (
+            "handoff",
+            "framework",
+            "parity.json",
             "eval.json",
             "harness.json",
             "answers.jsonl",
@@ -136,6 +152,10 @@ class RunDir:
     def trial(self, name: str, trial: int) -> RunDir:
         """Folder of one learning-rate trial of an arm inside a comparison."""
         return RunDir(self.root / "arms" / name / "trials" / str(trial))
+
+    def parity_run(self, name: str, who: str) -> RunDir:
+        """Folder of the short run that shows what an arm's framework does; `who` is "reference" for our own engine."""
+        return RunDir(self.root / "arms" / name / "parity" / who)
 
     def create(self) -> RunDir:
         """Make the folder and prove that it can be written, before any work is done."""

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from tunesmith.core.errors import ArmFailed
+from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.events import Event, OnEvent
 
 MAX_LINE_BYTES = 1 << 16
 MAX_LOG_BYTES = 32 << 20
 GRACE_SECONDS = 60.0
+# Terminals' escape sequences (colours, cursor, titles), and every control character but tab and newline.
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 # oneDNN keeps a compiled kernel per shape, 1,024 of them unless told otherwise: about 0.3 MB each.
 _KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "320"}
 
@@ -175,14 +180,19 @@ def _take_lines(buffer: bytearray, chunk: bytes) -> list[bytes]:
     return lines
 
 
+def clean_text(text: str) -> str:
+    """Without escape sequences and control characters, which would act on the terminal that shows it."""
+    return _CONTROLS.sub("", text)
+
+
 def _take_events(buffer: bytearray, chunk: bytes) -> list[Event]:
     """Complete lines of the worker's stdout that are events; anything else on stdout is dropped."""
     events: list[Event] = []
     for line in _take_lines(buffer, chunk):
         try:
-            value = json.loads(line)
-            events.append(Event.from_json(value))
-        except (ValueError, TypeError, AttributeError):
+            event = Event.from_json(json.loads(line))
+            events.append(replace(event, text=clean_text(event.text)))
+        except (ValueError, TypeError, AttributeError, DataError):
             continue
     return events
 

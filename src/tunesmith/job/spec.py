@@ -29,6 +29,7 @@ Storage = Literal["full", "int8", "nf4", "fp8"]
 Compute = Literal["auto", "bf16", "fp8"]
 Scheme = Literal["int8", "int4", "fp8", "int8-int4"]
 QatScheme = Literal["int4", "int8-int4"]
+Framework = Literal["tunesmith", "trl", "llamafactory", "axolotl", "unsloth"]
 
 
 def _check_amount(text: str) -> str:
@@ -397,8 +398,9 @@ class ArmSpec(Spec):
     """Name in tables; default: made from the rest."""
     method: Literal["zero-shot", "few-shot", "rag"] | MethodSpec | Literal["full", "lora", "qlora"]
     """A way of prompting, or a training method by name or with its settings."""
-    framework: Literal["tunesmith"] = "tunesmith"
-    """Who trains it."""
+    framework: Framework = "tunesmith"
+    """Who trains it: our own engine, or a framework in its own environment (`tunesmith frameworks`), which is handed
+    the same token rows, order, first adapters and settings."""
     rag: bool = False
     """Answer with retrieved examples in the prompt."""
     quantize: Scheme | QuantizeSpec | None = None

@@ -41,7 +41,7 @@ from tunesmith.training.trackers import Tracker, open_trackers
 
 # Tokens per forward pass when the job says `auto`. A core is as fast with 512 tokens as with 4,096; a GPU's units
 # are busy from about 16,384. Where that doesn't fit, the first step finds out and halves it.
-_AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
+AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 def train(
@@ -381,5 +381,5 @@ def _choose_budget(spec: TrainSpec, device: torch.device) -> int:
     if spec.micro_batch_tokens == "auto" and spec.optimizer_in_backward:
         return sys.maxsize
     if spec.micro_batch_tokens == "auto":
-        return _AUTO_BUDGET.get(device.type, _AUTO_BUDGET["cpu"])
+        return AUTO_BUDGET.get(device.type, AUTO_BUDGET["cpu"])
     return spec.micro_batch_tokens

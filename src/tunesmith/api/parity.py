@@ -1,0 +1,168 @@
+"""What our own engine does in the first steps of a job, in the record that frameworks' workers write of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.api.devices import pick_device, pick_dtype, set_up_segments
+from tunesmith.api.tasks import TrainTask
+from tunesmith.api.trainable import load_job_tokenizer, load_trainable, make_training_batch
+from tunesmith.api.training import resolve_learning_rate
+from tunesmith.core.events import Event, OnEvent
+from tunesmith.core.fingerprint import describe_versions, hash_row
+from tunesmith.core.jsonl import write_json
+from tunesmith.core.parity import Example, Parameter, ParameterGroup, ParityRecord, ParityStep
+from tunesmith.core.rundir import RunDir
+from tunesmith.core.types import TokenRow
+from tunesmith.data.prepare import load_prepared
+from tunesmith.job.spec import FullSpec, Job, TrainSpec
+from tunesmith.methods.sft import sft_loss
+from tunesmith.models.causal_lm import CausalLM
+from tunesmith.models.layout import Batch
+from tunesmith.training.loop import AUTO_BUDGET
+from tunesmith.training.optim import LossScale
+from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.order import order_rows
+from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
+from tunesmith.training.step import Stepper
+
+
+def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
+    """Take the first steps of a job as the training loop does, and write what they were to the task's folder."""
+    job, run = Job.model_validate(task.job), RunDir(Path(task.out)).create()
+    prepared, device = load_prepared(Path(task.prepared)), pick_device()
+    on_event(Event("progress", task.label, "loading"))
+    base, spec = Path(task.model_folder), job.train
+    dtype = pick_dtype(spec.precision, device)
+    model = load_trainable(job, base, load_job_tokenizer(job, base), device, dtype)
+    set_up_segments(model, job, prepared, device)
+    source = order_rows(prepared.rows("train"), batch_rows=spec.batch_rows, seed=spec.seed)
+    total = count_steps(epochs=spec.epochs, steps=spec.steps, steps_per_epoch=source.steps_per_epoch or 1)
+    parameters = _list_parameters(model, job)
+    optimizer = make_optimizer(model, dict(model.named_trainable()), spec)
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def watched_loss(model: CausalLM, batch: Batch) -> Any:
+        seen.extend(split_rows(batch))
+        return sft_loss(model, batch)
+
+    budget = spec.micro_batch_tokens
+    stepper = Stepper(
+        model,
+        optimizer,
+        make_batch=make_training_batch(job, device),
+        loss=watched_loss,
+        device=device,
+        budget_tokens=AUTO_BUDGET[device.type] if budget == "auto" else budget,
+        clip_norm=spec.clip_norm,
+        scale=LossScale(enabled=dtype == torch.float16),
+    )
+    steps: list[ParityStep] = []
+    state_dtypes: tuple[str, ...] = ()
+    groups = _list_groups(parameters, spec)
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(spec.seed)
+        for number, step in zip(range(min(task.parity_steps, total)), source.steps_from(None), strict=False):
+            rate = learning_rate_at(
+                number,
+                total_steps=total,
+                warmup_steps=count_warmup_steps(total, warmup=spec.warmup),
+                peak=resolve_learning_rate(job, base),
+                schedule=spec.schedule,
+            )
+            seen.clear()
+            result = stepper.take(step.rows, step=number + 1, learning_rate=rate)
+            steps.append(
+                ParityStep(
+                    examples=tuple(list_examples(step.rows, seen)),
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    learning_rates=(rate,) * len(groups),
+                    clip_norm=spec.clip_norm or 0.0,
+                )
+            )
+            if not state_dtypes:
+                state_dtypes = _list_dtypes(optimizer.state_tensors())
+            on_event(Event("step", task.label, done=number + 1, total=task.parity_steps, loss=result.loss))
+    stepper.close()
+    record = ParityRecord(
+        framework="tunesmith",
+        versions=describe_versions(),
+        precision=str(dtype).removeprefix("torch."),
+        steps=tuple(steps),
+        parameters=parameters,
+        groups=groups,
+        state_dtypes=state_dtypes,
+    )
+    write_json(run.parity, record.to_json())
+    return record
+
+
+def split_rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each row that a batch holds, put together again from the stream. Fillers have no targets."""
+    layout, stream, rows = batch.layout, batch.ids_T.tolist(), list[tuple[list[int], list[int]]]()
+    starts, at = list[int](), 0
+    for number, length in enumerate(layout.lengths):
+        shared = layout.shares(number)
+        rows.append((stream[:shared] + stream[at : at + length - shared], [0] * length))
+        starts.append(at - shared)
+        at += length - shared
+    for source, row in zip(batch.sources_K.tolist(), batch.row_K.tolist(), strict=True):
+        rows[row][1][source + 1 - starts[row]] = 1
+    return [row for row in rows if any(row[1])]
+
+
+def list_examples(rows: Sequence[TokenRow], seen: Sequence[tuple[list[int], list[int]]]) -> list[Example]:
+    """What the model was given, in the order of the step's rows; what is none of them comes last.
+
+    Micro-batches are filled by length, and rows without a target are left out: neither changes a step.
+    """
+    left = [Example(hash_row(ids, mask), len(ids), sum(mask)) for ids, mask in seen]
+    ordered: list[Example] = []
+    for row in rows:
+        example = Example(hash_row(row.ids, row.mask), len(row.ids), row.num_targets)
+        if example in left:
+            left.remove(example)
+            ordered.append(example)
+        elif not example.num_target_tokens:
+            ordered.append(example)
+    return ordered + left
+
+
+def _list_parameters(model: CausalLM, job: Job) -> tuple[Parameter, ...]:
+    """Merged matrices are told apart again: a parameter is what transformers or PEFT would call one."""
+    if isinstance(job.method_spec, FullSpec):
+        named = dict(model.weights())
+    else:
+        named = {name: parameter.detach() for name, parameter in model.named_trainable()}
+    return tuple(
+        Parameter(name, tuple(tensor.shape), _name(tensor), float(tensor.double().std(correction=0)))
+        for name, tensor in named.items()
+    )
+
+
+def _list_groups(parameters: Sequence[Parameter], spec: TrainSpec) -> tuple[ParameterGroup, ...]:
+    """As our optimizers have them: weight decay is for matrices only."""
+    groups = (
+        ([p.name for p in parameters if len(p.shape) >= 2], spec.weight_decay),
+        ([p.name for p in parameters if len(p.shape) < 2], 0.0),
+    )
+    return tuple(
+        ParameterGroup(spec.optimizer, tuple(names), decay, spec.beta1, spec.beta2, spec.epsilon)
+        for names, decay in groups
+        if names
+    )
+
+
+def _list_dtypes(states: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return tuple(sorted({_name(tensor) for name, tensor in states.items() if not name.startswith("step.")}))
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

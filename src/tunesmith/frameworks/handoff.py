@@ -1,0 +1,83 @@
+"""What every framework is handed: token rows, their order, what is trained, and each number that the job fixes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunesmith.core.checked import read_checked
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Adapters, as PEFT's `adapter_config.json` says it. start: folder with the ones that training begins from."""
+
+    start: str
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    rslora: bool
+    dora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """One training, or its first steps for a parity record. Plain data; paths are absolute.
+
+    model:        folder of the base. stored_dtype: of its weights, and of those that full fine-tuning leaves.
+    rows, validation: JSONL of {"input_ids", "labels"}; labels are ids where the loss counts, else -100. The sealed test
+                  rows are not among them.
+    order:        JSON: for each epoch its steps, for each step the numbers of its rows in `rows`. An epoch's last step
+                  may be smaller. The loss of a step is divided by the target tokens of the whole step.
+    lora:         None trains every weight.
+    micro_rows:   rows per forward pass, a divisor of `batch_rows`.
+    warmup_steps, total_steps: of the whole schedule, also where only the first steps are taken.
+    clip_norm:    0 leaves gradients as they are.
+    evaluate_every: validation loss after that many steps, and after the last; 0 at the ends of epochs, -1 never.
+    steps_file, weights, record: what the worker leaves: StepRecords, the adapter's or model's folder (None: nothing is
+                  kept), its record.
+    parity_steps: take that many steps only and write `parity`, a ParityRecord; 0 trains.
+    """
+
+    label: str
+    model: str
+    stored_dtype: str
+    rows: str
+    validation: str | None
+    order: str
+    lora: Lora | None
+    batch_rows: int
+    micro_rows: int
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    schedule: Literal["cosine", "linear", "constant"]
+    optimizer: str
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
+    seed: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    device: Literal["cpu", "cuda"]
+    compile: bool
+    evaluate_every: int
+    keep_best: bool
+    scratch: str
+    steps_file: str
+    record: str
+    weights: str | None
+    parity: str
+    parity_steps: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, *, place: str) -> Handoff:
+        return read_checked(cls, value, place=place)

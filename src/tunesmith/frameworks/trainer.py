@@ -1,0 +1,128 @@
+"""What frameworks over `transformers.Trainer` share: what they cannot express, and how a handoff is said to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.port import Reason
+from tunesmith.job.spec import FullSpec, Job, LoraSpec
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def can_trainer(job: Job, *, title: str) -> Reason | None:
+    """The first thing in `job` that `Trainer` and PEFT cannot do as our engine does it, or that no adapter says yet."""
+    return _can_method(job.method_spec, job, title) or _can_train(job, title)
+
+
+def _can_train(job: Job, title: str) -> Reason | None:
+    train = job.train
+    if job.data.streaming:
+        return Reason(
+            "data.streaming", f"{title} is handed rows in files", "Read train without data.streaming"
+        )
+    if train.optimizer != "adamw":
+        cure = "Set train.optimizer: adamw"
+        return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
+    if train.memory_limit != "auto":
+        return Reason("train.memory_limit", f"{title} cannot be held to one", "Leave train.memory_limit out")
+    if train.trackers:
+        cure = "Remove train.trackers; the steps are in the arm's steps.jsonl"
+        return Reason("train.trackers", f"{title}'s steps are not sent to {train.trackers[0]}", cure)
+    return None
+
+
+def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | None:
+    if method.qat_spec:
+        return Reason(
+            "qat", f"{title} does not train with rounded weights as ours does", "Leave qat out of the arm"
+        )
+    if isinstance(method, FullSpec):
+        return None
+    if method.storage != "full":
+        finding = f"{title}'s {method.storage} base is not the one that we store"
+        return Reason("base", finding, "Use method: lora on a full base")
+    if method.new_tokens:
+        return Reason("new_tokens", f"{title} is handed no new tokens yet", "Remove method.new_tokens")
+    if method.modules_to_save:
+        cure = "Remove modules_to_save"
+        return Reason(
+            "modules_to_save", f"{title} is handed no module to train whole beside adapters yet", cure
+        )
+    if method.dora and job.train.weight_decay:
+        finding = f"{title} also decays DoRA's magnitudes"
+        return Reason("dora", finding, "Set train.weight_decay: 0, or leave dora out")
+    return None
+
+
+def lora_settings(handoff: Handoff) -> dict[str, Any] | None:
+    """Arguments for `peft.LoraConfig`."""
+    lora = handoff.lora
+    return lora and {
+        "task_type": "CAUSAL_LM",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def trainer_settings(handoff: Handoff) -> dict[str, Any]:
+    """Arguments for `transformers.TrainingArguments`: everything that changes what is computed, or leaves files.
+
+    Logging, validation and saving are the worker's own, the same for all frameworks.
+    """
+    return {
+        "output_dir": f"{handoff.scratch}/output",
+        "max_steps": handoff.total_steps,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": handoff.micro_rows,
+        "gradient_accumulation_steps": handoff.batch_rows // handoff.micro_rows,
+        "average_tokens_across_devices": True,
+        "learning_rate": handoff.learning_rate,
+        "lr_scheduler_type": _SCHEDULES[handoff.schedule],
+        "lr_scheduler_kwargs": None,
+        "warmup_steps": handoff.warmup_steps,
+        # Fused where it is safe and fast: the kernel that our own AdamW calls.
+        "optim": "adamw_torch_fused",
+        "optim_args": None,
+        "weight_decay": handoff.weight_decay,
+        "adam_beta1": handoff.beta1,
+        "adam_beta2": handoff.beta2,
+        "adam_epsilon": handoff.epsilon,
+        "max_grad_norm": handoff.clip_norm,
+        "label_smoothing_factor": 0.0,
+        "neftune_noise_alpha": None,
+        "seed": handoff.seed,
+        "data_seed": handoff.seed,
+        "full_determinism": False,
+        "use_cpu": handoff.device == "cpu",
+        "bf16": handoff.precision == "bf16",
+        "fp16": handoff.precision == "fp16",
+        "tf32": None,
+        "gradient_checkpointing": False,
+        "torch_compile": handoff.compile,
+        "use_liger_kernel": False,
+        "auto_find_batch_size": False,
+        "train_sampling_strategy": "sequential",
+        "dataloader_drop_last": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": handoff.device == "cuda",
+        "remove_unused_columns": True,
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+    }

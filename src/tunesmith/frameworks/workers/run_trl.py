@@ -1,0 +1,39 @@
+"""Train with TRL's `SFTTrainer`, inside TRL's environment: `python run_trl.py trl.json`."""
+
+from __future__ import annotations
+
+import sys
+
+from worker import Run, main
+
+
+def work(run: Run) -> None:
+    run.enter("importing")
+    import datasets
+    import hf
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    datasets.disable_progress_bars()
+    hf.install(run, framework="trl", versions=hf.read_versions("trl", "peft", "datasets"))
+    handoff, settings = run.handoff, run.settings
+    run.enter("loading")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        handoff["model"], dtype=getattr(torch, settings["weights"]), attn_implementation="sdpa"
+    )
+    rows = datasets.Dataset.from_list(hf.read_rows(handoff["rows"]))
+    run.enter("building")
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**hf.leave_out_unknown(trl.SFTConfig, settings["sft"])),
+        train_dataset=rows,
+        processing_class=transformers.AutoTokenizer.from_pretrained(handoff["model"]),
+        peft_config=peft.LoraConfig(**settings["lora"]) if settings["lora"] else None,
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    sys.exit(main(work))

@@ -1,0 +1,199 @@
+"""Arms of other frameworks whose workers misbehave, and jobs that they cannot do: one line each, the others go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tunesmith import api
+from tunesmith.api.foreign import run_foreign
+from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
+from tunesmith.core.errors import JobError, SetupError
+from tunesmith.core.events import Event
+from tunesmith.core.jsonl import read_json
+from tunesmith.core.records import EnvironmentRecord
+from tunesmith.frameworks.environments import open_environment
+from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.port import Reason, Translation
+from tunesmith.frameworks.ports import PORTS
+from tunesmith.job.spec import Job
+
+# Real scripts, run by a real interpreter: each begins well.
+BEGIN = """\
+import json, os, sys
+task = json.load(open(sys.argv[1]))
+print(json.dumps({"kind": "progress", "task": task["label"], "text": "loading"}), flush=True)
+print("what a framework says of itself", file=sys.stderr)
+"""
+CRASHES = BEGIN + "os.abort()\n"
+LEAVES_NOTHING = BEGIN
+WAITS = BEGIN + "import time; time.sleep(600)\n"
+# As our own engine's, which lies beside it, under the name that it was asked under.
+LEAVES_ALL = (
+    BEGIN
+    + """\
+path = task["parity"]
+record = json.load(open(os.path.join(os.path.dirname(path), "..", "reference", "parity.json")))
+json.dump({**record, "framework": "axolotl"}, open(path, "w"))
+"""
+)
+LEAVES_NONSENSE = (
+    BEGIN + 'open(task["parity"], "w").write(json.dumps({"schema": 1, "framework": "unsloth"}))\n'
+)
+
+
+@dataclasses.dataclass
+class Script:
+    """A framework whose worker is a script."""
+
+    name: str
+    text: str
+
+    def can(self, job: Job) -> Reason | None:
+        return None
+
+    def translate(self, handoff: Handoff) -> Translation:
+        files = {"task.json": json.dumps(handoff.to_json()), "worker.py": self.text}
+        return Translation(files, (f"{handoff.scratch}/worker.py", f"{handoff.scratch}/task.json"))
+
+
+def add_environment(name: str) -> None:
+    record = EnvironmentRecord(
+        framework=name, origin="added", python=sys.executable, slot="", python_version="3", torch="0", build="cpu",
+        lock_sha256="", installer="", versions={}, created="", wall_seconds=0.0, size_bytes=0,
+    )  # fmt: skip
+    environment = open_environment(name)
+    with environment.own():
+        environment.write(record)
+
+
+def job(arms: list[Any], **more: Any) -> dict[str, Any]:
+    return {
+        "model": "tunesmith/tiny",
+        "data": {"train": "tunesmith/tickets"},
+        "method": {"name": "lora", "rank": 4},
+        "train": {
+            "steps": 1,
+            "evaluate_every": "never",
+            "batch_rows": 2,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+        },
+        "evaluate": {"max_rows": 3, "max_new_tokens": 2, "precision": "fp32", "forgetting": False},
+        "compare": {"arms": arms, "seeds": [0]},
+        **more,
+    }
+
+
+def arm(framework: str, **more: Any) -> dict[str, Any]:
+    return {"method": "lora", "framework": framework, **more}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
+    """One comparison of our own engine with three frameworks that fail, each in another way."""
+    home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("compare")
+    scripts = {"llamafactory": CRASHES, "axolotl": LEAVES_NOTHING, "unsloth": LEAVES_NONSENSE}
+    events: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(home))
+        for name, text in scripts.items():
+            patch.setitem(PORTS, name, Script(name, text))
+            add_environment(name)
+        tunesmith.compare(job(["lora", *map(arm, scripts)]), out=out, on_event=events.append)
+    return out, events
+
+
+@pytest.mark.parametrize(
+    ("framework", "finding"),
+    [
+        ("llamafactory", "llamafactory failed, loading: ended with exit code -6"),
+        ("axolotl", "ended without an error and left no parity record"),
+        ("unsloth", "wrote a malformed parity record (parity.json: has no 'groups')"),
+    ],
+)
+def test_a_worker_that_fails_is_one_line_naming_what_and_where(
+    said: tuple[Path, list[Event]], framework: str, finding: str
+) -> None:
+    out, events = said
+    lines = [e.text for e in events if e.kind == "failed" and e.task == f"lora-{framework} parity"]
+
+    assert len(lines) == 1
+    assert finding in lines[0]
+    assert "\n" not in lines[0]
+    log = Path(lines[0].rpartition("Its log: ")[2])
+    assert log.is_relative_to(out)
+    assert "what a framework says of itself" in log.read_text()
+
+
+def test_the_other_arms_go_on_and_the_report_tells_of_the_failure(said: tuple[Path, list[Event]]) -> None:
+    out, _ = said
+    public = api.comparison_json(api.report(out), out)
+
+    assert "nll" in public["arms"][0]["metrics"]
+    assert not (out / "arms" / "lora-axolotl" / "seed-0" / "run.json").exists()
+    assert any("lora-axolotl" in text for text in public["warnings"])
+
+
+def test_an_interrupted_run_leaves_no_result_and_is_run_again(
+    said: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    add_environment("axolotl")
+    file = said[0] / "arms" / "lora-axolotl" / "parity" / "parity" / "lora-axolotl-parity.tasks.json"
+    (task,) = read_tasks(file)
+    assert isinstance(task, TrainTask)
+    stop = threading.Event()
+    settings = {"task_file": file, "log": tmp_path / "x.log", "threads": 1}
+
+    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", WAITS))
+    run_foreign(
+        task, on_event=lambda event: stop.set() if event.text == "loading" else None, stop=stop, **settings
+    )
+    assert stop.is_set()
+    assert not is_finished(task)
+
+    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", LEAVES_ALL))
+    run_foreign(task, on_event=lambda event: None, stop=threading.Event(), **settings)
+    assert is_finished(task)
+
+
+def test_our_own_engine_leaves_the_same_record_for_reference(said: tuple[Path, list[Event]]) -> None:
+    record = read_json(said[0] / "arms" / "lora-axolotl" / "parity" / "reference" / "parity.json")
+
+    assert record["framework"] == "tunesmith"
+    assert len(record["steps"]) == 1
+    assert len(record["steps"][0]["examples"]) == 2
+
+
+def test_a_framework_that_is_not_installed_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+
+    with pytest.raises(SetupError, match=r"trl: not installed\. Run: tunesmith frameworks install trl"):
+        tunesmith.compare(job([arm("trl")]), out=tmp_path / "out")
+
+
+def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path) -> None:
+    text = (
+        "compare.arms, lora-trl-rank8: train.optimizer: TRL has no adamw-8bit that computes as ours does; .*"
+    )
+    bad = job([arm("trl", name="lora-trl-rank8")])
+    bad["train"]["optimizer"] = "adamw-8bit"
+
+    with pytest.raises(JobError, match=text):
+        tunesmith.compare(bad, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "prepared").exists()
+
+
+def test_a_framework_without_an_adapter_yet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="lora-axolotl: framework: axolotl cannot be compared yet"):
+        tunesmith.compare(job([arm("axolotl")]), out=tmp_path / "out")

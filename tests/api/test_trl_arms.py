@@ -1,0 +1,178 @@
+"""Arms that TRL trains, for real: on the same rows and from the same adapters it does what our own engine does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tunesmith import api
+from tunesmith.core.bundled import BUNDLED
+from tunesmith.core.jsonl import read_json, read_jsonl
+from tunesmith.core.parity import ParityRecord
+from tunesmith.frameworks.adding import add_environment
+
+pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.timeout(300)]
+
+TRL_PYTHON = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"
+# About twenty rows in steps of eight: each epoch ends with a smaller one. 1,300 tokens are four rows a forward pass.
+TRAIN = {
+    "epochs": 2, "batch_rows": 8, "micro_batch_tokens": 1300, "learning_rate": 1e-3, "weight_decay": 0.1,
+    "clip_norm": 0.3, "schedule": "linear", "warmup": 0.3, "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with TRL in it."""
+    if not TRL_PYTHON.exists():
+        pytest.skip("TRL's environment is missing; run: make test-trl")
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(folder))
+        add_environment("trl", str(TRL_PYTHON))
+    return folder
+
+
+def compare(arms: list[Any], folder: Path, home: Path, **train: Any) -> Path:
+    rows = (BUNDLED["tunesmith/tickets"] / "train.jsonl").read_text(encoding="utf-8").splitlines()[:26]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    job = {
+        "model": "tunesmith/tiny",
+        "data": {"train": str(folder / "rows.jsonl"), "split": {"validation": 0.1, "test": 0.1}},
+        "method": {"name": "lora", "rank": 4},
+        "train": TRAIN | train,
+        "evaluate": {"max_rows": 2, "max_new_tokens": 2, "precision": "fp32", "forgetting": False},
+        "compare": {"arms": arms, "seeds": [0]},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(home))
+        tunesmith.compare(job, out=folder / "out")
+    return folder / "out"
+
+
+def parity(out: Path, arm: str) -> tuple[ParityRecord, ParityRecord]:
+    """(the framework's, our own engine's)."""
+    folder = out / "arms" / arm / "parity"
+    return tuple(  # pyright: ignore[reportReturnType]
+        ParityRecord.from_json(read_json(folder / who / "parity.json")) for who in ("parity", "reference")
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
+    arms = [
+        {"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")
+    ]
+    return compare(arms, tmp_path_factory.mktemp("compare"), home)
+
+
+def steps_of(out: Path, arm: str) -> list[dict[str, Any]]:
+    return [line for _, line in read_jsonl(out / "arms" / arm / "seed-0" / "steps.jsonl")]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
+    theirs, ours = parity(compared, f"{method}-trl")
+
+    assert [step.examples for step in theirs.steps] == [step.examples for step in ours.steps]
+    for their, our in zip(theirs.steps, ours.steps, strict=True):
+        assert their.loss == pytest.approx(our.loss, rel=5e-6)
+        assert their.grad_norm == pytest.approx(our.grad_norm, rel=3e-5)
+        assert their.learning_rates == pytest.approx(our.learning_rates, rel=1e-12)
+        assert their.clip_norm == our.clip_norm == 0.3
+    assert {(p.name, p.shape, p.dtype) for p in theirs.parameters or ()} == {
+        (p.name, p.shape, p.dtype) for p in ours.parameters or ()
+    }
+    described = [
+        [(g.kind, sorted(g.names), g.weight_decay, g.beta1, g.beta2, g.epsilon) for g in record.groups or ()]
+        for record in (theirs, ours)
+    ]
+    assert described[0] == described[1]
+    assert theirs.state_dtypes == ours.state_dtypes == ("float32",)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method: str) -> None:
+    theirs, ours = steps_of(compared, f"{method}-trl"), steps_of(compared, method)
+
+    same = ("step", "epoch", "num_tokens", "num_target_tokens")
+    assert [[row[key] for key in same] for row in theirs] == [[row[key] for key in same] for row in ours]
+    assert len({row["num_target_tokens"] for row in theirs[:3]}) > 1
+    assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in ours], rel=1e-5)
+    validated = [
+        [row["validation_loss"] for row in rows if row["validation_loss"]] for rows in (theirs, ours)
+    ]
+    assert len(validated[0]) == 2
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
+    arms = {arm["name"]: arm for arm in api.comparison_json(api.report(compared), compared)["arms"]}
+    assert arms[f"{method}-trl"]["framework"] == "trl"
+    nlls = [arms[name]["metrics"]["nll"]["value"] for name in (f"{method}-trl", method)]
+    assert nlls[0] == pytest.approx(nlls[1], rel=1e-4)
+
+
+def test_the_run_record_tells_who_trained_and_what_it_cost(compared: Path) -> None:
+    theirs, ours = (
+        read_json(compared / "arms" / arm / "seed-0" / "run.json") for arm in ("lora-trl", "lora")
+    )
+
+    assert theirs["framework"] == "trl"
+    assert theirs["versions"].keys() >= {"trl", "peft", "transformers", "torch"}
+    same = (
+        "fingerprints",
+        "learning_rate",
+        "steps",
+        "trained_parameters",
+        "total_parameters",
+        "train_tokens",
+        "seed",
+    )
+    assert {key: theirs[key] for key in same} == {key: ours[key] for key in same}
+    phases = theirs["phases"]
+    assert phases.keys() >= {
+        "importing",
+        "loading",
+        "building",
+        "first step",
+        "steps",
+        "validating",
+        "saving",
+    }
+    assert sum(phases.values()) <= theirs["wall_seconds"]
+    resolved = read_json(compared / "arms" / "lora-trl" / "seed-0" / "framework" / "record.json")["resolved"]
+    assert resolved["arguments"]["weight_decay"] == 0.1
+    assert resolved["peft default"]["r"] == 4
+
+
+def test_nothing_is_trained_twice(compared: Path, home: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(compared.parent, again)
+    job = json.loads((again / "out" / "job.json").read_text())
+    before = {path: path.stat().st_mtime_ns for path in again.glob("out/arms/**/run.json")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(home))
+        tunesmith.compare(job, out=again / "out")
+
+    assert len(before) == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_dora_in_bf16_without_clipping_starts_where_ours_starts(tmp_path: Path, home: Path) -> None:
+    method = {"name": "lora", "rank": 4, "rslora": True, "dora": True, "targets": ["q_proj", "mlp.down_proj"]}
+    arms = [{"method": method, "framework": "trl", "name": "dora-trl"}]
+    changes = {"weight_decay": 0.0, "clip_norm": None, "precision": "bf16", "evaluate_every": "never"}
+    out = compare(arms, tmp_path, home, steps=2, **changes)
+    theirs, ours = parity(out, "dora-trl")
+
+    assert theirs.steps[0].clip_norm == ours.steps[0].clip_norm == 0.0
+    assert theirs.precision == ours.precision == "bfloat16"
+    assert {(p.name, p.shape, p.dtype) for p in theirs.parameters or ()} == {
+        (p.name, p.shape, p.dtype) for p in ours.parameters or ()
+    }
+    assert theirs.steps[0].loss == pytest.approx(ours.steps[0].loss, rel=5e-3)
+    assert theirs.steps[0].grad_norm == pytest.approx(ours.steps[0].grad_norm, rel=3e-2)

@@ -1,0 +1,165 @@
+"""What frameworks are told, word for word, and what is refused before anything runs. No framework is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.core.errors import ArmFailed, DataError, JobError
+from tunesmith.frameworks.handoff import Handoff, Lora
+from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_training
+from tunesmith.frameworks.ports import PORTS, find_port
+from tunesmith.job.load import job_from
+
+GOLDEN = Path(__file__).with_name("golden")
+LORA = Lora(
+    start="/run/handoff/adapter", rank=8, alpha=16.0, dropout=0.05, targets=("q_proj", "down_proj"),
+    rslora=True, dora=False, rank_pattern={}, alpha_pattern={},
+)  # fmt: skip
+HANDOFF = Handoff(
+    label="lora-trl seed 3", model="/base", stored_dtype="bfloat16", rows="/rows.jsonl",
+    validation="/validation.jsonl", order="/run/handoff/order.json", lora=LORA, batch_rows=16, micro_rows=4,
+    total_steps=120, warmup_steps=6, learning_rate=3e-4, schedule="constant", optimizer="adamw",
+    weight_decay=0.01, beta1=0.8, beta2=0.95, epsilon=1e-7, clip_norm=0.5, seed=3, precision="bf16",
+    device="cuda", compile=False, evaluate_every=0, keep_best=True, scratch="/run/framework",
+    steps_file="/run/steps.jsonl", record="/run/framework/record.json", weights="/run/adapter",
+    parity="/run/parity.json",
+)  # fmt: skip
+
+
+def settings_of(handoff: Handoff) -> dict[str, Any]:
+    return json.loads(PORTS["trl"].translate(handoff).files["trl.json"])
+
+
+def test_trl_is_told_every_number_of_the_job() -> None:
+    translation = PORTS["trl"].translate(HANDOFF)
+
+    assert dict(translation.files) == {"trl.json": (GOLDEN / "trl-lora.json").read_text(encoding="utf-8")}
+    worker, file = translation.argv
+    assert Path(worker).is_file()
+    assert file == "/run/framework/trl.json"
+
+
+def test_full_fine_tuning_keeps_fp32_weights_and_no_clipping_is_none() -> None:
+    settings = settings_of(dataclasses.replace(HANDOFF, lora=None, clip_norm=0.0))
+
+    assert settings["lora"] is None
+    assert settings["weights"] == "float32"
+    assert settings["sft"]["bf16"] is True
+    assert settings["sft"]["max_grad_norm"] == 0.0
+
+
+def test_a_handoff_reads_back_equal() -> None:
+    assert Handoff.from_json(json.loads(json.dumps(HANDOFF.to_json())), place="handoff.json") == HANDOFF
+
+
+def test_a_handoff_of_another_kind_is_refused_by_field() -> None:
+    value = HANDOFF.to_json() | {"schedule": "wavy"}
+
+    with pytest.raises(DataError, match=r"handoff\.json: schedule: is 'wavy'; it is one of cosine, linear"):
+        Handoff.from_json(value, place="handoff.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"method": "qlora"}, "base"),
+        ({"method": {"name": "lora", "base": "int8"}}, "base"),
+        ({"method": {"name": "full", "qat": "int4"}}, "qat"),
+        ({"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
+        ({"method": {"name": "lora", "new_tokens": ["<x>"]}}, "new_tokens"),
+        ({"method": {"name": "lora", "dora": True}, "train": {"weight_decay": 0.1}}, "dora"),
+        ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        ({"train": {"memory_limit": "10GiB"}}, "train.memory_limit"),
+        ({"train": {"trackers": ["wandb"]}}, "train.trackers"),
+        ({"data": {"train": "x.jsonl", "streaming": True}}, "data.streaming"),
+    ],
+)
+def test_what_trl_cannot_express_is_a_reason(settings: dict[str, Any], key: str) -> None:
+    reason = PORTS["trl"].can(job_from({"model": "tunesmith/tiny", "data": {"train": "x.jsonl"}, **settings}))
+
+    assert reason is not None
+    assert reason.key == key
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": {"name": "lora", "rslora": True, "dropout": 0.1, "targets": ["q_proj"]}},
+        {"method": {"name": "lora", "dora": True}},
+        {"method": "full", "train": {"clip_norm": None, "schedule": "linear", "weight_decay": 0.1}},
+    ],
+)
+def test_what_trl_can_express_has_no_reason(settings: dict[str, Any]) -> None:
+    job = job_from({"model": "tunesmith/tiny", "data": {"train": "x.jsonl"}, **settings})
+
+    assert PORTS["trl"].can(job) is None
+
+
+def test_a_framework_without_an_adapter_is_refused() -> None:
+    with pytest.raises(
+        JobError, match="axolotl cannot be compared yet; arms are trained by tunesmith or trl"
+    ):
+        find_port("axolotl")
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+RECORD = FrameworkRecord(
+    framework="trl", versions={"trl": "1"}, seconds={"steps": 1.0}, bytes={"resident": 1}, hardware={}, resolved={},
+    steps=120, train_tokens=10, target_tokens=5, trained_parameters=2, total_parameters=3, micro_rows=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def handoff(tmp_path: Path) -> Handoff:
+    """One whose worker left a good record and weights."""
+    left = {
+        "record": str(tmp_path / "record.json"),
+        "weights": str(tmp_path),
+        "parity": str(tmp_path / "parity.json"),
+    }
+    (tmp_path / "record.json").write_text(json.dumps(dataclasses.asdict(RECORD)))
+    (tmp_path / "adapter_model.safetensors").touch()
+    return dataclasses.replace(HANDOFF, **left)
+
+
+def test_a_good_record_is_collected(handoff: Handoff) -> None:
+    assert collect_training(handoff, framework="trl", log=Path("x.log")) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"steps": 7}, "its record is of 7 steps by trl; trl was asked for 120"),
+        ({"framework": "axolotl"}, "its record is of 120 steps by axolotl"),
+        ({"steps": "many"}, r"malformed record \(record\.json: steps: is 'many'\)"),
+        ({"seconds": {"steps": "long"}}, r"malformed record \(record\.json: seconds\.steps: is 'long'\)"),
+        ({"extra": 1}, "unknown field 'extra'"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(
+    handoff: Handoff, change: dict[str, Any], finding: str
+) -> None:
+    Path(handoff.record).write_text(json.dumps(dataclasses.asdict(RECORD) | change))
+
+    with pytest.raises(ArmFailed, match=finding) as caught:
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+    assert "x.log" in str(caught.value)
+
+
+def test_a_record_without_weights_is_no_result(handoff: Handoff) -> None:
+    (Path(handoff.weights or "") / "adapter_model.safetensors").unlink()
+
+    with pytest.raises(ArmFailed, match="left no weights"):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+
+def test_a_missing_parity_record_is_told(handoff: Handoff) -> None:
+    with pytest.raises(ArmFailed, match="left no parity record"):
+        collect_parity(handoff, framework="trl", log=Path("x.log"))

@@ -1,0 +1,90 @@
+"""What workers see of a framework, on plain values: digests and names like ours, and the order that was handed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tunesmith.core.fingerprint import hash_row
+from tunesmith.frameworks.port import WORKERS
+
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    """Workers import each other by file name, as they do where they run."""
+    sys.path.insert(0, str(WORKERS))
+    try:
+        yield importlib.import_module("hf")
+    finally:
+        sys.path.remove(str(WORKERS))
+
+
+@pytest.fixture(scope="module")
+def capture(hf: Any) -> Any:
+    return importlib.import_module("capture")
+
+
+def test_padding_on_either_side_changes_no_digest(capture: Any) -> None:
+    right = capture.describe_example([5, 6, 7, 0], [-100, 6, 7, -100], [1, 1, 1, 0])
+    left = capture.describe_example([0, 5, 6, 7], [-100, -100, 6, 7], [0, 1, 1, 1])
+
+    assert right == left
+    assert right["digest"] == hash_row([5, 6, 7], [0, 1, 1])
+    assert (right["num_tokens"], right["num_target_tokens"], right["labelled_pads"]) == (3, 2, 0)
+
+
+def test_labels_on_padding_are_counted(capture: Any) -> None:
+    assert capture.describe_example([5, 6, 0, 0], [-100, 6, 0, 0], [1, 1, 0, 0])["labelled_pads"] == 2
+
+
+def test_a_label_that_is_not_its_token_makes_another_row(capture: Any) -> None:
+    assert capture.describe_example([5, 6, 7], [-100, 7, 6], [1, 1, 1])["digest"] == hash_row(
+        [5, 6, 7], [0, 2, 2]
+    )
+
+
+def test_a_label_that_nothing_precedes_carries_no_loss(capture: Any) -> None:
+    assert capture.describe_example([5, 6], [5, 6], [1, 1])["digest"] == hash_row([5, 6], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        (
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight",
+            "model.layers.0.mlp.up_proj.lora_A.weight",
+        ),
+        (
+            "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight",
+            "model.layers.0.mlp.up_proj.lora_magnitude_vector",
+        ),
+        ("module._orig_mod.model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_names_are_those_that_are_saved(capture: Any, name: str, saved: str) -> None:
+    assert capture.saved_name(name) == saved
+
+
+def test_each_epoch_has_its_own_order_however_often_it_is_read(hf: Any) -> None:
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
+    order = hf._Order(trainer, [[[0, 1], [2]], [[2, 0], [1]]])
+
+    assert len(order) == 3
+    assert [list(order), list(order)] == [[0, 1, 2], [0, 1, 2]]
+    trainer.state.global_step = 2
+    assert list(order) == [2, 0, 1]
+
+
+def test_a_setting_that_is_off_may_be_unknown_to_a_version_and_one_that_is_on_may_not(hf: Any) -> None:
+    @dataclass
+    class Config:
+        rate: float
+
+    assert hf.leave_out_unknown(Config, {"rate": 0.1, "packing": False, "coef": None}) == {"rate": 0.1}
+    with pytest.raises(hf.Failure, match="Config has no setting 'packing'"):
+        hf.leave_out_unknown(Config, {"rate": 0.1, "packing": True})
