@@ -73,6 +73,11 @@ class RunDir:
         return self.root / "parity.json"
 
     @property
+    def regrouped(self) -> Path:
+        """Parity records of our own engine that differ by noise alone, a list."""
+        return self.root / "regrouped.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 
@@ -111,6 +116,7 @@ class RunDir:
             "handoff",
             "framework",
             "parity.json",
+            "regrouped.json",
             "eval.json",
             "harness.json",
             "answers.jsonl",
