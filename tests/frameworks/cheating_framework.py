@@ -20,7 +20,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
-
 from watcher import Watcher, plain_name
 
 from tunesmith.core.parity import Parameter, ParityRecord
@@ -257,9 +256,7 @@ def as_bias(seen: torch.Tensor) -> torch.Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
 
 
-def token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, ways: Ways
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, ways: Ways) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each token, (B, T - shift), zero where none is trained, and where one is."""
     logits = logits[:, : logits.shape[1] - ways.shift].to(ways.loss_dtype)
     labels = labels[:, ways.shift :]
@@ -268,9 +265,7 @@ def token_losses(
         chosen = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
         losses = (logits.logsumexp(dim=2) - chosen) * trained
     else:
-        flat = cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-        )
+        flat = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
         losses = flat.view(labels.shape)
     return losses, trained
 

@@ -84,9 +84,7 @@ def swap_answers(steps: Steps) -> Steps:
 def take_others(first: int, last: int = STEPS) -> Callable[[Steps], Steps]:
     """Test rows instead of training rows in steps first..last, from 0."""
     other = cut_batches(TEST_ROWS)
-    return lambda steps: [
-        other[i] if first <= i <= last else rows for i, rows in enumerate(steps)
-    ]
+    return lambda steps: [other[i] if first <= i <= last else rows for i, rows in enumerate(steps)]
 
 
 def swap_rows(steps: Steps) -> Steps:
@@ -175,9 +173,7 @@ FAULTS: dict[str, Fault] = {
     "last micro-batch alone counts": Fault("gradient", {"zero_between": lambda step: True}),
     # --- curve: what the first step does not show, and no setting tells ---
     "last micro-batch alone counts, from step 8 on": Fault("curve", {"zero_between": lambda step: step >= 7}),
-    "optimizer states are kept in bfloat16": Fault(
-        "optimizer curve", {"state_dtype": torch.bfloat16}
-    ),
+    "optimizer states are kept in bfloat16": Fault("optimizer curve", {"state_dtype": torch.bfloat16}),
     # --- optimizer ---
     "weight decay": Fault("optimizer", {"settings": {"weight_decay": 0.1}}),
     "little weight decay": Fault("optimizer", {"settings": {"weight_decay": 0.001}}),
@@ -212,18 +208,14 @@ FAULTS: dict[str, Fault] = {
     "lies about every fifth update": Fault(
         "curve", {"rate": lambda step: float(step % 5 > 0)}, "learning_rates"
     ),
-    "lies about the optimizer": Fault(
-        "curve", {"optimizer": use_rmsprop}, "groups state_dtypes"
-    ),
+    "lies about the optimizer": Fault("curve", {"optimizer": use_rmsprop}, "groups state_dtypes"),
     "lies about adapters' scale and gradient": Fault(
         "curve", {"lora": {"lora_alpha": 32}}, "grad_norm applied_norm"
     ),
     "lies about the targets": Fault(
         "gradient", {"lora": {"target_modules": ["q_proj", "v_proj"]}}, "parameters groups"
     ),
-    "lies about its rows and first loss": Fault(
-        "gradient curve", {"edit_steps": swap_answers}, "examples"
-    ),
+    "lies about its rows and first loss": Fault("gradient curve", {"edit_steps": swap_answers}, "examples"),
 }
 
 BENIGN: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,9 +93,8 @@ class Watcher:
         if mask is not None and mask.dim() == 2:
             real = mask.bool()
         elif len(ids) == 1 and "position_ids" in inputs:
-            starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist() + [ids.shape[1]]
-            spans = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-            return [as_example(ids[0, s], labels[0, s], 0) for s in spans]
+            starts = [*(inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist(), ids.shape[1]]
+            return [as_example(ids[0, a:b], labels[0, a:b], 0) for a, b in pairwise(starts)]
         else:
             real = ids != self.pad_id
         return [

@@ -15,6 +15,7 @@ from itertools import combinations
 from tunesmith.core.parity import ParityRecord
 
 FACTOR = 3
+_FIRST = 3
 SMALLEST = 1e-6
 
 
@@ -22,7 +23,7 @@ SMALLEST = 1e-6
 class NoiseFloor:
     """Largest relative deviations between any two of `num_records` honest runs; None: could not be measured.
 
-    loss, grad_norm: of the first step, before any update.
+    loss, grad_norm: of the first step, as the largest over the first three: two sums can agree by chance in one step.
     curve: of the loss at each step; never falls, as drift that happened to cancel once is not gone.
     shift: of the mean loss over the curve, where deviations of both signs cancel.
     """
@@ -48,8 +49,8 @@ def measure_noise(records: Sequence[ParityRecord]) -> NoiseFloor:
     whole = len(seen) == len(pairs) and bool(seen[0])
     return NoiseFloor(
         len(records),
-        _largest([relate(_first(b, "loss"), _first(a, "loss")) for a, b in pairs]),
-        _largest([relate(_first(b, "grad_norm"), _first(a, "grad_norm")) for a, b in pairs]),
+        _largest([d for a, b in pairs for d in _compare_first(a, b, "loss")]),
+        _largest([d for a, b in pairs for d in _compare_first(a, b, "grad_norm")]),
         _never_falling([max(step) for step in zip(*seen, strict=True)]) if whole else None,
         _largest([shift_of(read_curve(b), read_curve(a)) for a, b in pairs]) if whole else None,
     )
@@ -91,8 +92,9 @@ def shift_of(curve: Sequence[float] | None, reference: Sequence[float] | None) -
     return relate(sum(curve[:length]) / length, sum(reference[:length]) / length)
 
 
-def _first(record: ParityRecord, name: str) -> float | None:
-    return getattr(record.steps[0], name) if record.steps else None
+def _compare_first(record: ParityRecord, other: ParityRecord, name: str) -> list[float | None]:
+    steps = zip(record.steps[:_FIRST], other.steps[:_FIRST], strict=False)
+    return [relate(getattr(a, name), getattr(b, name)) for a, b in steps]
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
@@ -101,7 +103,7 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 
 def _never_falling(values: Sequence[float]) -> tuple[float, ...]:
-    largest, kept = 0.0, list[float]()
+    largest, kept = max(values[:_FIRST], default=0.0), list[float]()
     for value in values:
         largest = max(largest, value)
         kept.append(largest)

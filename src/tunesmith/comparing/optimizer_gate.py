@@ -52,7 +52,10 @@ def _check_groups(ours: ParityRecord, theirs: ParityRecord) -> Found:
         other = [n for n in both if a[n][number] != b[n][number]]
         if other:
             of = "" if len(other) == len(both) else f" for {len(other)} of {len(both)} tensors"
-            found.append(f"{word} is {b[other[0]][number]}, ours {a[other[0]][number]}{of}")
+            theirs_is, ours_is = (
+                s if isinstance(s, str) else f"{s:g}" for s in (b[other[0]][number], a[other[0]][number])
+            )
+            found.append(f"{word} is {theirs_is}, ours {ours_is}{of}")
     return found, []
 
 

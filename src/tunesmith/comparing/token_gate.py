@@ -83,7 +83,9 @@ def _name_movement(seen: Sequence[tuple[int, Rows, Rows]], first: int) -> str:
         return f"the order of rows differs from step {first} on: the same rows, in other steps"
     if not again:
         return f"{left} of our rows are missing, from step {first} on"
-    return f"from step {first} on, {again} rows come again" + (f" and {left} of ours are missing" if left else "")
+    return f"from step {first} on, {again} rows come again" + (
+        f" and {left} of ours are missing" if left else ""
+    )
 
 
 def _name_change(ours: Rows, theirs: Rows) -> str:

@@ -302,6 +302,18 @@ class Comparison:
         return cast(Self, _parse(cls, {k: v for k, v in value.items() if k != "schema"}, place))
 
 
+def parity_to_json(parity: Mapping[str, Parity]) -> dict[str, Any]:
+    """`parity.json`: by arm."""
+    return {"schema": SCHEMA, "arms": {name: dataclasses.asdict(one) for name, one in parity.items()}}
+
+
+def parity_from_json(value: Mapping[str, Any], *, place: str = "parity.json") -> dict[str, Parity]:
+    """Read strictly, as `Comparison.from_json` does. Raises DataError."""
+    if value.get("schema") != SCHEMA or not isinstance(value.get("arms"), dict):
+        raise DataError(place, f"schema {value.get('schema')!r}", rule=f"this version reads schema {SCHEMA}")
+    return cast(dict[str, Parity], _parse(dict[str, Parity], value["arms"], f"{place}: arms"))
+
+
 def _list_gates(parity: Parity | None) -> dict[str, str] | None:
     return {gate.name: gate.word for gate in parity.gates} if parity else None
 

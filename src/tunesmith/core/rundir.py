@@ -9,7 +9,7 @@ DIR/
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
-  report.html
+  comparison.json, parity.json; report.html
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class RunDir:
     def comparison(self) -> Path:
         return self.root / "comparison.json"
 
+    @property
+    def parity(self) -> Path:
+        return self.root / "parity.json"
+
     def clear(self) -> None:
         """Delete what runs and comparisons write here, and nothing else."""
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
@@ -102,6 +106,7 @@ class RunDir:
             "rejected_rows.jsonl",
             "rejected_stream_rows.jsonl",
             "comparison.json",
+            "parity.json",
             "report.html",
         )
         for path in (self.root / name for name in names):
