@@ -112,6 +112,11 @@ class Ways:
 
 def train(ways: Ways) -> ParityRecord:
     """Do the job and return what was seen of it."""
+    return train_model(ways)[0]
+
+
+def train_model(ways: Ways) -> tuple[ParityRecord, Any]:
+    """The record, and the trained model."""
     model, parameters = build_model(ways)
     optimizer = build_optimizer(model, ways)
     steps = ways.edit_steps(cut_batches(ROWS))
@@ -136,7 +141,7 @@ def train(ways: Ways) -> ParityRecord:
             step_in_dtype(optimizer, ways.state_dtype)
             optimizer.zero_grad()
             watcher.end_step()
-    return ParityRecord(
+    record = ParityRecord(
         framework="cheater",
         versions={"torch": torch.__version__},
         precision="bfloat16" if ways.autocast else "float32",
@@ -145,6 +150,16 @@ def train(ways: Ways) -> ParityRecord:
         groups=watcher.list_groups(),
         state_dtypes=watcher.state_dtypes,
     )
+    return record, model
+
+
+def score_rows(model: Any, rows: Sequence[Row]) -> list[float]:
+    """Sum of each row's trained tokens' losses, nats."""
+    ways = Ways()
+    inputs, labels = collate(rows, ways)
+    with torch.no_grad():
+        losses, _ = token_losses(model.eval()(**inputs).logits, labels, ways)
+    return losses.sum(dim=1).tolist()
 
 
 def forge(record: ParityRecord, honest: ParityRecord, fields: Sequence[str]) -> ParityRecord:

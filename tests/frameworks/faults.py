@@ -218,6 +218,17 @@ FAULTS: dict[str, Fault] = {
     "lies about its rows and first loss": Fault("gradient curve", {"edit_steps": swap_answers}, "examples"),
 }
 
+# No gate can see these: a record that is made up as a whole, and what has no effect within the steps that are recorded.
+HIDDEN: dict[str, Fault] = {
+    "trains on the test rows and makes up the whole record": Fault(
+        "", {"edit_steps": take_others(0)}, "examples loss grad_norm applied_norm"
+    ),
+    "lies about where it clips": Fault("", {"clip": 0.55}, "clip_norm applied_norm"),
+    "lies about its last update": Fault(
+        "", {"rate": lambda step: 3.0 if step == STEPS - 1 else 1.0}, "learning_rates"
+    ),
+}
+
 BENIGN: dict[str, dict[str, Any]] = {
     "the same again": {},
     "one row at a time": {"micro_rows": 1},

@@ -25,6 +25,8 @@ def judge_optimizer(ours: ParityRecord, theirs: ParityRecord) -> Gate:
         differs, hidden = check(ours, theirs)
         found += differs
         unseen += hidden
+    if len(theirs.steps) < len(ours.steps):
+        unseen.append(f"{len(ours.steps) - len(theirs.steps)} of {len(ours.steps)} steps")
     if found:
         return _gate("FAIL", len(found), f"{name}: {'; '.join(found)}")
     if unseen:

@@ -200,8 +200,9 @@ def judge_curve(ours: ParityRecord, theirs: ParityRecord, noise: NoiseFloor) -> 
         )
     tolerances = [tolerate(floor) for floor in noise.curve[: len(steps)]]
     worst = max(range(len(steps)), key=lambda i: steps[i] / tolerances[i])
-    # A mean of n independent deviations is 1/sqrt(n) of one; what cancelled better than that was luck.
-    lucky = noise.curve[len(steps) - 1] / math.sqrt(len(steps))
+    # The largest of n deviations is about twice a usual one, and their mean is 1/sqrt(n) of that; what cancelled better
+    # than so in all of our own pairs was luck.
+    lucky = noise.curve[len(steps) - 1] / (2 * math.sqrt(len(steps)))
     mean_tolerance = tolerate(max(noise.shift, lucky))
     by_step = steps[worst] / tolerances[worst] >= shift / mean_tolerance
     figure, tolerance = (steps[worst], tolerances[worst]) if by_step else (shift, mean_tolerance)
