@@ -68,7 +68,7 @@ def list_verdicts(parity: Parity) -> str:
 
 WORDS = {
     "padding is in the loss": "labels on padding carry loss",
-    "mask begins one token early": "156 more tokens in the first 20 steps; in step 1, 8 of 8 rows have 1 label more than",
+    "mask begins one token early": "156 more tokens in the first 20 steps; in step 1, 8 of 8 rows have 1 label more",
     "mask is shifted as a whole": "as many tokens and labels as ours, but not the same",
     "BOS twice": "one token more that is not trained: a second BOS?",
     "EOS is missing": "lack a token that ours trains: the EOS?",

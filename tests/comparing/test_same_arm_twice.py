@@ -9,10 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from cheating_framework import Row, Ways, cut_batches, make_rows, score_rows, train_model
 
 from tunesmith.comparing.result import compare_run
+from tunesmith.comparing.stats import RatioSample, judge_difference, paired_bootstrap
 from tunesmith.core.comparison import Difference
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord
@@ -77,6 +80,22 @@ def test_the_same_arm_twice_is_not_better_in_nineteen_of_twenty(tmp_path: Path) 
         verdicts.append(judge(tmp_path / str(number), runs[:3], runs[3:]).verdict)
     called = [verdict for verdict in verdicts if verdict in ("better", "worse")]
     assert len(called) <= 1, verdicts
+
+
+@pytest.mark.slow
+def test_nor_in_two_hundred_by_more_than_chance() -> None:
+    # Nominally 5%: 10 of 200, give or take 3. The statistics alone, without the files.
+    runs = [np.array(run_once(seed)) for seed in range(60)]
+    tokens = np.tile([float(sum(row.mask)) for row in JUDGED], (3, 1))
+    clusters = [str(number) for number in range(len(JUDGED))]
+    random_, called = random.Random(0), 0
+    for _ in range(200):
+        drawn = np.stack([runs[i] for i in random_.sample(range(60), 6)])
+        boot = paired_bootstrap([RatioSample(arm, tokens) for arm in (drawn[:3], drawn[3:])], clusters)
+        estimate = boot.difference(0, 1)
+        verdict = judge_difference(estimate, p_adjusted=estimate.p, higher_is_better=False)
+        called += verdict in ("better", "worse")
+    assert called <= 16
 
 
 def test_the_same_runs_measured_twice_are_a_tie(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def measure_noise(records: Sequence[ParityRecord]) -> NoiseFloor:
     if any(other != rows[0] for other in rows[1:]):
         raise ValueError("records of other rows, or other steps: not regroupings of one job")
     pairs = list(combinations(records, 2))
-    curves = [compare_curves(read_curve(a), read_curve(b)) for a, b in pairs]
+    curves = [compare_curves(read_curve(b), read_curve(a)) for a, b in pairs]
     seen = [curve for curve in curves if curve is not None]
     whole = len(seen) == len(pairs) and bool(seen[0])
     return NoiseFloor(
@@ -92,9 +92,9 @@ def shift_of(curve: Sequence[float] | None, reference: Sequence[float] | None) -
     return relate(sum(curve[:length]) / length, sum(reference[:length]) / length)
 
 
-def _compare_first(record: ParityRecord, other: ParityRecord, name: str) -> list[float | None]:
-    steps = zip(record.steps[:_FIRST], other.steps[:_FIRST], strict=False)
-    return [relate(getattr(a, name), getattr(b, name)) for a, b in steps]
+def _compare_first(reference: ParityRecord, other: ParityRecord, name: str) -> list[float | None]:
+    steps = zip(reference.steps[:_FIRST], other.steps[:_FIRST], strict=False)
+    return [relate(getattr(b, name), getattr(a, name)) for a, b in steps]
 
 
 def _largest(values: Sequence[float | None]) -> float | None:

@@ -170,6 +170,8 @@ def _name_ratio(ratio: float) -> str:
 def _suspect(gate: str, value: float, reference: float, ours: ParityRecord) -> str:
     """The usual cause of a ratio, as a question; other causes are possible."""
     ratio = value / reference if reference else math.nan
+    if not math.isfinite(ratio):
+        return ""
     if gate == "loss":
         whole = ratio > 1.5 and abs(ratio - round(ratio)) < 0.05
         return ": summed over micro-batches?" if whole else ""
