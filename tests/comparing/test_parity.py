@@ -251,10 +251,10 @@ def test_judging_again_from_files_keeps_what_was_found(copied: tuple[RunDir, Job
 
 
 def test_a_damaged_parity_file_is_refused(copied: tuple[RunDir, Job]) -> None:
-    copied[0].parity.write_text('{"schema": 1, "arms": {"lora": {"framework": "x"}}}')
-    with pytest.raises(DataError, match="parity"):
+    copied[0].gates.write_text('{"schema": 1, "arms": {"lora": {"framework": "x"}}}')
+    with pytest.raises(DataError, match="gates"):
         compare_run(*copied)
-    copied[0].parity.write_text('{"schema": 2, "arms": {}}')
+    copied[0].gates.write_text('{"schema": 2, "arms": {}}')
     with pytest.raises(DataError, match="schema"):
         compare_run(*copied)
 

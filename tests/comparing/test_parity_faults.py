@@ -113,7 +113,19 @@ def test_another_way_to_do_the_same_raises_no_alarm(name: str, honest: Honest) -
     assert [gate.word for gate in parity.gates] == ["PASS"] * len(GATES), list_verdicts(parity)
 
 
-@pytest.mark.parametrize("name", BENIGN)
+# Where bfloat16 rounds otherwise than in our own run; the rest of the list takes half a minute.
+ROUNDS_OTHERWISE = (
+    "one row at a time",
+    "left padding",
+    "positions that begin at 100",
+    "left padding to 64, one row at a time",
+    "packed in pairs",
+    "plain attention",
+)
+SLOWLY = [pytest.param(n, marks=pytest.mark.slow) for n in BENIGN if n not in ROUNDS_OTHERWISE]
+
+
+@pytest.mark.parametrize("name", [*ROUNDS_OTHERWISE, *SLOWLY])
 def test_nor_does_it_in_bfloat16(name: str, honest_bf16: Honest) -> None:
     parity = judge(honest_bf16, BENIGN[name], bf16=True)
     assert parity.failed == [], list_verdicts(parity)
@@ -188,8 +200,11 @@ def test_clipping_that_was_asked_for_and_not_seen_done_is_unverified(honest: Hon
 def test_a_fault_that_was_seen_fails_although_other_steps_were_not(honest: Honest) -> None:
     ours, noise = honest
     theirs = train(Ways(**FAULTS["trains on test rows in one step"].ways))
-    hidden = replace(theirs, steps=(replace(theirs.steps[0], examples=None), *theirs.steps[1:]))
-    assert judge_parity(ours, hidden, noise).gates[0].word == "FAIL"
+    hidden = replace(
+        theirs,
+        steps=(*theirs.steps[:3], replace(theirs.steps[3], examples=None, loss=None), *theirs.steps[4:]),
+    )
+    assert judge_parity(ours, hidden, noise).failed == ["tokens", "curve"]
 
 
 def test_a_record_of_nothing_passes_no_gate(honest: Honest) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from tunesmith.core.parity import ParityRecord
 
@@ -44,15 +44,15 @@ def measure_noise(records: Sequence[ParityRecord]) -> NoiseFloor:
     if any(other != rows[0] for other in rows[1:]):
         raise ValueError("records of other rows, or other steps: not regroupings of one job")
     pairs = list(combinations(records, 2))
-    curves = [compare_curves(read_curve(b), read_curve(a)) for a, b in pairs]
-    seen = [curve for curve in curves if curve is not None]
-    whole = len(seen) == len(pairs) and bool(seen[0])
+    curves = [pair_losses(b, a) for a, b in pairs]
+    whole = all(len(curve) == len(records[0].steps) > 0 for curve in curves)
+    largest = [max(relate(x, y) for _, x, y in step) for step in zip(*curves, strict=True)] if whole else []
     return NoiseFloor(
         len(records),
-        _largest([d for a, b in pairs for d in _compare_first(a, b, "loss")]),
-        _largest([d for a, b in pairs for d in _compare_first(a, b, "grad_norm")]),
-        _never_falling([max(step) for step in zip(*seen, strict=True)]) if whole else None,
-        _largest([shift_of(read_curve(b), read_curve(a)) for a, b in pairs]) if whole else None,
+        _compare_first(pairs, "loss"),
+        _compare_first(pairs, "grad_norm"),
+        tuple(accumulate(largest, max, initial=max(largest[:_FIRST])))[1:] if whole else None,
+        max(map(shift_of, curves)) if whole else None,
     )
 
 
@@ -61,50 +61,28 @@ def tolerate(noise: float) -> float:
     return max(FACTOR * noise, SMALLEST)
 
 
-def relate(value: float | None, reference: float | None) -> float | None:
-    """value / reference - 1, as a size; infinite where either is not finite, None where either was not seen."""
-    if value is None or reference is None:
-        return None
+def relate(value: float, reference: float) -> float:
+    """value / reference - 1, as a size; infinite where either is no number."""
     if not (math.isfinite(value) and math.isfinite(reference)):
         return math.inf
     return abs(value - reference) / max(abs(reference), 1e-30)
 
 
-def read_curve(record: ParityRecord) -> list[float] | None:
-    """Losses of all steps, None if one is missing."""
-    losses = [step.loss for step in record.steps if step.loss is not None]
-    return losses if losses and len(losses) == len(record.steps) else None
+def pair_losses(record: ParityRecord, reference: ParityRecord) -> list[tuple[int, float, float]]:
+    """(step from 0, loss, the reference's loss) wherever both were seen."""
+    pairs = enumerate(zip(record.steps, reference.steps, strict=False))
+    return [(i, a.loss, b.loss) for i, (a, b) in pairs if a.loss is not None and b.loss is not None]
 
 
-def compare_curves(curve: Sequence[float] | None, reference: Sequence[float] | None) -> list[float] | None:
-    """Relative deviation of each step that both have."""
-    if curve is None or reference is None:
-        return None
-    pairs = zip(curve, reference, strict=False)
-    return [deviation for a, b in pairs if (deviation := relate(a, b)) is not None]
-
-
-def shift_of(curve: Sequence[float] | None, reference: Sequence[float] | None) -> float | None:
+def shift_of(pairs: Sequence[tuple[int, float, float]]) -> float:
     """Relative deviation of the mean loss over the steps that both have."""
-    if not curve or not reference:
+    return relate(sum(loss for _, loss, _ in pairs), sum(right for _, _, right in pairs))
+
+
+def _compare_first(pairs: Sequence[tuple[ParityRecord, ParityRecord]], name: str) -> float | None:
+    """Largest deviation of a figure in the first steps; None if one was not seen."""
+    steps = [two for a, b in pairs for two in zip(a.steps[:_FIRST], b.steps[:_FIRST], strict=True)]
+    values = [(getattr(b, name), getattr(a, name)) for a, b in steps]
+    if not values or any(x is None or y is None for x, y in values):
         return None
-    length = min(len(curve), len(reference))
-    return relate(sum(curve[:length]) / length, sum(reference[:length]) / length)
-
-
-def _compare_first(reference: ParityRecord, other: ParityRecord, name: str) -> list[float | None]:
-    steps = zip(reference.steps[:_FIRST], other.steps[:_FIRST], strict=False)
-    return [relate(getattr(b, name), getattr(a, name)) for a, b in steps]
-
-
-def _largest(values: Sequence[float | None]) -> float | None:
-    seen = [value for value in values if value is not None]
-    return max(seen) if seen and len(seen) == len(values) else None
-
-
-def _never_falling(values: Sequence[float]) -> tuple[float, ...]:
-    largest, kept = max(values[:_FIRST], default=0.0), list[float]()
-    for value in values:
-        largest = max(largest, value)
-        kept.append(largest)
-    return tuple(kept)
+    return max(relate(x, y) for x, y in values)

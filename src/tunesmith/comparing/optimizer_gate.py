@@ -47,6 +47,8 @@ def _check_groups(ours: ParityRecord, theirs: ParityRecord) -> Found:
         return [], ["parameter groups"]
     a, b = _read_settings(ours), _read_settings(theirs)
     both = [n for n in a if n in b]
+    if not both or (theirs.parameters is None and len(both) < len(a)):
+        return [], [f"the settings of {len(a) - len(both)} tensors that ours trains"]
     found = list[str]()
     if lost := [p.name for p in theirs.parameters or () if p.name not in b]:
         found.append(f"{len(lost)} trained tensors are in no optimizer group ({lost[0]})")
@@ -99,7 +101,7 @@ def _check_rates(ours: ParityRecord, theirs: ParityRecord) -> Found:
     for number, (a, b) in enumerate(zip(ours.steps, theirs.steps, strict=False), 1):
         pairs = _pair_rates(ours, a, theirs, b)
         unseen += pairs is None
-        other = [(x, y) for x, y in pairs or () if abs(x - y) > _SAME * max(peak, abs(x))]
+        other = [(x, y) for x, y in pairs or () if not abs(x - y) <= _SAME * max(peak, abs(x))]
         wrong += [(number, *other[0])] if other else []
     found = list[str]()
     if wrong:
@@ -140,7 +142,7 @@ def _check_clipping(ours: ParityRecord, theirs: ParityRecord) -> Found:
     for number, (a, b) in enumerate(zip(ours.steps, theirs.steps, strict=False), 1):
         if a.clip_norm is None or b.clip_norm is None:
             unseen.add("clipping")
-        elif abs(a.clip_norm - b.clip_norm) > _SAME * max(a.clip_norm, b.clip_norm):
+        elif not abs(a.clip_norm - b.clip_norm) <= _SAME * a.clip_norm:
             said, wanted = (f"at {s.clip_norm:g}" if s.clip_norm else "not at all" for s in (b, a))
             found.append(f"gradients of step {number} are clipped {said}, ours {wanted}")
             break

@@ -8,13 +8,11 @@ or other updates than it tells of cannot be made up without training on them.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from tunesmith.comparing.noise import (
     NoiseFloor,
-    compare_curves,
-    read_curve,
+    pair_losses,
     relate,
     shift_of,
     tolerate,
@@ -134,20 +132,20 @@ def _judge_first(
     gate: str, field: str, ours: ParityRecord, theirs: ParityRecord, floor: float | None
 ) -> Gate:
     name, what = theirs.framework, "first loss" if gate == "loss" else "first gradient"
-    value, reference = (getattr(r.steps[0], field) if r.steps else None for r in (theirs, ours))
-    deviation = relate(value, reference)
+    value = getattr(theirs.steps[0], field) if theirs.steps else None
+    reference = getattr(ours.steps[0], field) if ours.steps else None
     tolerance = None if floor is None else tolerate(floor)
-    if deviation is None:
+    if value is None or reference is None:
         return Gate(gate, "UNVERIFIED", None, tolerance, "relative", f"{name}'s {what} could not be seen")
+    deviation = relate(value, reference)
     if tolerance is None:
         return Gate(
             gate, "UNVERIFIED", deviation, None, "relative", f"the noise of our own {what} is unknown"
         )
-    if deviation > tolerance:
-        says = f"{name}'s {what} is {_name_ratio(value / reference if reference else math.nan)}"
-        return Gate(
-            gate, "FAIL", deviation, tolerance, "relative", f"{says}{_suspect(gate, value, reference, ours)}"
-        )
+    if not deviation <= tolerance:
+        ratio = value / reference if reference else math.inf
+        says = f"{name}'s {what} is {_name_ratio(ratio)}{_suspect(gate, ratio, ours)}"
+        return Gate(gate, "FAIL", deviation, tolerance, "relative", says)
     if tolerance > _BLIND[gate]:
         return _too_loud(gate, deviation, tolerance, _BLIND[gate])
     return Gate(gate, "PASS", deviation, tolerance, "relative", f"the {what} is ours within noise")
@@ -167,9 +165,8 @@ def _name_ratio(ratio: float) -> str:
     return f"{100 * abs(ratio - 1):.2g}% {'above' if ratio > 1 else 'below'} ours"
 
 
-def _suspect(gate: str, value: float, reference: float, ours: ParityRecord) -> str:
+def _suspect(gate: str, ratio: float, ours: ParityRecord) -> str:
     """The usual cause of a ratio, as a question; other causes are possible."""
-    ratio = value / reference if reference else math.nan
     if not math.isfinite(ratio):
         return ""
     if gate == "loss":
@@ -192,38 +189,42 @@ def judge_curve(ours: ParityRecord, theirs: ParityRecord, noise: NoiseFloor) -> 
     Judged twice, and the worse counts: every step against the noise up to it, which one wrong step cannot hide from;
     and the mean over all, where noise of both signs cancels and a slightly higher rate does not.
     """
-    name, curve, reference = theirs.framework, read_curve(theirs), read_curve(ours)
-    steps, shift = compare_curves(curve, reference), shift_of(curve, reference)
-    if not steps or shift is None:
-        return Gate("curve", "UNVERIFIED", None, None, "relative", f"{name}'s losses could not all be seen")
-    if noise.curve is None or noise.shift is None or len(noise.curve) < len(steps):
-        return Gate(
-            "curve", "UNVERIFIED", max(steps), None, "relative", "the noise of our own curve is unknown"
-        )
-    tolerances = [tolerate(floor) for floor in noise.curve[: len(steps)]]
-    worst = max(range(len(steps)), key=lambda i: steps[i] / tolerances[i])
+    name, pairs = theirs.framework, pair_losses(theirs, ours)
+    if not pairs:
+        return Gate("curve", "UNVERIFIED", None, None, "relative", f"{name}'s losses could not be seen")
+    steps, shift = {i: relate(loss, right) for i, loss, right in pairs}, shift_of(pairs)
+    if noise.curve is None or noise.shift is None or len(noise.curve) <= pairs[-1][0]:
+        largest = max(steps.values())
+        return Gate("curve", "UNVERIFIED", largest, None, "relative", "the noise of our own curve is unknown")
+    tolerances = [tolerate(floor) for floor in noise.curve]
     # The largest of n deviations is about twice a usual one, and their mean is 1/sqrt(n) of that; what cancelled better
     # than so in all of our own pairs was luck.
-    lucky = noise.curve[len(steps) - 1] / (2 * math.sqrt(len(steps)))
+    lucky = noise.curve[pairs[-1][0]] / (2 * math.sqrt(len(pairs)))
     mean_tolerance = tolerate(max(noise.shift, lucky))
-    by_step = steps[worst] / tolerances[worst] >= shift / mean_tolerance
-    figure, tolerance = (steps[worst], tolerances[worst]) if by_step else (shift, mean_tolerance)
+    worst = max(steps, key=lambda i: steps[i] / tolerances[i])
+    figure, tolerance = max(
+        (steps[worst], tolerances[worst]), (shift, mean_tolerance), key=lambda two: two[0] / two[1]
+    )
     if figure > tolerance:
-        start = next((i for i, d in enumerate(steps) if d > tolerances[i]), None)
-        where = "losses drift from ours"
-        if start is not None:
-            where = f"loss leaves ours at step {start + 1}, by up to {100 * max(steps):.2g}%"
-        way = statistics.fmean(curve or []) / statistics.fmean((reference or [])[: len(steps)])
-        says = f"{name}'s {where}, and is {_name_ratio(way)} over {len(steps)} steps"
-        return Gate("curve", "FAIL", figure, tolerance, "relative", says)
-    if len(steps) < len(ours.steps):
-        says = f"{name} recorded {len(steps)} of {len(ours.steps)} steps"
-        return Gate("curve", "UNVERIFIED", figure, tolerance, "relative", says)
-    if mean_tolerance > _BLIND["shift"] or tolerances[-1] > _BLIND["curve"]:
-        loud = mean_tolerance > _BLIND["shift"]
-        return _too_loud(
-            "curve",
-            figure,
-            *((mean_tolerance, _BLIND["shift"]) if loud else (tolerances[-1], _BLIND["curve"])),
+        return Gate(
+            "curve", "FAIL", figure, tolerance, "relative", _tell_curve(name, pairs, steps, tolerances)
         )
-    return Gate("curve", "PASS", figure, tolerance, "relative", f"{len(steps)} losses are ours within noise")
+    if missing := len(ours.steps) - len(pairs):
+        says = f"{name}: the losses of {missing} of {len(ours.steps)} steps could not be seen"
+        return Gate("curve", "UNVERIFIED", figure, tolerance, "relative", says)
+    if mean_tolerance > _BLIND["shift"]:
+        return _too_loud("curve", figure, mean_tolerance, _BLIND["shift"])
+    if tolerances[-1] > _BLIND["curve"]:
+        return _too_loud("curve", figure, tolerances[-1], _BLIND["curve"])
+    return Gate("curve", "PASS", figure, tolerance, "relative", f"{len(pairs)} losses are ours within noise")
+
+
+def _tell_curve(
+    name: str, pairs: Sequence[tuple[int, float, float]], steps: dict[int, float], tolerances: Sequence[float]
+) -> str:
+    left = next((i + 1 for i, deviation in steps.items() if deviation > tolerances[i]), None)
+    where = "losses drift from ours"
+    if left is not None:
+        where = f"loss leaves ours at step {left}, by up to {100 * max(steps.values()):.2g}%"
+    ratio = sum(loss for _, loss, _ in pairs) / sum(right for _, _, right in pairs)
+    return f"{name}'s {where}, and is {_name_ratio(ratio)} over {len(pairs)} steps"

@@ -63,15 +63,15 @@ def compare_run(
     """Judge the arms in `run_dir` and write `comparison.json`. From files alone: it can be repeated at any time.
 
     failures: arm name -> reason, of arms that ended without a result; they appear in the warnings.
-    parity:   arm that another framework trained -> whether it did our work; kept as `parity.json`, which is read where
+    parity:   arm that another framework trained -> whether it did our work; kept as `gates.json`, which is read where
               none is given.
     Raises ArmFailed if no arm was scored, DataError on a damaged file.
     """
     arms = [read_arm(run_dir, plan, num_trials=job.compare.tune.trials) for plan in plan_arms(job)]
     if parity is not None:
-        write_json(run_dir.parity, parity_to_json(parity))
-    elif run_dir.parity.is_file():
-        parity = parity_from_json(read_json(run_dir.parity), place=str(run_dir.parity))
+        write_json(run_dir.gates, parity_to_json(parity))
+    elif run_dir.gates.is_file():
+        parity = parity_from_json(read_json(run_dir.gates), place=str(run_dir.gates))
     comparison = judge_arms(arms, job, failures=failures or {}, parity=parity or {})
     write_json(run_dir.comparison, comparison.to_json())
     return comparison

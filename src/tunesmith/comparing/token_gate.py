@@ -61,8 +61,8 @@ def _explain(
     parts = [f"{pads:,} labels on padding carry loss"] if pads else []
     if not differing:
         return parts[0]
-    extra = sum(row.num_target_tokens for _, a, b in seen for row in b)
-    extra -= sum(row.num_target_tokens for _, a, b in seen for row in a)
+    extra = sum(row.num_target_tokens for _, _, rows in seen for row in rows)
+    extra -= sum(row.num_target_tokens for _, rows, _ in seen for row in rows)
     if extra:
         parts.append(
             f"it trained {abs(extra):,} {'more' if extra > 0 else 'fewer'} tokens in the first {len(seen)} steps"

@@ -303,11 +303,11 @@ class Comparison:
 
 
 def parity_to_json(parity: Mapping[str, Parity]) -> dict[str, Any]:
-    """`parity.json`: by arm."""
+    """`gates.json`: by arm."""
     return {"schema": SCHEMA, "arms": {name: dataclasses.asdict(one) for name, one in parity.items()}}
 
 
-def parity_from_json(value: Mapping[str, Any], *, place: str = "parity.json") -> dict[str, Parity]:
+def parity_from_json(value: Mapping[str, Any], *, place: str = "gates.json") -> dict[str, Parity]:
     """Read strictly, as `Comparison.from_json` does. Raises DataError."""
     if value.get("schema") != SCHEMA or not isinstance(value.get("arms"), dict):
         raise DataError(place, f"schema {value.get('schema')!r}", rule=f"this version reads schema {SCHEMA}")

@@ -9,7 +9,7 @@ DIR/
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
-  comparison.json, parity.json; report.html
+  comparison.json, gates.json (which arms were shown to do the same work); report.html
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class RunDir:
         return self.root / "comparison.json"
 
     @property
-    def parity(self) -> Path:
-        return self.root / "parity.json"
+    def gates(self) -> Path:
+        return self.root / "gates.json"
 
     def clear(self) -> None:
         """Delete what runs and comparisons write here, and nothing else."""
@@ -106,7 +106,7 @@ class RunDir:
             "rejected_rows.jsonl",
             "rejected_stream_rows.jsonl",
             "comparison.json",
-            "parity.json",
+            "gates.json",
             "report.html",
         )
         for path in (self.root / name for name in names):
