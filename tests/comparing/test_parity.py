@@ -110,6 +110,18 @@ def test_noise_that_was_not_seen_leaves_gates_unverified() -> None:
     assert judge(write_record(), noise).unverified == ["loss", "gradient", "curve"]
 
 
+def test_rows_that_are_right_are_not_counted_among_the_wrong() -> None:
+    # The second row of step 3 lost its last token and label, and is now shorter than the first.
+    ours = write_record()
+    first, _ = ours.steps[2].examples or ()
+    steps = (*ours.steps[:2], replace(ours.steps[2], examples=(first, Example("z", 4, 2))), ours.steps[3])
+    gate = find(judge(replace(ours, steps=steps)), "tokens")
+    assert gate.figure == 1
+    assert gate.says == (
+        "x: it trained 1 fewer tokens in the first 4 steps; in step 3, 1 of 2 rows are shorter than ours: truncated?"
+    )
+
+
 def test_the_tolerance_is_three_times_the_noise_and_a_millionth_at_least() -> None:
     noise = NoiseFloor(5, 1e-4, 1e-4, (1e-4,) * 4, 1e-4)
     above, below = (write_record((2.0 * (1 + d), 1.9, 1.8, 1.7)) for d in (3.1e-4, 2.9e-4))

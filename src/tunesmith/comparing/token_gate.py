@@ -91,13 +91,12 @@ def _name_movement(seen: Sequence[tuple[int, Rows, Rows]], first: int) -> str:
 def _name_change(ours: Rows, theirs: Rows) -> str:
     """Guess from counts what happened to the rows of one step. Sorted by length, changed rows pair with their
     originals as long as every row changed alike."""
-    a, b = (sorted(rows, key=lambda r: (r.num_tokens, r.num_target_tokens)) for rows in (ours, theirs))
-    if len(a) != len(b):
-        return f"it has {len(b)} rows, ours {len(a)}"
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.digest != y.digest]
+    if len(ours) != len(theirs):
+        return f"it has {len(theirs)} rows, ours {len(ours)}"
+    pairs = list(zip(_sort_without(ours, theirs), _sort_without(theirs, ours), strict=True))
     tokens = {y.num_tokens - x.num_tokens for x, y in pairs}
     labels = {y.num_target_tokens - x.num_target_tokens for x, y in pairs}
-    of = f"{len(pairs)} of {len(a)} rows"
+    of = f"{len(pairs)} of {len(ours)} rows"
     if tokens == {0} and min(labels) > 0 and all(y.num_target_tokens >= y.num_tokens - 1 for _, y in pairs):
         return f"labels of {of} include the prompt"
     if tokens == {0} and labels == {0}:
@@ -116,3 +115,14 @@ def _name_change(ours: Rows, theirs: Rows) -> str:
     if max(tokens) <= 0 and min(tokens) < -1:
         return f"{of} are shorter than ours: truncated?"
     return f"{of} are not ours"
+
+
+def _sort_without(rows: Rows, others: Rows) -> list[Example]:
+    """Rows that the others lack, counted with repetition, shortest first."""
+    left, kept = _digests(others), list[Example]()
+    for row in rows:
+        if left[row.digest]:
+            left[row.digest] -= 1
+        else:
+            kept.append(row)
+    return sorted(kept, key=lambda row: (row.num_tokens, row.num_target_tokens))
