@@ -2,7 +2,8 @@
 
 Measured on our own engine, on the actual model, rows and precision, over regroupings that must not matter: one row at a
 time, all at once, other padding, another order within a step. What a sum rounds to depends on its order, and training
-amplifies it from step to step, so the curve's noise is kept per step.
+amplifies it from step to step, so the curve's noise is kept per step. A job in 16 bits needs two records more, one with
+products in fp32 and one with another attention: regrouped rows alone keep their own rounding (docs/decisions/013).
 """
 
 from __future__ import annotations
