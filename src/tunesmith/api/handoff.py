@@ -24,7 +24,7 @@ from tunesmith.data.prepare import Prepared, load_prepared
 from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.models.config import load_config
-from tunesmith.training.loop import AUTO_BUDGET
+from tunesmith.training.loop import choose_budget
 from tunesmith.training.schedule import count_steps, count_warmup_steps
 
 _NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {
@@ -42,11 +42,10 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     run.handoff.mkdir(exist_ok=True)
     dtype = pick_dtype(job.train.precision, device)
     lengths = prepared.rows("train").lengths
-    budget = job.train.micro_batch_tokens
     micro_rows = choose_micro_rows(
         job.train.batch_rows,
         longest=max(lengths),
-        budget=AUTO_BUDGET[device.type] if budget == "auto" else budget,
+        budget=choose_budget(job.train, device),
     )
     order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
     total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tunesmith.api.devices import pick_device, pick_dtype, set_up_segments
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import load_job_tokenizer, load_trainable, make_training_batch
 from tunesmith.api.training import resolve_learning_rate
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import describe_versions, hash_row
 from tunesmith.core.jsonl import write_json
@@ -37,24 +38,33 @@ from tunesmith.training.step import Stepper
 @dataclass(frozen=True, slots=True)
 class Way:
     """A way to compute the same steps. budget_tokens: of a micro-batch; None is the job's. backwards: rows of a step in
-    the opposite order. own_decoder: False computes with transformers' modules."""
+    the opposite order. own_decoder: False computes with transformers' modules, and their attention."""
 
     budget_tokens: int | None = None
     backwards: bool = False
     own_decoder: bool = True
+    precision: Literal["fp32"] | None = None
 
 
 # What must not matter, and rounds otherwise: noise is what these differ by (comparing/noise.py).
 BENIGN = (Way(budget_tokens=1), Way(budget_tokens=sys.maxsize, backwards=True), Way(own_decoder=False))
+# In 16 bits what is summed in which order is the least of it.
+BENIGN_16_BIT = (*BENIGN, Way(precision="fp32"))
 
 
 def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
     """Take the first steps of a job as the training loop does, and write what they were to the task's folder; and once
     more in every benign way."""
     run = RunDir(Path(task.out)).create()
-    regrouped = [take_first_steps(task, on_event, way).to_json() for way in BENIGN]
-    write_json(run.regrouped, regrouped)
     record = take_first_steps(task, on_event, Way())
+    regrouped: list[Any] = []
+    for way in BENIGN if record.precision == "float32" else BENIGN_16_BIT:
+        try:
+            regrouped.append(take_first_steps(task, on_event, way).to_json())
+        except (TunesmithError, MemoryError, torch.OutOfMemoryError) as error:
+            text = f"noise is measured without one of its runs: {str(error).splitlines()[0]}"
+            on_event(Event("warning", task.label, text=text))
+    write_json(run.regrouped, regrouped)
     write_json(run.parity, record.to_json())
     return record
 
@@ -63,7 +73,7 @@ def take_first_steps(task: TrainTask, on_event: OnEvent, way: Way) -> ParityReco
     job, prepared, device = Job.model_validate(task.job), load_prepared(Path(task.prepared)), pick_device()
     on_event(Event("progress", task.label, "loading"))
     base, spec = Path(task.model_folder), job.train
-    dtype = pick_dtype(spec.precision, device)
+    dtype = pick_dtype(way.precision or spec.precision, device)
     tokenizer = load_job_tokenizer(job, base)
     model = load_trainable(job, base, tokenizer, device, dtype, own_decoder=way.own_decoder)
     set_up_segments(model, job, prepared, device)

@@ -37,10 +37,10 @@ class NoiseFloor:
 
 
 def measure_noise(records: Sequence[ParityRecord]) -> NoiseFloor:
-    """Compare our own records of one job, regrouped. Raises ValueError for fewer than two, or if they are no
+    """Compare our own records of one job, regrouped; one alone tells nothing. Raises ValueError if they are no
     regroupings: other rows in some step, or another number of steps."""
     if len(records) < 2:
-        raise ValueError(f"{len(records)} record(s): noise shows between two or more")
+        return NoiseFloor(len(records), None, None, None, None)
     rows = [[sorted(row.digest for row in step.examples or ()) for step in r.steps] for r in records]
     if any(other != rows[0] for other in rows[1:]):
         raise ValueError("records of other rows, or other steps: not regroupings of one job")
