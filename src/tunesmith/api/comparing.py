@@ -67,7 +67,8 @@ def compare(
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
-        comparison = compare_run(run, job, failures=failures, parity=comparing.judge_first_steps(arms))
+        parity = comparing.judge_first_steps([arm for arm in arms if arm.name not in failures])
+        comparison = compare_run(run, job, failures=failures, parity=parity)
         render_report(run)
     return comparison
 
@@ -123,11 +124,11 @@ class _Comparing:
         return failures | _by_arm(failed, arms)
 
     def judge_first_steps(self, arms: Sequence[PlannedArm]) -> dict[str, Parity]:
-        """Arm of another framework -> whether its first steps were ours; without those that failed before."""
+        """Arm of another framework -> whether its first steps were ours."""
         found: dict[str, Parity] = {}
         for arm in arms:
             shown, reference = (self.run.parity_run(arm.name, who) for who in ("parity", "reference"))
-            if arm.is_foreign and shown.parity.is_file() and reference.parity.is_file():
+            if arm.is_foreign:
                 theirs, ours = (
                     ParityRecord.from_json(read_json(folder.parity), place=str(folder.parity))
                     for folder in (shown, reference)
