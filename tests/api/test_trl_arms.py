@@ -97,6 +97,13 @@ def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_gate_passes(compared: Path, method: str) -> None:
+    gates = read_json(compared / "gates.json")["arms"][f"{method}-trl"]["gates"]
+    assert [(gate["name"], gate["word"], gate["says"]) for gate in gates if gate["word"] != "PASS"] == []
+    assert len(gates) == 6
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method: str) -> None:
     theirs, ours = steps_of(compared, f"{method}-trl"), steps_of(compared, method)
 
