@@ -34,6 +34,9 @@ from torch import Tensor  # noqa: E402
 from tunesmith.models import attention  # noqa: E402
 from tunesmith.models.layout import Layout, make_layout  # noqa: E402
 
+INTRODUCTION = """Every variant is held to plain attention in fp32 first. What a training step takes: torch's own choice
+(cuDNN) where all documents of a micro-batch are equally long, the variable-length kernel otherwise, plain attention for
+scores with a softcap. Made by `benchmarks/attention_choice.py`."""
 RESULT = CHECKOUT / "benchmarks" / "results" / "attention_choice.json"
 # Query and key/value heads of Llama-3.1-8B (128 wide), and as many channels in heads of 64.
 HEADS = {128: (32, 8), 64: (64, 16)}
@@ -262,9 +265,13 @@ def make_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_table(path: Path = RESULT) -> str:
-    """The table of a result file; empty if there is none."""
-    return make_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
+def read_section(path: Path = RESULT) -> str:
+    """The part of docs/benchmarks.md; empty if nothing is measured."""
+    if not path.is_file():
+        return ""
+    return "\n\n".join(
+        ("## Attention by shape", INTRODUCTION, make_table(json.loads(path.read_text(encoding="utf-8"))))
+    )
 
 
 def main() -> None:
@@ -279,7 +286,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of --out")
     arguments = parser.parse_args()
     if arguments.table:
-        print(read_table(arguments.out))
+        print(read_section(arguments.out))
         return
     print(make_table(measure(arguments)))
 

@@ -296,6 +296,16 @@ def run(arguments: argparse.Namespace) -> bool:
     return ok
 
 
+def make_whole_page(results: dict[str, Any]) -> str:
+    """docs/benchmarks.md: this script's results, and those that other scripts left beside them."""
+    import attention_choice
+    import gpu_tests
+    import plan_accuracy
+
+    more = [script.read_section() for script in (plan_accuracy, attention_choice, gpu_tests)]
+    return make_page(results, read_cpu_results(RESULT.parent), more=more)
+
+
 def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.list:
@@ -312,12 +322,7 @@ def main() -> None:
     for path in arguments.merge:
         save_results(arguments.out, merge_results(load_results(arguments.out), load_results(path)))
     if arguments.table:
-        import attention_choice
-
-        page = make_page(
-            load_results(arguments.out), read_cpu_results(RESULT.parent), attention_choice.read_table()
-        )
-        PAGE.write_text(page, encoding="utf-8")
+        PAGE.write_text(make_whole_page(load_results(arguments.out)), encoding="utf-8")
     if not ok:
         raise SystemExit(1)
 

@@ -49,6 +49,18 @@ def read_report(path: Path) -> dict[str, Any]:
     return {"counts": dict(counts), **told}
 
 
+def read_section(path: Path = RESULT) -> str:
+    """The part of docs/benchmarks.md; empty if the tests were never run."""
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in record["counts"].items())
+    where = f"{record['hardware']['gpu']}, commit `{record['versions']['commit']}`, {record['date'][:10]}"
+    lines = ["## Tests that need a GPU", "", f"`{record['command']}`: {counts} ({where})."]
+    lines += [f"- failed: `{name}`: {why}" for name, why in record["failed"].items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULT)

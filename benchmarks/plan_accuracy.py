@@ -48,7 +48,7 @@ from tunesmith.models.lora import add_lora  # noqa: E402
 from tunesmith.models.packed import pack_model  # noqa: E402
 from tunesmith.training.loop import train  # noqa: E402
 from tunesmith.training.meter import reset_peak_bytes  # noqa: E402
-from tunesmith.training.planner import CARDS  # noqa: E402
+from tunesmith.training.planner import CARDS, MemoryPlan  # noqa: E402
 
 RESULT = CHECKOUT / "benchmarks" / "results" / "plan_accuracy.json"
 SIZES = ("qwen-0.5b", "qwen-1.5b", "llama-8b")
@@ -176,6 +176,29 @@ def run_case(case: Case, work: Path, device: torch.device, *, tiny: bool) -> dic
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def read_section(path: Path = RESULT) -> str:
+    """The part of docs/benchmarks.md; empty if nothing is measured."""
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "## What `tunesmith plan` predicts",
+        "",
+        f"Peak memory (`max_memory_allocated`) of {record['steps']} steps of {record['batch_rows']} rows of "
+        f"{record['row_tokens']:,} tokens, against the plan made from the shapes alone, and after one probe. "
+        f"{record['hardware']['gpu']}, commit `{record['versions']['commit']}`. Made by `benchmarks/plan_accuracy.py`.",
+        "",
+        "| shape | method | limit | measured GiB | predicted | after the probe | blocks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        plan = MemoryPlan.from_json(case["memory_plan"])
+        cells = [case["size"], case["method"], case["limit"], f"{case['measured_peak_bytes'] / 2**30:.2f}"]
+        cells += [f"{100 * case[name]:+.1f}%" for name in ("error", "error_after_probe")]
+        lines.append("| " + " | ".join([*cells, plan.describe_levels()]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -39,11 +39,6 @@ python benchmarks/gpu.py --table                                                
 """
 
 
-ATTENTION = """Every variant is held to plain attention in fp32 first. What a training step takes: torch's own choice
-(cuDNN) where all documents of a micro-batch are equally long, the variable-length kernel otherwise, plain attention for
-scores with a softcap. Made by `benchmarks/attention_choice.py`."""
-
-
 def load_results(path: Path) -> Record:
     if not path.is_file():
         return {"schema": 1, "cases": {}, "tuned": {}}
@@ -130,9 +125,9 @@ def _tell(ratio: float, bar: float | None) -> str:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), attention: str = "") -> str:
-    """docs/benchmarks.md. cpu: what cpu_vs_trl.py wrote, one record per shape. attention: attention_choice.py's
-    table."""
+def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), *, more: Sequence[str] = ()) -> str:
+    """docs/benchmarks.md. cpu: what cpu_vs_trl.py wrote, one record per shape. more: sections that other scripts make;
+    an empty one has no results yet."""
     cases = results["cases"]
     lines = [
         "<!-- Made by `python benchmarks/gpu.py --table`; edit that script, not this page. -->",
@@ -144,7 +139,7 @@ def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), attention:
         "",
         AGAIN,
         *_cpu_table(cpu),
-        *(["", "## Attention by shape", "", ATTENTION, "", attention] if attention else []),
+        *(line for section in more if section for line in ("", section)),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from framework_arms import compare_arms, read_gates, read_parity, read_steps
 
 import tunesmith
 from tunesmith import api
-from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.jsonl import read_json, read_jsonl
-from tunesmith.core.parity import ParityRecord
+from tunesmith.core.jsonl import read_json
 from tunesmith.frameworks.adding import add_environment
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TRL_PYTHON = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"
-# About twenty rows in steps of eight: each epoch ends with a smaller one. 1,300 tokens are four rows a forward pass.
-TRAIN = {
-    "epochs": 2, "batch_rows": 8, "micro_batch_tokens": 1300, "learning_rate": 1e-3, "weight_decay": 0.1,
-    "clip_norm": 0.3, "schedule": "linear", "warmup": 0.3, "precision": "fp32",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,46 +31,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compare(arms: list[Any], folder: Path, home: Path, **train: Any) -> Path:
-    rows = (BUNDLED["tunesmith/tickets"] / "train.jsonl").read_text(encoding="utf-8").splitlines()[:26]
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    job = {
-        "model": "tunesmith/tiny",
-        "data": {"train": str(folder / "rows.jsonl"), "split": {"validation": 0.1, "test": 0.1}},
-        "method": {"name": "lora", "rank": 4},
-        "train": TRAIN | train,
-        "evaluate": {"max_rows": 2, "max_new_tokens": 2, "precision": "fp32", "forgetting": False},
-        "compare": {"arms": arms, "seeds": [0]},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNESMITH_HOME", str(home))
-        tunesmith.compare(job, out=folder / "out")
-    return folder / "out"
-
-
-def parity(out: Path, arm: str) -> tuple[ParityRecord, ParityRecord]:
-    """(the framework's, our own engine's)."""
-    folder = out / "arms" / arm / "parity"
-    return tuple(  # pyright: ignore[reportReturnType]
-        ParityRecord.from_json(read_json(folder / who / "parity.json")) for who in ("parity", "reference")
-    )
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     arms = [
         {"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")
     ]
-    return compare(arms, tmp_path_factory.mktemp("compare"), home)
-
-
-def steps_of(out: Path, arm: str) -> list[dict[str, Any]]:
-    return [line for _, line in read_jsonl(out / "arms" / arm / "seed-0" / "steps.jsonl")]
+    return compare_arms(arms, tmp_path_factory.mktemp("compare"), home)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
-    theirs, ours = parity(compared, f"{method}-trl")
+    theirs, ours = read_parity(compared, f"{method}-trl")
 
     assert [step.examples for step in theirs.steps] == [step.examples for step in ours.steps]
     for their, our in zip(theirs.steps, ours.steps, strict=True):
@@ -97,8 +61,13 @@ def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_gate_passes(compared: Path, method: str) -> None:
+    assert read_gates(compared, f"{method}-trl") == ["PASS"] * 6
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method: str) -> None:
-    theirs, ours = steps_of(compared, f"{method}-trl"), steps_of(compared, method)
+    theirs, ours = read_steps(compared, f"{method}-trl"), read_steps(compared, method)
 
     same = ("step", "epoch", "num_tokens", "num_target_tokens")
     assert [[row[key] for key in same] for row in theirs] == [[row[key] for key in same] for row in ours]
@@ -166,8 +135,8 @@ def test_dora_in_bf16_without_clipping_starts_where_ours_starts(tmp_path: Path, 
     method = {"name": "lora", "rank": 4, "rslora": True, "dora": True, "targets": ["q_proj", "mlp.down_proj"]}
     arms = [{"method": method, "framework": "trl", "name": "dora-trl"}]
     changes = {"weight_decay": 0.0, "clip_norm": None, "precision": "bf16", "evaluate_every": "never"}
-    out = compare(arms, tmp_path, home, steps=2, **changes)
-    theirs, ours = parity(out, "dora-trl")
+    out = compare_arms(arms, tmp_path, home, steps=2, **changes)
+    theirs, ours = read_parity(out, "dora-trl")
 
     assert theirs.steps[0].clip_norm == ours.steps[0].clip_norm == 0.0
     assert theirs.precision == ours.precision == "bfloat16"

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 
 import gpu
 import slim_wheels
-from attention_choice import read_table
 from cpu_vs_trl import TRL_PYTHON
 from gpu_cases import inputs
 from gpu_cases.cases import CASES, Case, Peer, Rows
@@ -34,7 +33,6 @@ from gpu_cases.results import (
     load_results,
     make_page,
     merge_results,
-    read_cpu_results,
     summarize,
 )
 from gpu_cases.sides import Side
@@ -684,9 +682,7 @@ def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
 
 
 def test_the_page_in_the_docs_is_what_the_results_give():
-    results, cpu = load_results(gpu.RESULT), read_cpu_results(gpu.RESULT.parent)
-
-    assert gpu.PAGE.read_text(encoding="utf-8") == make_page(results, cpu, read_table()), (
+    assert gpu.PAGE.read_text(encoding="utf-8") == gpu.make_whole_page(load_results(gpu.RESULT)), (
         "run: python benchmarks/gpu.py --table"
     )
 

@@ -55,3 +55,9 @@ def read_parity(out: Path, arm: str) -> tuple[ParityRecord, ParityRecord]:
 
 def read_steps(out: Path, arm: str) -> list[dict[str, Any]]:
     return [line for _, line in read_jsonl(out / "arms" / arm / "seed-0" / "steps.jsonl")]
+
+
+def read_gates(out: Path, arm: str) -> list[str]:
+    """What each parity gate says of an arm: `PASS`, or its name, word and figure."""
+    gates = read_json(out / "gates.json")["arms"][arm]["gates"]
+    return [g["word"] if g["word"] == "PASS" else f"{g['name']}: {g['word']}, {g['says']}" for g in gates]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_arms import TRAIN, compare_arms, read_parity, read_steps
+from framework_arms import TRAIN, compare_arms, read_gates, read_parity, read_steps
 
 from tunesmith import api
 from tunesmith.core.events import Event
@@ -59,6 +59,12 @@ def test_the_first_steps_are_the_same(compared: tuple[str, Path], method: str) -
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_every_gate_passes(compared: tuple[str, Path], method: str) -> None:
+    name, out = compared
+    assert read_gates(out, f"{method}-{name}") == ["PASS"] * 6
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_whole_training_is_the_same_and_judged_alike(compared: tuple[str, Path], method: str) -> None:
     name, out = compared
     theirs, ours = read_steps(out, f"{method}-{name}"), read_steps(out, method)
@@ -83,6 +89,7 @@ def test_axolotl_averages_the_means_of_forward_passes_and_it_is_told(tmp_path: P
 
     assert any("averages the means of a step's 2 forward passes" in event.text for event in events)
     assert theirs.steps[0].examples == ours.steps[0].examples
+    assert [gate.split(":")[0] for gate in read_gates(out, "lora-axolotl") if "FAIL" in gate]
     assert theirs.steps[0].loss != pytest.approx(ours.steps[0].loss, rel=1e-3)
 
 

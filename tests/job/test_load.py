@@ -50,6 +50,8 @@ def write(folder: Path, text: str | bytes) -> Path:
         (HEAD + "compare: {arms: [{method: lora, quantize: {scheme: fp8, group_size: 32}}]}\n", 3, "group_size is for"),
         (HEAD + "compare: {arms: [{method: lora, quantize: int5}]}\n", 3, "'int8', 'int4', 'fp8' or 'int8-int4'"),
         (HEAD + "train:\n  optimizer: muon\n", 4, "optimizer is muon, and the method is lora; muon updates"),
+        (HEAD + "train:\n  optimizer_in_backward: true\n", 4, "is on, and the method is lora; adapters' gradients"),
+        (HEAD + "method: full\ntrain: {optimizer_in_backward: true}\n", 4, "train.clip_norm is 1; gradients are clip"),
         (HEAD + "method: qlora\ntrain: {optimizer: adamw-bf16}\n", 4, "adamw-bf16, and the method is qlora"),
         (HEAD + "method: full\ntrain: {optimizer: adamw-bf16, precision: fp16}\n", 4, "train.precision is fp16; fp16"),
         (HEAD + "train: {optimizer: adam}\n", 3, "it should be 'adamw', 'adamw-8bit', 'adamw-bf16' or 'muon'"),

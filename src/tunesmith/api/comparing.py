@@ -12,14 +12,17 @@ from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
+from tunesmith.comparing.noise import measure_noise
+from tunesmith.comparing.parity import judge_parity
 from tunesmith.comparing.plan import PlannedArm, choose_rate, job_of_arm, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run
 from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.comparison import Comparison
+from tunesmith.core.comparison import Comparison, Parity
 from tunesmith.core.errors import ArmFailed, DataError, JobError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import hash_file, hash_json
 from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.parity import ParityRecord
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared
@@ -64,7 +67,8 @@ def compare(
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
-        comparison = compare_run(run, job, failures=failures)
+        parity = comparing.judge_first_steps([arm for arm in arms if arm.name not in failures])
+        comparison = compare_run(run, job, failures=failures, parity=parity)
         render_report(run)
     return comparison
 
@@ -118,6 +122,20 @@ class _Comparing:
         self.on_event(Event("stage", text=text))
         failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
         return failures | _by_arm(failed, arms)
+
+    def judge_first_steps(self, arms: Sequence[PlannedArm]) -> dict[str, Parity]:
+        """Arm of another framework -> whether its first steps were ours."""
+        found: dict[str, Parity] = {}
+        for arm in arms:
+            shown, reference = (self.run.parity_run(arm.name, who) for who in ("parity", "reference"))
+            if arm.is_foreign:
+                theirs, ours = (
+                    ParityRecord.from_json(read_json(folder.parity), place=str(folder.parity))
+                    for folder in (shown, reference)
+                )
+                regrouped = [ParityRecord.from_json(value) for value in read_json(reference.regrouped)]
+                found[arm.name] = judge_parity(ours, theirs, measure_noise([ours, *regrouped]))
+        return found
 
     # --- learning-rate search ---------------------------------------------------------------------------------------
 

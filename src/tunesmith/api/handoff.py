@@ -25,7 +25,7 @@ from tunesmith.frameworks.catalog import find_framework
 from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.models.config import load_config
-from tunesmith.training.loop import AUTO_BUDGET
+from tunesmith.training.loop import choose_budget
 from tunesmith.training.schedule import count_steps, count_warmup_steps
 
 _NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {
@@ -43,12 +43,11 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     run.handoff.mkdir(exist_ok=True)
     dtype = pick_dtype(job.train.precision, device)
     lengths = prepared.rows("train").lengths
-    budget = job.train.micro_batch_tokens
-    if budget == "auto" and find_framework(task.framework).whole_steps:
+    if job.train.micro_batch_tokens == "auto" and find_framework(task.framework).whole_steps:
         micro_rows = job.train.batch_rows
     else:
-        tokens = AUTO_BUDGET[device.type] if budget == "auto" else budget
-        micro_rows = choose_micro_rows(job.train.batch_rows, longest=max(lengths), budget=tokens)
+        budget = choose_budget(job.train, device)
+        micro_rows = choose_micro_rows(job.train.batch_rows, longest=max(lengths), budget=budget)
     order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
     total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))
     order += [

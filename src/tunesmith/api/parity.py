@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from tunesmith.api.devices import pick_device, pick_dtype, set_up_segments
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import load_job_tokenizer, load_trainable, make_training_batch
 from tunesmith.api.training import resolve_learning_rate
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import describe_versions, hash_row
 from tunesmith.core.jsonl import write_json
@@ -24,7 +27,7 @@ from tunesmith.job.spec import FullSpec, Job, TrainSpec
 from tunesmith.methods.sft import sft_loss
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
-from tunesmith.training.loop import AUTO_BUDGET
+from tunesmith.training.loop import choose_budget
 from tunesmith.training.optim import LossScale
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.order import order_rows
@@ -32,14 +35,47 @@ from tunesmith.training.schedule import count_steps, count_warmup_steps, learnin
 from tunesmith.training.step import Stepper
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to compute the same steps. budget_tokens: of a micro-batch; None is the job's. backwards: rows of a step in
+    the opposite order. own_decoder: False computes with transformers' modules, and their attention."""
+
+    budget_tokens: int | None = None
+    backwards: bool = False
+    own_decoder: bool = True
+    precision: Literal["fp32"] | None = None
+
+
+# What must not matter, and rounds otherwise: noise is what these differ by (comparing/noise.py).
+BENIGN = (Way(budget_tokens=1), Way(budget_tokens=sys.maxsize, backwards=True), Way(own_decoder=False))
+# In 16 bits what is summed in which order is the least of it.
+BENIGN_16_BIT = (*BENIGN, Way(precision="fp32"))
+
+
 def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
-    """Take the first steps of a job as the training loop does, and write what they were to the task's folder."""
-    job, run = Job.model_validate(task.job), RunDir(Path(task.out)).create()
-    prepared, device = load_prepared(Path(task.prepared)), pick_device()
+    """Take the first steps of a job as the training loop does, and write what they were to the task's folder; and once
+    more in every benign way."""
+    run = RunDir(Path(task.out)).create()
+    record = take_first_steps(task, on_event, Way())
+    regrouped: list[Any] = []
+    for way in BENIGN if record.precision == "float32" else BENIGN_16_BIT:
+        try:
+            regrouped.append(take_first_steps(task, on_event, way).to_json())
+        except (TunesmithError, MemoryError, torch.OutOfMemoryError) as error:
+            text = f"noise is measured without one of its runs: {str(error).splitlines()[0]}"
+            on_event(Event("warning", task.label, text=text))
+    write_json(run.regrouped, regrouped)
+    write_json(run.parity, record.to_json())
+    return record
+
+
+def take_first_steps(task: TrainTask, on_event: OnEvent, way: Way) -> ParityRecord:
+    job, prepared, device = Job.model_validate(task.job), load_prepared(Path(task.prepared)), pick_device()
     on_event(Event("progress", task.label, "loading"))
     base, spec = Path(task.model_folder), job.train
-    dtype = pick_dtype(spec.precision, device)
-    model = load_trainable(job, base, load_job_tokenizer(job, base), device, dtype)
+    dtype = pick_dtype(way.precision or spec.precision, device)
+    tokenizer = load_job_tokenizer(job, base)
+    model = load_trainable(job, base, tokenizer, device, dtype, own_decoder=way.own_decoder)
     set_up_segments(model, job, prepared, device)
     source = order_rows(prepared.rows("train"), batch_rows=spec.batch_rows, seed=spec.seed)
     total = count_steps(epochs=spec.epochs, steps=spec.steps, steps_per_epoch=source.steps_per_epoch or 1)
@@ -51,14 +87,13 @@ def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
         seen.extend(split_rows(batch))
         return sft_loss(model, batch)
 
-    budget = spec.micro_batch_tokens
     stepper = Stepper(
         model,
         optimizer,
         make_batch=make_training_batch(job, device),
         loss=watched_loss,
         device=device,
-        budget_tokens=AUTO_BUDGET[device.type] if budget == "auto" else budget,
+        budget_tokens=way.budget_tokens or choose_budget(spec, device),
         clip_norm=spec.clip_norm,
         scale=LossScale(enabled=dtype == torch.float16),
     )
@@ -77,7 +112,8 @@ def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
                 schedule=spec.schedule,
             )
             seen.clear()
-            result = stepper.take(step.rows, step=number + 1, learning_rate=rate)
+            rows = step.rows[::-1] if way.backwards else step.rows
+            result = stepper.take(rows, step=number + 1, learning_rate=rate)
             steps.append(
                 ParityStep(
                     examples=tuple(list_examples(step.rows, seen)),
@@ -91,7 +127,7 @@ def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
                 state_dtypes = _list_dtypes(optimizer.state_tensors())
             on_event(Event("step", task.label, done=number + 1, total=task.parity_steps, loss=result.loss))
     stepper.close()
-    record = ParityRecord(
+    return ParityRecord(
         framework="tunesmith",
         versions=describe_versions(),
         precision=str(dtype).removeprefix("torch."),
@@ -100,8 +136,6 @@ def run_parity_task(task: TrainTask, on_event: OnEvent) -> ParityRecord:
         groups=groups,
         state_dtypes=state_dtypes,
     )
-    write_json(run.parity, record.to_json())
-    return record
 
 
 def split_rows(batch: Batch) -> list[tuple[list[int], list[int]]]:

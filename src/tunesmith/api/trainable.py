@@ -37,10 +37,11 @@ def load_trainable(
     dtype: torch.dtype,
     *,
     fp8_check: Fp8Check | None = None,
+    own_decoder: bool = True,
 ) -> CausalLM:
     """The base model with what the job's method trains made trainable, rounding as QAT asks.
 
-    fp8_check: measures the base on the way.
+    fp8_check: measures the base on the way. own_decoder: False runs it through transformers' modules.
     """
     from tunesmith.models.load import load_model
     from tunesmith.models.lora import add_lora
@@ -55,6 +56,7 @@ def load_trainable(
             double_quant=method.double_quant,
             compute=method.compute,
             on_reference=fp8_check.measure_reference if fp8_check else None,
+            own_decoder=own_decoder,
         )
         if fp8_check:
             fp8_check.measure(model)
@@ -62,7 +64,14 @@ def load_trainable(
         add_lora(model, method, seed=job.train.seed, num_tokens=num_tokens)
     else:
         masters = pick_master_dtype(job, dtype)
-        model = load_model(folder, device=device, dtype=dtype, trainable=True, master_dtype=masters)
+        model = load_model(
+            folder,
+            device=device,
+            dtype=dtype,
+            trainable=True,
+            master_dtype=masters,
+            own_decoder=own_decoder,
+        )
     if method.qat_spec:
         from tunesmith.models.quantize import fake_quantize_model
 

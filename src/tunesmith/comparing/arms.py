@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.comparing.plan import PlannedArm
-from tunesmith.core.comparison import Trial
+from tunesmith.core.comparison import Parity, Trial
 from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord, RunRecord, StepRecord
 from tunesmith.core.rundir import RunDir
@@ -116,6 +116,17 @@ def check_comparable(arms: Sequence[ArmFiles]) -> None:
                 arm.not_comparable = (
                     f"trained with another {', '.join(sorted(changed))} than {trained[0].plan.name}"
                 )
+
+
+def block_unlike(arms: Sequence[ArmFiles], parity: Mapping[str, Parity]) -> list[ArmFiles]:
+    """Set `not_comparable` on every scored arm whose training failed a parity gate, and return those arms."""
+    unlike: list[ArmFiles] = []
+    for arm in arms:
+        found = parity.get(arm.plan.trained_by or "")
+        if found and found.failed and arm.seeds and not arm.not_comparable:
+            arm.not_comparable = f"parity failed: {', '.join(found.failed)}"
+            unlike.append(arm)
+    return unlike
 
 
 def _list_questions(answers: Sequence[AnswerRecord]) -> list[tuple[int, str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.core.errors import JobError
-from tunesmith.job.combinations import check_optimizer
+from tunesmith.job.combinations import check_in_backward, check_optimizer
 from tunesmith.job.spec import (
     PROMPTED,
     ArmSpec,
@@ -97,6 +97,7 @@ def plan_arms(job: Job) -> list[PlannedArm]:
         _refuse_other_tokens(arm, job, place)
         if arm.method is not None:
             check_optimizer(job.train, arm.method, place=place)
+            check_in_backward(job.train, arm.method, place=place)
         for other in arms:
             if other.name.lower() == arm.name.lower():
                 raise JobError(

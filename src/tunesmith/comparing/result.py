@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.comparing.arms import ArmFiles, check_comparable, read_arm
+from tunesmith.comparing.arms import ArmFiles, block_unlike, check_comparable, read_arm
 from tunesmith.comparing.costs import describe_arm
 from tunesmith.comparing.measures import describe_metric
 from tunesmith.comparing.pareto import find_dominated
@@ -33,9 +33,19 @@ from tunesmith.comparing.stats import (
 from tunesmith.comparing.table import build_table
 from tunesmith.comparing.verdict import write_verdict
 from tunesmith.comparing.warnings import list_warnings
-from tunesmith.core.comparison import ArmResult, Comparison, Difference, Interval, MetricInfo, Table
+from tunesmith.core.comparison import (
+    ArmResult,
+    Comparison,
+    Difference,
+    Interval,
+    MetricInfo,
+    Parity,
+    Table,
+    parity_from_json,
+    parity_to_json,
+)
 from tunesmith.core.errors import ArmFailed
-from tunesmith.core.jsonl import write_json
+from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.records import AnswerRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
@@ -43,24 +53,40 @@ from tunesmith.job.spec import Job
 BASE_ARM = "zero-shot"
 
 
-def compare_run(run_dir: RunDir, job: Job, *, failures: Mapping[str, str] | None = None) -> Comparison:
+def compare_run(
+    run_dir: RunDir,
+    job: Job,
+    *,
+    failures: Mapping[str, str] | None = None,
+    parity: Mapping[str, Parity] | None = None,
+) -> Comparison:
     """Judge the arms in `run_dir` and write `comparison.json`. From files alone: it can be repeated at any time.
 
     failures: arm name -> reason, of arms that ended without a result; they appear in the warnings.
+    parity:   arm that another framework trained -> whether it did our work; kept as `gates.json`, which is read where
+              none is given.
     Raises ArmFailed if no arm was scored, DataError on a damaged file.
     """
     arms = [read_arm(run_dir, plan, num_trials=job.compare.tune.trials) for plan in plan_arms(job)]
-    comparison = judge_arms(arms, job, failures=failures or {})
+    if parity is not None:
+        write_json(run_dir.gates, parity_to_json(parity))
+    elif run_dir.gates.is_file():
+        parity = parity_from_json(read_json(run_dir.gates), place=str(run_dir.gates))
+    comparison = judge_arms(arms, job, failures=failures or {}, parity=parity or {})
     write_json(run_dir.comparison, comparison.to_json())
     return comparison
 
 
-def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str]) -> Comparison:
+def judge_arms(
+    arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str], parity: Mapping[str, Parity]
+) -> Comparison:
     """Everything a report says, worked out from the arms' records."""
     check_comparable(arms)
+    unlike = block_unlike(arms, parity)
     ranked = [arm for arm in arms if arm.seeds and not arm.not_comparable]
     if not ranked:
-        first = "".join(f"; {name}: {reason}" for name, reason in list(failures.items())[:1])
+        reasons = [*failures.items(), *((arm.plan.name, arm.not_comparable) for arm in unlike)]
+        first = "".join(f"; {name}: {reason}" for name, reason in reasons[:1])
         raise ArmFailed(
             "compare", f"no arm was scored{first}", cure="See the logs in arms/, then run the command again"
         )
@@ -73,7 +99,8 @@ def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str
             rule="the declared metric decides",
             cure="Add it to evaluate.metrics",
         )
-    results = [_summarise_arm(arm, pool) for arm in arms]
+    # An arm that did other work is shown with its own figures, and takes no part in anybody else's.
+    results = [_summarise_arm(a, _pool_samples([a], a.seeds) if a in unlike else pool) for a in arms]
     results, pairs = _judge_all(results, pool, metric)
     infos = {name: describe_metric(name) for arm in results for name in arm.metrics}
     results = find_dominated(results, pairs, metric)
@@ -94,6 +121,7 @@ def judge_arms(arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str
         warnings=[],
         method=_describe_method(metric),
         record=_collect_record(arms, job),
+        parity={arm.plan.name: parity[arm.plan.name] for arm in arms if arm.plan.name in parity},
     )
     comparison = replace(
         comparison, table=build_table(comparison), warnings=list_warnings(comparison, arms, failures)

@@ -19,6 +19,7 @@ _FIGURES = re.compile(r"\d[\d.,]*")
 def list_warnings(comparison: Comparison, arms: Sequence[ArmFiles], failures: Mapping[str, str]) -> list[str]:
     """All objections, gravest first: missing results, unfair comparison, suspicious numbers, remarks of the runs."""
     found: list[tuple[str, str]] = [("", text) for text in _check_design(comparison)]
+    found += _check_parity(comparison)
     for check in (_check_missing, _check_equality, _check_tuning, _check_numbers):
         found += check(arms)
     found += _repeat_remarks(arms)
@@ -64,6 +65,20 @@ def _check_missing(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:
             )
         if arm.not_comparable:
             yield arm.plan.name, f"not comparable: {arm.not_comparable}"
+
+
+def _check_parity(comparison: Comparison) -> Iterable[tuple[str, str]]:
+    """What keeps an arm of another framework out of the ranking, and what could not be made sure of."""
+    for arm in comparison.arms:
+        parity = comparison.parity.get(arm.name)
+        if parity is None:
+            if arm.trained_by == arm.name and arm.framework != "tunesmith":
+                yield arm.name, f"nobody looked whether {arm.framework} does the work of the other arms"
+            continue
+        # The first gate that fails is the nearest to the cause; the report says what the others saw.
+        yield from [(arm.name, f"did other work: {g.says}") for g in parity.gates if g.word == "FAIL"][:1]
+        if parity.unverified:
+            yield arm.name, f"parity is unverified: {', '.join(parity.unverified)}"
 
 
 def _check_equality(arms: Sequence[ArmFiles]) -> Iterable[tuple[str, str]]:

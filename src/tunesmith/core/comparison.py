@@ -137,6 +137,42 @@ class ArmResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """One parity gate of one arm. word: PASS | FAIL | UNVERIFIED (something could not be seen, or noise hides it).
+
+    figure, tolerance: what was measured and how much of it is noise; None where nothing could be measured.
+    unit:   "rows", "tensors" and "settings" are counts that differ, "relative" is a share of ours.
+    says:   a sentence: what agrees, what differs, or what could not be seen.
+    """
+
+    name: str
+    word: str
+    figure: float | None
+    tolerance: float | None
+    unit: str
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Whether a framework does the work that ours does: its gates, in the order of `comparing.parity.GATES`."""
+
+    framework: str
+    versions: dict[str, str]
+    gates: list[Gate]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of gates that say FAIL: one is enough to take the arm out of every ranking."""
+        return [gate.name for gate in self.gates if gate.word == "FAIL"]
+
+    @property
+    def unverified(self) -> list[str]:
+        """Names of gates that could not say."""
+        return [gate.name for gate in self.gates if gate.word == "UNVERIFIED"]
+
+
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of the table. hint: one sentence for a tooltip. numeric: right-aligned."""
 
@@ -173,6 +209,7 @@ class Comparison:
     pairs:   every pair of ranked arms on the declared metric.
     method:  how it was measured: replicates, resampling unit, margins, families of tests.
     record:  config, fingerprints, versions, hardware.
+    parity:  arm that another framework trained -> whether it did our work; absent where nobody looked.
     """
 
     metric: str
@@ -190,6 +227,7 @@ class Comparison:
     warnings: list[str]
     method: dict[str, Any]
     record: dict[str, Any]
+    parity: dict[str, Parity] = field(default_factory=dict[str, Parity])
 
     def find_arm(self, name: str) -> ArmResult:
         """The arm called `name`. Raises ValueError if there is none."""
@@ -205,7 +243,8 @@ class Comparison:
         """The stable object that `compare --json` prints; fields are added, never renamed.
 
         report: path of the HTML file, null if none was written. `versus_base` is null for the base, without a base,
-        and for prompted arms when the metric is nll, which ranks trained arms only.
+        and for prompted arms when the metric is nll, which ranks trained arms only. `parity` is null where no other
+        framework trained, or nobody looked.
         """
         arms = [
             {
@@ -237,6 +276,7 @@ class Comparison:
                 "size_bytes": arm.size_bytes,
                 "quantize": arm.quantize,
                 "forgetting": arm.forgetting,
+                "parity": _list_gates(self.parity.get(arm.trained_by or "")),
             }
             for arm in self.arms
         ]
@@ -260,6 +300,22 @@ class Comparison:
                 cure="Run `tunesmith compare` again with the same --out",
             )
         return cast(Self, _parse(cls, {k: v for k, v in value.items() if k != "schema"}, place))
+
+
+def parity_to_json(parity: Mapping[str, Parity]) -> dict[str, Any]:
+    """`gates.json`: by arm."""
+    return {"schema": SCHEMA, "arms": {name: dataclasses.asdict(one) for name, one in parity.items()}}
+
+
+def parity_from_json(value: Mapping[str, Any], *, place: str = "gates.json") -> dict[str, Parity]:
+    """Read strictly, as `Comparison.from_json` does. Raises DataError."""
+    if value.get("schema") != SCHEMA or not isinstance(value.get("arms"), dict):
+        raise DataError(place, f"schema {value.get('schema')!r}", rule=f"this version reads schema {SCHEMA}")
+    return cast(dict[str, Parity], _parse(dict[str, Parity], value["arms"], f"{place}: arms"))
+
+
+def _list_gates(parity: Parity | None) -> dict[str, str] | None:
+    return {gate.name: gate.word for gate in parity.gates} if parity else None
 
 
 def _parse(kind: Any, value: Any, place: str) -> Any:

@@ -38,6 +38,8 @@ class ParityStep:
     trained parameters, before clipping. learning_rates: of this update, one for each parameter group.
 
     clip_norm: what gradients were clipped to; 0 where they were not.
+    applied_norm: L2 over all trained parameters as the optimizer's step found them, so after clipping: what was really
+        done, where clip_norm is what was asked.
     """
 
     examples: tuple[Example, ...] | None
@@ -45,6 +47,7 @@ class ParityStep:
     grad_norm: float | None
     learning_rates: tuple[float, ...] | None
     clip_norm: float | None
+    applied_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

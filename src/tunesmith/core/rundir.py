@@ -10,7 +10,7 @@ DIR/
   adapter/ or model/  what was trained, in PEFT or HF format
   handoff/, framework/ what a framework was handed, and what is its own; parity.json: what it did in its first steps
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
-  report.html
+  comparison.json, gates.json (which arms were shown to do the same work); report.html
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ class RunDir:
         return self.root / "parity.json"
 
     @property
+    def regrouped(self) -> Path:
+        """Parity records of our own engine that differ by noise alone, a list."""
+        return self.root / "regrouped.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 
@@ -104,6 +109,10 @@ class RunDir:
     def comparison(self) -> Path:
         return self.root / "comparison.json"
 
+    @property
+    def gates(self) -> Path:
+        return self.root / "gates.json"
+
     def clear(self) -> None:
         """Delete what runs and comparisons write here, and nothing else."""
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
@@ -111,6 +120,7 @@ class RunDir:
             "handoff",
             "framework",
             "parity.json",
+            "regrouped.json",
             "eval.json",
             "harness.json",
             "answers.jsonl",
@@ -118,6 +128,7 @@ class RunDir:
             "rejected_rows.jsonl",
             "rejected_stream_rows.jsonl",
             "comparison.json",
+            "gates.json",
             "report.html",
         )
         for path in (self.root / name for name in names):

@@ -26,3 +26,25 @@ def check_optimizer(train: TrainSpec, method: FullSpec | LoraSpec, *, place: str
             rule="fp16 cannot hold every bf16 weight",
             cure="Set train.precision: bf16, or train.optimizer: adamw",
         )
+
+
+def check_in_backward(train: TrainSpec, method: FullSpec | LoraSpec, *, place: str) -> None:
+    """Raise JobError if `train.optimizer_in_backward` is on and cannot be obeyed."""
+    if not train.optimizer_in_backward:
+        return
+
+    def refuse(finding: str, rule: str, cure: str) -> JobError:
+        return JobError(place, f"train.optimizer_in_backward is on, and {finding}", rule=rule, cure=cure)
+
+    if isinstance(method, LoraSpec):
+        cure = "Leave it out, or set method: full"
+        raise refuse(f"the method is {method.name}", "adapters' gradients take next to no memory", cure)
+    if train.clip_norm is not None:
+        rule = "gradients are clipped by a norm that is known when all are there"
+        raise refuse(f"train.clip_norm is {train.clip_norm:g}", rule, "Set train.clip_norm: null")
+    if train.optimizer == "muon":
+        rule = "muon updates matrices of one shape together"
+        raise refuse("train.optimizer is muon", rule, "Set train.optimizer: adamw, adamw-8bit or adamw-bf16")
+    if train.precision == "fp16":
+        rule = "fp16 repeats steps whose gradients overflow"
+        raise refuse("train.precision is fp16", rule, "Set train.precision: bf16")

@@ -22,7 +22,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tunesmith.core.errors import JobError
-from tunesmith.job.combinations import check_optimizer
+from tunesmith.job.combinations import check_in_backward, check_optimizer
 from tunesmith.job.spec import Job
 
 MAX_JOB_BYTES = 1 << 20
@@ -211,6 +211,8 @@ def _validate(values: dict[str, Any], places: Mapping[Location, str], path: str)
     except ValidationError as error:
         raise _explain(error, places, path, values) from None
     check_optimizer(job.train, job.method_spec, place=places.get(("train", "optimizer"), path))
+    in_backward = places.get(("train", "optimizer_in_backward"), path)
+    check_in_backward(job.train, job.method_spec, place=in_backward)
     return job
 
 

@@ -291,6 +291,10 @@ class TrainSpec(Spec):
     """AdamW: added to the root of the second moment."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null turns clipping off."""
+    optimizer_in_backward: bool = False
+    """Use each gradient for its weight's update as soon as the backward pass has made it, and drop it (full only): for
+    models whose gradients do not fit together. A step is then one forward pass, nothing is clipped (`clip_norm: null`),
+    and a gradient that is not finite, or no memory left, ends the run. Changes memory, never the result."""
     seed: Seed = 0
     """Seed of adapter weights, row order and dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

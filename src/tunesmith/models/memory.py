@@ -44,6 +44,7 @@ class TrainingSetup:
     compiled:     blocks go through torch.compile.
     fused:        gates are fused.py's; a compiler does as well.
     recorded:     micro-batches of one shape are replayed as CUDA graphs.
+    in_backward:  gradients are used and dropped as the backward pass makes them.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class TrainingSetup:
     compiled: bool = True
     fused: bool = False
     recorded: bool = False
+    in_backward: bool = False
 
     @property
     def master_bytes(self) -> int:
@@ -220,7 +222,7 @@ class MemoryModel:
         gradients = self.gradient_bytes(micro_batches=micro_batches)
         # Gradients of all weights are there from the second micro-batch on; before, they come block by block.
         there = gradients if micro_batches > 1 else 0
-        come = 0 if micro_batches > 1 else gradients
+        come = 0 if micro_batches > 1 or setup.in_backward else gradients
         block_come = come * (self.adapter_values if setup.rank else self.block_values) // self.trained_values
         head_come = 0 if setup.rank else come * tables // self.trained_values
         saved = [self.saved_bytes(level) * tokens for level in levels]
@@ -250,7 +252,8 @@ class MemoryModel:
         if setup.optimizer in ("adamw-8bit", "adamw-bf16"):
             piece = min(self.trained_values, _PIECE_WEIGHTS) * _PIECE_BYTES
         moments.append(come + piece)
-        return there + max(moments)
+        # Or while each of them lasts.
+        return there + max(moments) + (piece if setup.in_backward else 0)
 
 
 def count_chunk_rows(vocab_size: int, chunk_bytes: int) -> int:

@@ -65,7 +65,15 @@ def _draw_metric(comparison: Comparison, metric: str) -> Figure:
         if metric in arm.metrics:
             value = arm.metrics[metric]
             rows.append(
-                DotRow(arm.name, style, value.value, value.low, value.high, arm.per_seed.get(metric, []))
+                DotRow(
+                    arm.name,
+                    style,
+                    value.value,
+                    value.low,
+                    value.high,
+                    arm.per_seed.get(metric, []),
+                    note=arm.not_comparable,
+                )
             )
     if info.unit == "%":
         chart = plot_dots(
@@ -147,7 +155,9 @@ def draw_costs(comparison: Comparison) -> list[Figure]:
     arms = [
         (style, arm)
         for style, arm in enumerate(comparison.arms)
-        if comparison.metric in arm.metrics and (comparison.metric != "nll" or arm.kind == "trained")
+        if comparison.metric in arm.metrics
+        and (comparison.metric != "nll" or arm.kind == "trained")
+        and not arm.not_comparable
     ]
     for key, title, read, show in _COSTS:
         if not any(read(arm) for _, arm in arms):

@@ -36,6 +36,7 @@ from tunesmith.report.figures import (
     draw_trials,
     show_share,
 )
+from tunesmith.report.parity import view_parity
 from tunesmith.report.visible import make_visible
 
 _FOLDER = Path(__file__).parent
@@ -64,6 +65,7 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
         comparison=comparison,
         arms=list(enumerate(comparison.arms)),
         facts=_list_facts(comparison),
+        parity=view_parity(comparison),
         quality=draw_quality(comparison),
         gain=draw_gain(comparison),
         costs=draw_costs(comparison),
@@ -153,7 +155,7 @@ def _find_best_trained(comparison: Comparison) -> int:
     ranked = [
         (arm.kind == "trained", (1 if better else -1) * arm.metrics[comparison.metric].value, -index)
         for index, arm in enumerate(comparison.arms)
-        if comparison.metric in arm.metrics
+        if comparison.metric in arm.metrics and not arm.not_comparable
     ]
     return -max(ranked)[2] if ranked else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +41,7 @@ from tunesmith.training.trackers import Tracker, open_trackers
 
 # Tokens per forward pass when the job says `auto`. A core is as fast with 512 tokens as with 4,096; a GPU's units
 # are busy from about 16,384. Where that doesn't fit, the first step finds out and halves it.
-AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
+_AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 def train(
@@ -87,9 +88,10 @@ def train(
             make_batch=make_batch,
             loss=loss,
             device=device,
-            budget_tokens=_choose_budget(spec, device),
+            budget_tokens=choose_budget(spec, device),
             clip_norm=spec.clip_norm,
             scale=LossScale(enabled=_computes_in_fp16(model)),
+            in_backward=spec.optimizer_in_backward,
         )
         told = describe_run(spec, named, rows=source.fingerprint(), given=identity or {})
         keeper = Keeper(
@@ -375,7 +377,10 @@ def _computes_in_fp16(model: TrainableModel) -> bool:
     return any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
 
-def _choose_budget(spec: TrainSpec, device: torch.device) -> int:
+def choose_budget(spec: TrainSpec, device: torch.device) -> int:
+    """Tokens of a forward pass, where nothing is planned."""
+    if spec.micro_batch_tokens == "auto" and spec.optimizer_in_backward:
+        return sys.maxsize
     if spec.micro_batch_tokens == "auto":
-        return AUTO_BUDGET.get(device.type, AUTO_BUDGET["cpu"])
+        return _AUTO_BUDGET.get(device.type, _AUTO_BUDGET["cpu"])
     return spec.micro_batch_tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -61,33 +61,21 @@ class AdamW8bit(MasterWeights):
     @torch.no_grad()
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """See `Optimizer`."""
-        made: dict[tuple[torch.device, float, int], Tensor] = {}
-        for name, master in self.masters.items():
-            gradient = self.gradient_of(name)
-            if gradient is None:
-                continue
-            count = self._states[name]["step"]
-            count += 1
-            step, decay = int(count), self._weight_decay if master.ndim >= 2 else 0.0
-            key = (master.device, decay, step)
-            if key not in made:
-                made[key] = self._make_numbers(*key, learning_rate, gradient_factor)
-            self._update_one(name, gradient.reshape(-1), step, made[key])
+        for name in self.masters:
+            if self.gradient_of(name) is not None:
+                self.update_one(name, learning_rate, gradient_factor)
         self.round_masters()
         self.clear_gradients()
 
-    def _make_numbers(
-        self, device: torch.device, decay: float, step: int, learning_rate: float, factor: float
-    ) -> Tensor:
-        """What `_take_step` calls so."""
-        beta1, beta2 = self._betas
-        numbers = [
-            factor,
-            1.0 - learning_rate * decay,
-            learning_rate / (1.0 - beta1**step),
-            math.sqrt(1.0 - beta2**step),
-        ]
-        return torch.tensor(numbers, dtype=torch.float32).to(device)
+    def update_one(self, name: str, learning_rate: float, factor: float = 1.0) -> None:
+        """See `MasterWeights`."""
+        master, gradient = self.masters[name], self.gradient_of(name)
+        assert gradient is not None
+        count = self._states[name]["step"]
+        count += 1
+        decay = self._weight_decay if master.ndim >= 2 else 0.0
+        numbers = _make_numbers(master.device, self._betas, decay, int(count), learning_rate, factor)
+        self._update_one(name, gradient.reshape(-1), int(count), numbers)
 
     def _update_one(self, name: str, gradient_n: Tensor, step: int, numbers: Tensor) -> None:
         weight, state = self.masters[name].detach(), self._states[name]
@@ -166,6 +154,10 @@ class AdamWBf16(AdamW8bit):
     def hold_gradients(self) -> bool:
         return False
 
+    def drop_gradient(self, name: str) -> None:
+        self._sums.pop(name, None)
+        super().drop_gradient(name)
+
     def clear_gradients(self) -> None:
         self._sums.clear()
         super().clear_gradients()
@@ -201,6 +193,26 @@ def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
     """
     carried = x.view(torch.int32) + (noise.int() & 0xFFFF)
     return (carried & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+@lru_cache(maxsize=4)
+def _make_numbers(
+    device: torch.device,
+    betas: tuple[float, float],
+    decay: float,
+    step: int,
+    learning_rate: float,
+    factor: float,
+) -> Tensor:
+    """What `_take_step` calls so; the same for all weights of a step."""
+    beta1, beta2 = betas
+    numbers = [
+        factor,
+        1.0 - learning_rate * decay,
+        learning_rate / (1.0 - beta1**step),
+        math.sqrt(1.0 - beta2**step),
+    ]
+    return torch.tensor(numbers, dtype=torch.float32).to(device)
 
 
 _QUANTIZED = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")

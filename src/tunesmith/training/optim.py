@@ -6,8 +6,10 @@ The others: `low_bit_adamw` (8-bit states; bf16 weights without masters), `muon`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -43,6 +45,14 @@ class Optimizer(Protocol):
         """Take one step with gradients times `gradient_factor` (clipping, loss scale), and clear them."""
         ...
 
+    def updating_in_backward(self, learning_rate: float | None) -> AbstractContextManager[list[Tensor]]:
+        """Inside, a backward pass updates each weight as soon as its gradient is complete, and drops that: what
+        `update` would do after it. Gives a list that fills with the L2 norm of every gradient, scalars.
+
+        learning_rate: None only drops gradients, to see what memory a step takes.
+        """
+        ...
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The state, flat: `KIND.NAME`. Not copies."""
         ...
@@ -63,9 +73,8 @@ class MasterWeights(ABC):
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         if not named:
             raise ValueError("nothing to train: no parameter requires a gradient")
-        self._holds = False
-        self._rounded: list[Tensor] = []
-        self._rounded_masters: list[Tensor] = []
+        self._named, self._holds = dict(named), False
+        self._rounded: dict[str, Tensor] = {}
         self.masters: dict[str, Tensor] = {
             name: self._make_master(name, parameter) for name, parameter in named.items()
         }
@@ -74,8 +83,7 @@ class MasterWeights(ABC):
         if parameter.dtype in _OWN_MASTER:
             return parameter
         master = parameter.detach().float().requires_grad_()
-        self._rounded.append(parameter.detach())
-        self._rounded_masters.append(master)
+        self._rounded[name] = parameter.detach()
 
         def move_gradient(rounded: Tensor) -> None:
             gradient = rounded.grad
@@ -124,7 +132,43 @@ class MasterWeights(ABC):
     def round_masters(self) -> None:
         """Set every low-precision parameter to its master, rounded to nearest."""
         if self._rounded:
-            torch._foreach_copy_(self._rounded, self._rounded_masters)  # pyright: ignore[reportPrivateImportUsage]
+            masters = [self.masters[name] for name in self._rounded]
+            torch._foreach_copy_(list(self._rounded.values()), masters)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def updating_in_backward(self, learning_rate: float | None) -> Iterator[list[Tensor]]:
+        """See `Optimizer`."""
+        norms: list[Tensor] = []
+
+        @torch.no_grad()
+        def update_now(name: str, _: Tensor) -> None:
+            gradient = self.gradient_of(name)
+            if gradient is None:
+                return
+            norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+            if learning_rate is not None:
+                self.update_one(name, learning_rate)
+                if name in self._rounded:
+                    self._rounded[name].copy_(self.masters[name])
+            self.drop_gradient(name)
+
+        # Behind the hook that brings a gradient to its master. Not for good: a parameter would hold its optimizer.
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(update_now, name))
+            for name, parameter in self._named.items()
+        ]
+        try:
+            yield norms
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def drop_gradient(self, name: str) -> None:
+        self.masters[name].grad = None
+
+    def update_one(self, name: str, learning_rate: float) -> None:
+        """Take a step with the gradient of one weight, or of its master."""
+        raise NotImplementedError(f"{type(self).__name__} updates weights together")
 
     @abstractmethod
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
@@ -234,15 +278,22 @@ class MasterAdamW(MasterWeights):
         for is_matrix in (True, False):
             names = [n for n, m in self.masters.items() if m.grad is not None and (m.ndim >= 2) is is_matrix]
             if names:
-                self._update_together(names, learning_rate, self._weight_decay if is_matrix else 0.0)
+                self._update_together(names, learning_rate, self._decay_of(self.masters[names[0]]))
         self.round_masters()
         self.clear_gradients()
+
+    def update_one(self, name: str, learning_rate: float) -> None:
+        """See `MasterWeights`."""
+        self._update_together([name], learning_rate, self._decay_of(self.masters[name]))
+
+    def _decay_of(self, master: Tensor) -> float:
+        return self._weight_decay if master.ndim >= 2 else 0.0
 
     def _update_flat(self, flat: _Flat, learning_rate: float, gradient_factor: float) -> None:
         if gradient_factor != 1.0:
             flat.gradient.mul_(gradient_factor)
         masters = list(self.masters.values())
-        decay = self._weight_decay if masters[0].ndim >= 2 else 0.0
+        decay = self._decay_of(masters[0])
         moments = [[flat.moments[kind]] for kind in _MOMENTS]
         flat.steps.add_(1)
         self._run_kernel([flat.values], [flat.gradient], moments, [flat.steps[0]], learning_rate, decay)

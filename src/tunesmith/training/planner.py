@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.batch import plan_micro_batches
-from tunesmith.models.memory import Level, MemoryModel, TrainingSetup
+from tunesmith.models.memory import Level, MemoryModel, TrainingSetup, count_chunk_rows
 
 # A GPU's units are busy from about so many tokens; more only take memory.
 _BUDGETS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128)
@@ -35,6 +35,8 @@ _HALF_SPEED_TOKENS = 256
 # How often what is kept of a block crosses the memory in a step, in norms, gates, adapters and rotation; in fp8 also to
 # be quantised. From 17.0k and 23.0k tokens/s of an 8B model on an H200, whose products alone would take 70%.
 _CROSSINGS = {False: 10.0, True: 13.0}
+# Share of reading a table of the vocabulary that its product does not hide. A guess.
+_READ_SEEN = 0.25
 # Seconds of the host to launch a block's forward and backward pass. From steps of 8 and 16 micro-batches on an H200.
 _LAUNCH_SECONDS = {"full": 4.5e-3, "fp8": 5.5e-3, "int8": 8e-3, "nf4": 8e-3}
 
@@ -69,11 +71,13 @@ CARDS = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens of each row of some steps, and of the longest row; micro-batches are filled up to round_tokens."""
+    """Tokens of each row of some steps; of the longest row, and of the most that one step may have; micro-batches are
+    filled up to round_tokens."""
 
     steps: tuple[tuple[int, ...], ...]
     longest: int
     round_tokens: int = 1
+    largest_step: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -88,7 +92,8 @@ class Workload:
         # Rows of one length fill a budget by whole rows only.
         whole = max(1, budget_tokens // self.longest) * self.longest
         most = whole if self.is_even else budget_tokens
-        most = max(self.longest, min(most, max(map(len, self.steps)) * self.longest))
+        largest = self.largest_step or max(map(len, self.steps)) * self.longest
+        most = max(self.longest, min(most, largest))
         most = math.ceil(most / self.round_tokens) * self.round_tokens
         return _count_micro_batches(self.steps, budget_tokens), most
 
@@ -212,6 +217,8 @@ class Planner:
     def _budgets(self) -> list[int]:
         if self.micro_batch_tokens is not None:
             return [self.micro_batch_tokens]
+        if self.model.setup.in_backward:
+            return [self.workload.largest_step]
         longest = self.workload.longest
         return sorted({max(budget, longest) for budget in _BUDGETS}, reverse=True)
 
@@ -296,8 +303,11 @@ class Planner:
         launch = 0.0 if is_replayed else _LAUNCH_SECONDS[setup.storage] / tokens
         blocks = sum(forward + backward + again[level] for level in levels)
         launches = sum(launch * (1.0 if level in ("keep", "cheap") else 1.5) for level in levels)
-        head = 4 if setup.rank else 6
-        return max(blocks, launches) + head * model.table_values / card.flops
+        head = (4 if setup.rank else 6) * model.table_values / card.flops
+        # Both products of a chunk read the table, and hide most of it.
+        rows = count_chunk_rows(config.vocab_size, plan.loss_chunk_bytes)
+        read = 2 * model.table_values * setup.value_bytes / card.memory_speed / rows
+        return max(blocks, launches) + head + _READ_SEEN * read
 
 
 def _find_first(counts: range, fits: Callable[[int], bool]) -> int | None:
@@ -318,7 +328,12 @@ def describe_setup(method: Any, train: Any, *, value_bytes: int, compiled: bool)
     compiled = compiled and is_plain
     if method.name == "full":
         return TrainingSetup(
-            rank=0, optimizer=train.optimizer, value_bytes=value_bytes, compiled=compiled, fused=is_plain
+            rank=0,
+            optimizer=train.optimizer,
+            value_bytes=value_bytes,
+            compiled=compiled,
+            fused=is_plain,
+            in_backward=train.optimizer_in_backward,
         )
     tuned = len({"lm_head" if name == "lm_head" else "embed_tokens" for name in method.modules_to_save})
     return TrainingSetup(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -90,6 +91,9 @@ class Stepper:
 
     While a micro-batch runs, the next one is made in the background (feed.py). following: reads the step after
     the one that is taken, in the background; None if there is none or nobody knows.
+
+    in_backward: weights are updated while gradients are made (`train.optimizer_in_backward`). A step is then one
+    micro-batch, and nothing repeats it.
     """
 
     def __init__(
@@ -103,8 +107,10 @@ class Stepper:
         budget_tokens: int,
         clip_norm: float | None,
         scale: LossScale,
+        in_backward: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scale = model, optimizer, scale
+        self.in_backward = in_backward
         self.budget_tokens = budget_tokens
         self.feed = Feed(make_batch, device)
         self.graphs: GraphRunner | None = None
@@ -148,6 +154,9 @@ class Stepper:
             raise TrainingFailed(
                 f"step {step}", f"no target token in {name_rows(rows)}", rule="a step trains tokens"
             )
+        if self.in_backward:
+            loss, norm = self._update_in_backward(trained, num_targets, step, learning_rate)
+            return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets)
         random = read_random(self._device)
         notes: list[str] = []
         while True:
@@ -168,10 +177,47 @@ class Stepper:
     def rehearse(self, rows: Sequence[TokenRow]) -> bool:
         """Forward and backward pass of `rows` as one micro-batch, and nothing of it stays; False if they don't fit."""
         random = read_random(self._device)
-        fits = isinstance(self._run_micro_batches(rows, [range(len(rows))], 1), Tensor)
+        dropping = self.optimizer.updating_in_backward(None) if self.in_backward else nullcontext()
+        with dropping:
+            fits = isinstance(self._run_micro_batches(rows, [range(len(rows))], 1), Tensor)
         self.optimizer.clear_gradients()
         set_random(random, self._device)
         return fits
+
+    def _update_in_backward(
+        self, rows: Sequence[TokenRow], num_targets: int, step: int, learning_rate: float
+    ) -> tuple[float, float]:
+        """A whole step as one micro-batch; (loss in nats per target token, gradient norm)."""
+        option = "train.optimizer_in_backward"
+        num_tokens = sum(len(row.ids) for row in rows)
+        plan = plan_micro_batches([len(row.ids) for row in rows], budget_tokens=self.budget_tokens)
+        if len(plan) > 1:
+            finding = f"its {num_tokens:,} tokens take {len(plan)} forward passes of {self.budget_tokens:,}"
+            rule = f"with {option} a step is one forward pass"
+            cure = "Lower train.batch_rows or data.max_tokens, or leave the option out"
+            raise TrainingFailed(f"step {step}", finding, rule=rule, cure=cure)
+        try:
+            batch = self.feed.take([rows[number] for number in plan[0]])
+            self.feed.begin(partial(self._choose_next, [], 0, self.following))
+            total = self._loss(self.model, batch).total
+            loss = total.item() / num_targets
+            if not math.isfinite(loss):
+                raise self._explain_non_finite(rows, step=step, loss=loss, norm=math.nan)
+            with self.optimizer.updating_in_backward(learning_rate) as norms:
+                (total * (1.0 / num_targets)).backward()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            finding = f"out of memory with its {num_tokens:,} tokens"
+            rule = f"with {option} a step cannot be repeated"
+            cure = "Lower train.batch_rows or data.max_tokens; the checkpoint before is kept"
+            raise TrainingFailed(f"step {step}", finding, rule=rule, cure=cure) from None
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        if not math.isfinite(norm):
+            rule = f"with {option} weights change before all gradients are known"
+            cure = "Lower train.learning_rate; the checkpoint before is kept"
+            raise TrainingFailed(f"step {step}", f"the gradient norm is {norm}", rule=rule, cure=cure)
+        return loss, norm
 
     def _accumulate(
         self, rows: Sequence[TokenRow], num_targets: int, step: int, notes: list[str]

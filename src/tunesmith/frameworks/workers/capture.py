@@ -68,6 +68,7 @@ class Capture:
                 "grad_norm": watcher.grad_norm,
                 "learning_rates": watcher.rates,
                 "clip_norm": watcher.clip_norm,
+                "applied_norm": watcher.applied_norm,
             }
         )
         self.examples = None if self.examples is None else []

@@ -224,18 +224,15 @@ class _Watcher(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Gradients are complete, and clipped where they are clipped: the one place where the host waits."""
-        if self.clips:
-            self.clip_norm, norm = self.clips[-1]
-        else:
-            gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-            self.clip_norm, norm = (
-                0.0,
-                torch.linalg.vector_norm(
-                    torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
-                ),
-            )
-            if (scaler := getattr(self.trainer.accelerator, "scaler", None)) is not None:
-                norm = norm / scaler.get_scale()  # fp16: it is clipping that would have divided them
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        # In fp16 it is clipping that divides gradients by the loss's scale.
+        scale = 1.0 if self.clips or scaler is None else scaler.get_scale()
+        if self.capture or not self.clips:
+            norms = [
+                torch.linalg.vector_norm(p.grad.float()) for p in self.trained.values() if p.grad is not None
+            ]
+            self.applied_norm = float(torch.linalg.vector_norm(torch.stack(norms))) / scale
+        self.clip_norm, norm = self.clips[-1] if self.clips else (0.0, self.applied_norm)
         self.loss = float(torch.stack([loss.double() for loss in self.losses]).sum())
         self.grad_norm = float(norm)
         self.rates = [float(group["lr"]) for group in optimizer.param_groups if group["params"]]
