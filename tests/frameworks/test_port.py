@@ -147,6 +147,14 @@ def test_what_may_not_be_altered_is_written_beside_what_is_said(name: str) -> No
     assert settings_of(dataclasses.replace(HANDOFF, lora=None), name)["expected"]["lora"] is None
 
 
+def test_axolotl_is_told_of_one_warm_up_step_as_a_share() -> None:
+    told = [
+        settings_of(dataclasses.replace(HANDOFF, warmup_steps=n), "axolotl")["arguments"] for n in (0, 1, 2)
+    ]
+
+    assert [(t["warmup_steps"], t["warmup_ratio"]) for t in told] == [(0, None), (None, 0.5 / 120), (2, None)]
+
+
 def test_llamafactory_reads_ranks_of_single_layers_from_the_first_adapter() -> None:
     uneven = dataclasses.replace(HANDOFF, lora=dataclasses.replace(LORA, rank_pattern={"q_proj": 4}))
 

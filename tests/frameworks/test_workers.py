@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,13 @@ def make_trainer(**changes: Any) -> Any:
     model = torch.nn.Linear(2, 2)
     lora = SimpleNamespace(r=4, target_modules={"up_proj", "q_proj"}, use_dora=changes.get("use_dora", False))
     model.peft_config = {"default": lora}
-    args = SimpleNamespace(warmup_steps=changes.get("warmup_steps", 1), lr_scheduler_kwargs={})
+    share = changes.get("warmup_steps", 1)
+    args = SimpleNamespace(
+        warmup_steps=share,
+        max_steps=20,
+        get_warmup_steps=lambda total: math.ceil(share * total) if share < 1 else share,
+        lr_scheduler_kwargs={},
+    )
     return SimpleNamespace(args=args, model=model.to(changes.get("dtype", torch.float32)))
 
 
@@ -115,6 +122,7 @@ EXPECTED = {
 
 def test_a_trainer_with_the_settings_of_the_job_may_train(scripts: Any) -> None:
     scripts.check_settings(make_trainer(), EXPECTED)
+    scripts.check_settings(make_trainer(warmup_steps=0.5 / 20), EXPECTED)
     scripts.check_settings(make_trainer(use_dora=True), EXPECTED | {"lora": None})
 
 

@@ -100,7 +100,7 @@ def _train_arguments(handoff: Handoff) -> dict[str, Any]:
         "gradient_accumulation_steps": handoff.batch_rows // handoff.micro_rows,
         "num_epochs": 1,
         "max_steps": handoff.total_steps,
-        "warmup_steps": handoff.warmup_steps,
+        **_warmup(handoff),
         "learning_rate": handoff.learning_rate,
         "lr_scheduler": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": {},
@@ -116,6 +116,13 @@ def _train_arguments(handoff: Handoff) -> dict[str, Any]:
         "dataloader_pin_memory": on_gpu,
         "logging_steps": handoff.total_steps + 1,
     }
+
+
+def _warmup(handoff: Handoff) -> dict[str, float | None]:
+    """Of one step it would make two, but a share of steps whose number it does not know, rounded up, is one."""
+    if handoff.warmup_steps == 1:
+        return {"warmup_steps": None, "warmup_ratio": 0.5 / handoff.total_steps}
+    return {"warmup_steps": handoff.warmup_steps, "warmup_ratio": None}
 
 
 def _lora_arguments(handoff: Handoff) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def work(run: Run) -> None:
         )
     run.enter("building")
     rows = load_datasets(cfg=config)
+    if arguments["warmup_steps"] is None:
+        rows.total_num_steps = None  # as of a data set that is streamed: then it obeys a share
     scripts.run_until_trained(run, lambda: train(cfg=config, dataset_meta=rows))
 
 
