@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from framework_arms import compare_arms, read_gates, read_parity, read_steps
+from real_arms import compare_arms, read_gates, read_parity, read_steps
 
 import tunesmith
 from tunesmith import api

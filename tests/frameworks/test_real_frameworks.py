@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_arms import TRAIN, compare_arms, read_gates, read_parity, read_steps
+from real_arms import TRAIN, compare_arms, read_gates, read_parity, read_steps
 
 from tunesmith import api
 from tunesmith.core.events import Event
