@@ -122,8 +122,7 @@ def test_every_framework_that_an_arm_can_name_has_an_adapter() -> None:
         ("axolotl", {"method": {"name": "lora", "alpha": 12.5}}, "alpha"),
         ("axolotl", {"method": "qlora"}, "base"),
         ("llamafactory", {"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
-        ("unsloth", {"method": {"name": "lora", "dora": True}}, "dora"),
-        ("unsloth", {"method": {"name": "lora", "targets": ["mlp.down_proj"]}}, "targets"),
+        ("unsloth", {"method": {"name": "lora", "base": "int8"}}, "base"),
     ],
 )
 def test_what_another_framework_cannot_express_is_a_reason(

@@ -15,7 +15,7 @@ from tunesmith.frameworks.trainer import (
     weights_dtype,
 )
 from tunesmith.frameworks.trl import SFT
-from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.job.spec import Job
 
 
 class Unsloth:
@@ -25,15 +25,7 @@ class Unsloth:
 
     def can(self, job: Job) -> Reason | None:
         """See `Port`."""
-        if reason := can_trainer(job, title="Unsloth"):
-            return reason
-        method = job.method_spec
-        if isinstance(method, LoraSpec) and method.dora:
-            return Reason("dora", "Unsloth's fused adapters have no DoRA", "Leave dora out of the arm")
-        if isinstance(method, LoraSpec) and any("." in name for name in method.targets):
-            finding = "Unsloth knows linear layers by the last part of their names"
-            return Reason("targets", finding, "Name targets without dots, as down_proj")
-        return None
+        return can_trainer(job, title="Unsloth")
 
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
@@ -86,6 +78,6 @@ def _lora_arguments(handoff: Handoff) -> dict[str, Any] | None:
         "modules_to_save",
         "init_lora_weights",
     )
-    patterns = {name: settings[name] for name in ("rank_pattern", "alpha_pattern") if settings[name]}
+    more = {name: settings[name] for name in ("rank_pattern", "alpha_pattern", "use_dora") if settings[name]}
     own = {"use_gradient_checkpointing": False, "random_state": handoff.seed}
-    return {name: settings[name] for name in known} | patterns | own
+    return {name: settings[name] for name in known} | more | own

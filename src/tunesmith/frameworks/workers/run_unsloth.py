@@ -25,10 +25,6 @@ def work(run: Run) -> None:
     chosen = settings["model"] | {"dtype": getattr(torch, settings["model"]["dtype"])}
     # More positions would only make room for longer rows.
     chosen["max_seq_length"] = max(map(len, rows["input_ids"]))
-    if run.handoff["device"] == "cuda" and settings["lora"] is None:
-        chosen["float32_mixed_precision"] = (
-            True  # its CPU back end does not know the name, and needs no telling
-        )
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(**chosen)
     run.enter("building")
     if settings["lora"]:
