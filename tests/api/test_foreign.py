@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith import api
 from tunesmith.api.foreign import run_foreign
 from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
-from tunesmith.core.errors import JobError, SetupError
+from tunesmith.core.errors import ArmFailed, JobError, SetupError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_json
 from tunesmith.core.records import EnvironmentRecord
@@ -192,3 +192,26 @@ def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path)
     with pytest.raises(JobError, match=text):
         tunesmith.compare(bad, out=tmp_path / "out")
     assert not (tmp_path / "out" / "prepared").exists()
+
+
+def test_a_framework_that_divides_each_forward_pass_by_its_own_tokens_gets_whole_steps(
+    tmp_path: Path,
+) -> None:
+    wanted = job([arm("trl"), arm("axolotl")])
+    wanted["train"]["batch_rows"] = 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+        for name in ("trl", "axolotl"):
+            patch.setitem(PORTS, name, Script(name, CRASHES))
+            add_environment(name)
+        with pytest.raises(ArmFailed, match="every arm failed"):
+            tunesmith.compare(wanted, out=tmp_path / "out")
+
+    micro_rows = {
+        name: read_json(
+            tmp_path / "out" / "arms" / f"lora-{name}" / "parity" / "parity" / "handoff" / "handoff.json"
+        )["handoff"]["micro_rows"]
+        for name in ("trl", "axolotl")
+    }
+    assert micro_rows["axolotl"] == 32
+    assert micro_rows["trl"] < 32
