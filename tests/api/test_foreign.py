@@ -194,6 +194,7 @@ def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path)
     assert not (tmp_path / "out" / "prepared").exists()
 
 
+@pytest.mark.slow
 def test_a_framework_that_divides_each_forward_pass_by_its_own_tokens_gets_whole_steps(
     tmp_path: Path,
 ) -> None:
