@@ -25,6 +25,9 @@ def _can_train(job: Job, title: str) -> Reason | None:
     if train.optimizer != "adamw":
         cure = "Set train.optimizer: adamw"
         return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
+    if train.optimizer_in_backward:
+        finding = f"{title} updates weights when all gradients are there"
+        return Reason("train.optimizer_in_backward", finding, "Leave train.optimizer_in_backward out")
     if train.memory_limit != "auto":
         return Reason("train.memory_limit", f"{title} cannot be held to one", "Leave train.memory_limit out")
     if train.trackers:
