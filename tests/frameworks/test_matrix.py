@@ -19,7 +19,7 @@ from tunesmith.job.spec import Job, LoraSpec, TrainSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
 # Every training has them, or they are about checkpoints, which are our engine's own.
-EVERYBODYS = {"name", "rank", "double_quant", "batch_rows", "learning_rate", "seed", "save_every", "keep_checkpoints"}
+EVERYBODYS = {"rank", "double_quant", "batch_rows", "learning_rate", "seed", "save_every", "keep_checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,6 @@ def test_every_key_of_a_training_is_asked_about() -> None:
     asked = set[str]().union(*(keys(row.get(part)) for row in rows for part in ("method", "train", "data")))
 
     assert {*TrainSpec.model_fields, *LoraSpec.model_fields} - asked == EVERYBODYS
-    # And none that the smallest job already says by itself: each row is another job, but for the first two methods'.
-    jobs = [make_job(settings).model_dump_json() for settings in rows]
-    assert len(set(jobs)) > len(jobs) - 8
 
 
 def test_a_framework_answers_for_itself(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
