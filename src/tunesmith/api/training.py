@@ -199,7 +199,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = fingerprint_run(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
-    built = time.perf_counter()
+    built, ends = time.perf_counter(), list[float]()
     outcome = run_loop(
         model,
         _training_rows(job, rejects, prepared, tokenizer),
@@ -208,7 +208,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         make_batch=make_training_batch(job, device),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
-        on_step=_report_steps(task.label, on_event),
+        on_step=_report_steps(task.label, on_event, ends),
         resume=task.resume,
         # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
         identity={
@@ -240,7 +240,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         size_bytes=size_bytes,
         phases=None
         if outcome.continued_from is not None
-        else _time_phases(run, [started, loaded, built, trained, time.perf_counter()]),
+        else _time_phases(run, [started, loaded, built, *ends[:1], trained, time.perf_counter()]),
         memory=_measure_memory(device),
         **_costs(outcome, time.perf_counter() - started, time.process_time() - started_cpu),
     )
@@ -251,12 +251,12 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
 def _time_phases(run: RunDir, marks: Sequence[float]) -> dict[str, float]:
     """Seconds by phase, as frameworks' workers tell them; what came before the first mark, the parent adds.
 
-    marks: when loading began and ended, the loop began and ended, and saving ended.
+    marks: when loading began and ended, the loop began, its first step ended, the loop ended, and saving ended.
     """
-    loading, building, training, saving = (after - before for before, after in pairwise(marks))
-    steps = [line["step_seconds"] for _, line in read_jsonl(run.steps)]
-    times = {"loading": loading, "building": building, "first step": sum(steps[:1]), "steps": sum(steps[1:])}
-    return times | {"validating": max(0.0, training - sum(steps)), "saving": saving}
+    loading, building, first, rest, saving = (after - before for before, after in pairwise(marks))
+    steps = sum(line["step_seconds"] for _, line in read_jsonl(run.steps) if line["step"] > 1)
+    times = {"loading": loading, "building": building, "first step": first, "steps": steps}
+    return times | {"validating": max(0.0, rest - steps), "saving": saving}
 
 
 def _measure_memory(device: torch.device) -> dict[str, int]:
@@ -341,8 +341,11 @@ def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:
     return lambda: summarize_scores(score_rows(model, rows))["nll"]
 
 
-def _report_steps(label: str, on_event: OnEvent) -> Any:
+def _report_steps(label: str, on_event: OnEvent, ends: list[float]) -> Any:
+    """Tell of each step; when it ended is added to `ends`, seconds."""
+
     def report(progress: Progress) -> None:
+        ends.append(time.perf_counter())
         on_event(
             Event(
                 "step",
