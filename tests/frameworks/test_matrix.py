@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.frameworks import app
 from tunesmith.core.frameworks import Matrix
-from tunesmith.frameworks.matrix import FEATURES, OWN, ask_all, make_job, render_matrix
+from tunesmith.frameworks.matrix import FEATURES, OWN, ask_all, render_matrix
 from tunesmith.frameworks.port import Reason
 from tunesmith.frameworks.ports import PORTS
 from tunesmith.job.spec import Job, LoraSpec, TrainSpec

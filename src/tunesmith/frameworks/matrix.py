@@ -144,7 +144,7 @@ def render_matrix(matrix: Matrix) -> str:
     lines = [
         "# What each framework can express",
         "",
-        "Made by `tunesmith frameworks matrix --markdown`, which asks every framework\'s adapter about a small job per row;",
+        "Made by `tunesmith frameworks matrix --markdown`, which asks every framework's adapter about a small job per row;",
         "do not edit by hand. Rows are what a job file can say; what a framework does beyond that is not in here.",
         "",
         "A dash: an arm that asks for it is refused before anything runs, and the reason is below. The framework lacks it, or",
@@ -163,5 +163,7 @@ def render_matrix(matrix: Matrix) -> str:
     for name in names:
         if missing := matrix.missing(name):
             lines += ["", f"## {matrix.frameworks[name]}", ""]
-            lines += [f"- {row.title}: {row.answers[name].finding}. {row.answers[name].cure}." for row in missing]
+            lines += [
+                f"- {row.title}: {row.answers[name].finding}. {row.answers[name].cure}." for row in missing
+            ]
     return "\n".join(lines) + "\n"

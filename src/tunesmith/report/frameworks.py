@@ -45,8 +45,9 @@ class Measured:
 
     @property
     def spread(self) -> str:
-        """`10.9 s to 11.2 s`, or "" with one process."""
-        return f"{self.show(min(self.values))} to {self.show(max(self.values))}" if len(self.values) > 1 else ""
+        """`10.9 s to 11.2 s`, or "" where it would say nothing."""
+        low, high = (self.show(edge(self.values)) if self.values else "" for edge in (min, max))
+        return f"{low} to {high}" if low != high else ""
 
     @property
     def against_ours(self) -> str:
@@ -241,8 +242,9 @@ def _hold_against_ours(group: list[FrameworkRow]) -> list[FrameworkRow]:
 
 
 def _find_best(cells: Sequence[Measured]) -> int | None:
-    """Whose slowest process is ahead of everybody else's fastest; None without enough processes to say so."""
-    if len(cells) < 2 or any(len(cell.values) < _ENOUGH for cell in cells):
+    """Whose worst process is ahead of everybody else's best; None without enough processes to say so, and for losses,
+    which have verdicts of their own."""
+    if len(cells) < 2 or not cells[0].is_ratio or any(len(cell.values) < _ENOUGH for cell in cells):
         return None
     sign = 1 if cells[0].lower_is_better else -1
     spans = [(min(sign * v for v in cell.values), max(sign * v for v in cell.values)) for cell in cells]
@@ -287,8 +289,13 @@ def _view_arm(
     ours = _find_ours(arm, comparison, trainings)
     theirs, own = trainings[arm.name], trainings[ours.name] if ours else []
     names = list(dict.fromkeys(name for t in theirs for name in t.record.phases or {} if name != "starting"))
-    phases = [(name.capitalize(), *_both(theirs, own, lambda t, n=name: t.phase(n), format_seconds)) for name in names]
-    phases.append(("Whole process", *_both(theirs, own, lambda t: t.record.wall_seconds or None, format_seconds)))
+    phases = [
+        (name.capitalize(), *_both(theirs, own, lambda t, n=name: t.phase(n), format_seconds))
+        for name in names
+    ]
+    phases.append(
+        ("Whole process", *_both(theirs, own, lambda t: t.record.wall_seconds or None, format_seconds))
+    )
     memory = [
         (name.capitalize(), *_both(theirs, own, lambda t, n=name: t.bytes(n), format_bytes))
         for name in ("allocated", "reserved", "resident")
