@@ -1,4 +1,4 @@
-"""What is gathered of frameworks for the report: harmless logs, no folder of this machine, and something of every arm."""
+"""What is gathered of frameworks for the report: harmless logs, no folder of this machine, every arm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frameworks side by side and one by one: medians with their spread, ratios to ours, nothing ranked that must not be."""
+"""Frameworks side by side, one by one: medians with their spread, ratios to ours, nothing ranked wrongly."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.frameworks import FrameworkPages
 from tunesmith.core.jsonl import read_json, read_jsonl, write_json
 from tunesmith.core.rundir import RunDir
-from tunesmith.report.frameworks import FrameworkRow, measure_rates, view_frameworks, view_pages
+from tunesmith.report.framework_pages import view_pages
+from tunesmith.report.frameworks import FrameworkRow, view_frameworks
 from tunesmith.report.page import build_page, render_report
+from tunesmith.report.trainings import measure_rates
 
 FAILED = Parity("axolotl", {}, [Gate("tokens", "FAIL", 8, 0, "rows", "other rows")])
 
@@ -157,9 +159,9 @@ def test_the_file_reads_back_equal_and_another_is_refused(compared: tuple[RunDir
     assert FrameworkPages.from_json(read_json(run.frameworks)) == make_pages()
     with pytest.raises(DataError, match=r"frameworks\.json: is of another schema"):
         FrameworkPages.from_json(make_pages().to_json() | {"schema": 2})
+    value = make_pages().to_json()
+    value["pages"] = [{key: item for key, item in value["pages"][0].items() if key != "log"}]
     with pytest.raises(DataError, match=r"pages\[0\]: has no 'log'"):
-        value = make_pages().to_json()
-        value["pages"] = [{key: item for key, item in value["pages"][0].items() if key != "log"}]
         FrameworkPages.from_json(value)
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from tunesmith.core.frameworks import Fixed
-from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.frameworks.port import Port
 
 # What the worker reads for itself: the handoff, and what it is to find in the framework's own arguments.
 _NOT_SAID = ("handoff", "expected")
 # How transformers shows any setting whose name ends in `_token`.
 _HIDDEN = re.compile(r"<[A-Z_]+_TOKEN>")
-_NOTHING = (None, "none", [], {}, "")
+_NOTHING: tuple[Any, ...] = (None, "none", [], {}, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _change_each(handoff: Handoff) -> Iterator[tuple[str, Any, Handoff]]:
             yield f"lora.{name}", value, dataclasses.replace(handoff, lora=lora)
 
 
-def _changes(value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _changes(value: Handoff | Lora) -> Iterator[tuple[str, Any, Any]]:
     for name, hint in get_type_hints(type(value)).items():
         given = getattr(value, name)
         for other in _others(given, hint):

@@ -1,4 +1,4 @@
-"""Frameworks side by side: what the same training costs in each, and a page for each with all that it was told.
+"""Frameworks side by side: what the same training costs in each.
 
 Medians over seeds, which are processes of their own, with their spread; ratios to our own engine on the same job.
 """
@@ -8,17 +8,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
 
 from tunesmith.core.comparison import ArmResult, Comparison
-from tunesmith.core.frameworks import Feature, FrameworkPage, FrameworkPages, Matrix
-from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.core.quantities import format_bytes, format_seconds
-from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir
+from tunesmith.report.trainings import OWN, Training, find_ours, read_trainings
 
-OWN = "tunesmith"
 _STARTING = ("starting", "importing", "loading", "building")
 # Fewer processes have a spread, but show too little of it to call one arm the best.
 _ENOUGH = 3
@@ -78,59 +73,9 @@ class FrameworkTable:
     groups: list[list[FrameworkRow]]
 
 
-@dataclass(frozen=True, slots=True)
-class ArmView:
-    """One arm's part of a page. phases, memory: (name, its own, our engine's)."""
-
-    page: FrameworkPage
-    phases: list[tuple[str, str, str]]
-    memory: list[tuple[str, str, str]]
-    has_ours: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FrameworkView:
-    """A framework's page. missing: finding and cure -> features that it stands behind."""
-
-    title: str
-    versions: dict[str, str]
-    num_features: int
-    missing: list[tuple[str, str, list[str]]]
-    arms: list[ArmView]
-
-    @property
-    def num_missing(self) -> int:
-        return sum(len(titles) for _, _, titles in self.missing)
-
-
-@dataclass(frozen=True, slots=True)
-class _Training:
-    """One training of an arm. job: what decides it, seed and learning rate aside. rates: trained and non-pad tokens a
-    second, None if it had one step."""
-
-    record: RunRecord
-    rates: tuple[float, float] | None
-
-    @property
-    def job(self) -> dict[str, Any]:
-        config = dict(self.record.config)
-        train = {**config.get("train", {})}
-        for name in ("seed", "learning_rate"):
-            train.pop(name, None)
-        return {**config, "train": train}
-
-    def phase(self, *names: str) -> float | None:
-        phases = self.record.phases or {}
-        found = [phases[name] for name in names if name in phases]
-        return sum(found) if found else None
-
-    def bytes(self, name: str) -> float | None:
-        return (self.record.memory or {}).get(name)
-
-
-_FIGURES: tuple[tuple[str, str, Callable[[_Training], float | None], Callable[[float], str], bool], ...] = (
-    ("Trained tokens/s", "Tokens that the loss counts, a second of training steps; start-up, the first steps, validation "
-     "and saving left out", lambda t: t.rates and t.rates[0], lambda v: f"{v:,.0f}", False),
+_FIGURES: tuple[tuple[str, str, Callable[[Training], float | None], Callable[[float], str], bool], ...] = (
+    ("Trained tokens/s", "Tokens that the loss counts, a second of training steps; without start-up, the first steps, "
+     "validation and saving", lambda t: t.rates and t.rates[0], lambda v: f"{v:,.0f}", False),
     ("Tokens/s", "All tokens but padding, a second of the same steps", lambda t: t.rates and t.rates[1],
      lambda v: f"{v:,.0f}", False),
     ("Start-up", "Imports, loading and building, before the first step", lambda t: t.phase(*_STARTING),
@@ -145,21 +90,15 @@ _FIGURES: tuple[tuple[str, str, Callable[[_Training], float | None], Callable[[f
 )  # fmt: skip
 
 
-def read_pages(folder: RunDir) -> FrameworkPages | None:
-    """`frameworks.json`, or None where no other framework was compared. Raises DataError."""
-    path = folder.frameworks
-    return FrameworkPages.from_json(read_json(path), place=str(path)) if path.is_file() else None
-
-
 def view_frameworks(folder: RunDir, comparison: Comparison) -> FrameworkTable | None:
     """Every arm that a framework trained, beside our own engine's of the same job; None where all arms are ours."""
-    trainings = _read_trainings(folder, comparison)
+    trainings = read_trainings(folder, comparison)
     foreign = [arm for arm in comparison.arms if arm.framework != OWN and arm.trained_by == arm.name]
     if not foreign:
         return None
     groups: dict[str, list[ArmResult]] = {}
     for arm in foreign:
-        ours = _find_ours(arm, comparison, trainings)
+        ours = find_ours(arm, comparison, trainings)
         groups.setdefault(ours.name if ours else f"/{arm.name}", [ours] if ours else []).append(arm)
     rows = [[_view_row(arm, comparison, trainings[arm.name]) for arm in arms] for arms in groups.values()]
     rows = [_hold_against_ours(group) for group in rows]
@@ -176,42 +115,7 @@ def view_frameworks(folder: RunDir, comparison: Comparison) -> FrameworkTable | 
     )
 
 
-def _read_trainings(folder: RunDir, comparison: Comparison) -> dict[str, list[_Training]]:
-    """Arm -> its finished trainings, in the order of seeds."""
-    found: dict[str, list[_Training]] = {}
-    for arm in comparison.arms:
-        runs = [folder.arm(arm.name, seed) for seed in comparison.record["job"]["compare"]["seeds"]]
-        found[arm.name] = [_read_training(run) for run in runs if run.record.is_file()]
-    return found
-
-
-def _read_training(run: RunDir) -> _Training:
-    record = RunRecord.from_json(read_json(run.record), place=str(run.record))
-    steps = [line for _, line in read_jsonl(run.steps)] if run.steps.is_file() else []
-    return _Training(record, measure_rates(steps))
-
-
-def measure_rates(steps: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """(trained, all) tokens a second without warm-up: the first step, of longer runs a tenth of them, at most five."""
-    counted = steps[max(1, min(5, len(steps) // 10)) :]
-    seconds = sum(step["step_seconds"] for step in counted)
-    if seconds <= 0:
-        return None
-    return tuple(sum(step[key] for step in counted) / seconds for key in ("num_target_tokens", "num_tokens"))  # type: ignore[return-value]
-
-
-def _find_ours(
-    arm: ArmResult, comparison: Comparison, trainings: dict[str, list[_Training]]
-) -> ArmResult | None:
-    """The arm of our own engine that trains the same job, or None."""
-    if not trainings[arm.name]:
-        return None
-    job = trainings[arm.name][0].job
-    own = (a for a in comparison.arms if a.framework == OWN and a.trained_by == a.name and trainings[a.name])
-    return next((a for a in own if trainings[a.name][0].job == job), None)
-
-
-def _view_row(arm: ArmResult, comparison: Comparison, trainings: Sequence[_Training]) -> FrameworkRow:
+def _view_row(arm: ArmResult, comparison: Comparison, trainings: Sequence[Training]) -> FrameworkRow:
     cells = [
         Measured(tuple(v for t in trainings if (v := read(t)) is not None), show, lower)
         for _, _, read, show, lower in _FIGURES
@@ -250,72 +154,3 @@ def _find_best(cells: Sequence[Measured]) -> int | None:
     spans = [(min(sign * v for v in cell.values), max(sign * v for v in cell.values)) for cell in cells]
     best = min(range(len(spans)), key=lambda i: spans[i][1])
     return best if all(spans[best][1] < low for i, (low, _) in enumerate(spans) if i != best) else None
-
-
-# --- pages ------------------------------------------------------------------------------------------------------------
-
-
-def view_pages(folder: RunDir, comparison: Comparison, pages: FrameworkPages) -> list[FrameworkView]:
-    """A page for each framework, in the order of the arms."""
-    trainings = _read_trainings(folder, comparison)
-    arms = {arm.name: arm for arm in comparison.arms}
-    views: dict[str, list[FrameworkPage]] = {}
-    for page in pages.pages:
-        if page.arm in arms:
-            views.setdefault(page.framework, []).append(page)
-    return [
-        FrameworkView(
-            title=shown[0].title,
-            versions=shown[0].versions,
-            num_features=len(pages.matrix.features),
-            missing=_group_missing(pages.matrix, name),
-            arms=[_view_arm(page, arms[page.arm], comparison, trainings) for page in shown],
-        )
-        for name, shown in views.items()
-    ]
-
-
-def _group_missing(matrix: Matrix, framework: str) -> list[tuple[str, str, list[str]]]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in matrix.missing(framework):
-        answer = row.answers[framework]
-        found.setdefault((answer.finding, answer.cure), []).append(row.title)
-    return [(finding, cure, titles) for (finding, cure), titles in found.items()]
-
-
-def _view_arm(
-    page: FrameworkPage, arm: ArmResult, comparison: Comparison, trainings: dict[str, list[_Training]]
-) -> ArmView:
-    ours = _find_ours(arm, comparison, trainings)
-    theirs, own = trainings[arm.name], trainings[ours.name] if ours else []
-    names = list(dict.fromkeys(name for t in theirs for name in t.record.phases or {} if name != "starting"))
-    phases = [
-        (name.capitalize(), *_both(theirs, own, lambda t, n=name: t.phase(n), format_seconds))
-        for name in names
-    ]
-    phases.append(
-        ("Whole process", *_both(theirs, own, lambda t: t.record.wall_seconds or None, format_seconds))
-    )
-    memory = [
-        (name.capitalize(), *_both(theirs, own, lambda t, n=name: t.bytes(n), format_bytes))
-        for name in ("allocated", "reserved", "resident")
-    ]
-    return ArmView(page, phases if theirs else [], memory if theirs else [], bool(own))
-
-
-def _both(
-    theirs: Sequence[_Training],
-    own: Sequence[_Training],
-    read: Callable[[_Training], float | None],
-    show: Callable[[float], str],
-) -> tuple[str, str]:
-    def median(trainings: Sequence[_Training]) -> str:
-        values = [value for training in trainings if (value := read(training)) is not None]
-        return show(statistics.median(values)) if values else "–"
-
-    return median(theirs), median(own)
-
-
-def group_features(matrix: Matrix) -> list[tuple[str, list[Feature]]]:
-    """The matrix's rows by their group."""
-    return [(group, list(rows)) for group, rows in groupby(matrix.features, key=lambda row: row.group)]

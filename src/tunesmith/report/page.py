@@ -36,7 +36,8 @@ from tunesmith.report.figures import (
     draw_trials,
     show_share,
 )
-from tunesmith.report.frameworks import group_features, read_pages, view_frameworks, view_pages
+from tunesmith.report.framework_pages import group_features, read_pages, view_pages
+from tunesmith.report.frameworks import view_frameworks
 from tunesmith.report.parity import view_parity
 from tunesmith.report.visible import make_visible
 
