@@ -146,6 +146,10 @@ def test_the_page_of_a_framework_tells_what_it_was_told(compared: tuple[RunDir, 
     assert "<script>window.hit" not in page
     (view,) = view_pages(*compared, make_pages())
     assert ("Importing", "3.00 s", "3.00 s") in view.arms[0].phases
+    assert [name for name, _, _ in view.arms[0].phases] == [
+        "Importing", "Loading", "First step", "Steps", "Saving", "Whole process",
+    ]  # fmt: skip
+    assert "Trainings may have run beside each other" in page
 
 
 def test_a_comparison_of_our_own_arms_has_none_of_it(example: tuple[RunDir, Any, Comparison]) -> None:

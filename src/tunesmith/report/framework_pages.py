@@ -14,6 +14,8 @@ from tunesmith.core.quantities import format_bytes, format_seconds
 from tunesmith.core.rundir import RunDir
 from tunesmith.report.trainings import Training, find_ours, read_trainings
 
+_PHASES = ("importing", "loading", "building", "first step", "steps", "validating", "saving")
+
 
 @dataclass(frozen=True, slots=True)
 class ArmView:
@@ -79,7 +81,8 @@ def _view_arm(
 ) -> ArmView:
     ours = find_ours(arm, comparison, trainings)
     theirs, own = trainings[arm.name], trainings[ours.name] if ours else []
-    names = list(dict.fromkeys(name for t in theirs for name in t.record.phases or {} if name != "starting"))
+    known = {name for t in (*theirs, *own) for name in t.record.phases or {}}
+    names = [name for name in _PHASES if name in known]
     phases = [
         (name.capitalize(), *_both(theirs, own, lambda t, n=name: t.phase(n), format_seconds))
         for name in names

@@ -67,10 +67,11 @@ class FrameworkRow:
 
 @dataclass(frozen=True, slots=True)
 class FrameworkTable:
-    """columns: title and hint. groups: arms of one job each, our own engine first."""
+    """columns: title and hint. groups: arms of one job each, our own engine first. alone: no two trainings ran at a time."""
 
     columns: list[tuple[str, str]]
     groups: list[list[FrameworkRow]]
+    alone: bool
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[Training], float | None], Callable[[float], str], bool], ...] = (
@@ -112,6 +113,7 @@ def view_frameworks(folder: RunDir, comparison: Comparison) -> FrameworkTable | 
     return FrameworkTable(
         [titles[number] for number in filled],
         [[replace(row, cells=[row.cells[number] for number in filled]) for row in group] for group in rows],
+        alone=comparison.record["job"]["compare"].get("parallel") == 1,
     )
 
 
