@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from test_port import HANDOFF
 
@@ -23,9 +24,11 @@ class Tiny:
         return None
 
     def translate(self, handoff: Handoff) -> Translation:
+        own: dict[str, Any] = {"compile": True} if handoff.compile else {}
         settings = {
             "handoff": handoff.to_json(),
-            "own": {
+            "own": own
+            | {
                 "rate": handoff.learning_rate,
                 "rows": [handoff.batch_rows, handoff.micro_rows],
                 "pack": False,
@@ -42,6 +45,7 @@ def test_a_setting_says_what_it_moves_with() -> None:
         "batch_rows": {"own.rows": "[16, 4]"},
         "micro_rows": {"own.rows": "[16, 4]"},
         "learning_rate": {"own.rate": "0.0003"},
+        "compile": {"own.compile": "(not said)"},
     }
     assert saying.told == {"own.pack": "false"}
 

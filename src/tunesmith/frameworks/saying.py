@@ -20,6 +20,7 @@ from tunesmith.frameworks.port import Port
 _NOT_SAID = ("handoff", "expected")
 # How transformers shows any setting whose name ends in `_token`.
 _HIDDEN = re.compile(r"<[A-Z_]+_TOKEN>")
+_ABSENT = object()
 _NOTHING: tuple[Any, ...] = (None, "none", [], {}, "")
 
 
@@ -40,7 +41,12 @@ def describe_saying(port: Port, handoff: Handoff, resolved: Mapping[str, Any]) -
     for name, value, other in _change_each(handoff):
         changed, _ = _read_settings(port, other)
         _, follow = moved.setdefault(name, (value, {}))
-        follow |= {key: show_value(item) for key, item in said.items() if changed.get(key, _NOTHING) != item}
+        # A setting may be said only where the job asks for it.
+        follow |= {
+            key: show_value(said[key]) if key in said else "(not said)"
+            for key in (*said, *changed)
+            if said.get(key, _ABSENT) != changed.get(key, _ABSENT)
+        }
     fixed = [Fixed(name, show_value(value), follow) for name, (value, follow) in moved.items() if follow]
     follows = {key for each in fixed for key in each.said}
     used = flatten(resolved)

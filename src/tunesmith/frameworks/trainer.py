@@ -26,8 +26,8 @@ def _can_train(job: Job, title: str) -> Reason | None:
         cure = "Set train.optimizer: adamw"
         return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
     if train.optimizer_in_backward:
-        finding = f"{title} updates weights when all gradients are there"
-        return Reason("train.optimizer_in_backward", finding, "Leave train.optimizer_in_backward out")
+        cure = "Leave train.optimizer_in_backward out"
+        return Reason("train.optimizer_in_backward", f"{title} keeps gradients until the step's end", cure)
     if train.memory_limit != "auto":
         return Reason("train.memory_limit", f"{title} cannot be held to one", "Leave train.memory_limit out")
     if train.trackers:

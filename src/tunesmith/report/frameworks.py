@@ -67,7 +67,7 @@ class FrameworkRow:
 
 @dataclass(frozen=True, slots=True)
 class FrameworkTable:
-    """columns: title and hint. groups: arms of one job each, our own engine first. alone: no two trainings ran at a time."""
+    """columns: title and hint. groups: arms of one job each, our own engine first. alone: one training at a time."""
 
     columns: list[tuple[str, str]]
     groups: list[list[FrameworkRow]]
