@@ -17,6 +17,7 @@ from tunesmith.api.foreign import run_foreign
 from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
 from tunesmith.core.errors import ArmFailed, JobError, SetupError
 from tunesmith.core.events import Event
+from tunesmith.core.frameworks import FrameworkPages
 from tunesmith.core.jsonl import read_json
 from tunesmith.core.records import EnvironmentRecord
 from tunesmith.frameworks.environments import open_environment
@@ -140,6 +141,18 @@ def test_the_other_arms_go_on_and_the_report_tells_of_the_failure(said: tuple[Pa
     assert "nll" in public["arms"][0]["metrics"]
     assert not (out / "arms" / "lora-axolotl" / "seed-0" / "run.json").exists()
     assert any("lora-axolotl" in text for text in public["warnings"])
+
+
+def test_each_framework_has_a_page_with_the_end_of_its_log(said: tuple[Path, list[Event]]) -> None:
+    out, _ = said
+    pages = FrameworkPages.from_json(read_json(out / "frameworks.json")).pages
+    assert [page.framework for page in pages] == ["llamafactory", "axolotl", "unsloth"]
+    for page in pages:
+        assert "what a framework says of itself" in page.log
+        assert str(out) not in json.dumps(read_json(out / "frameworks.json"))
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "not ranked: no result" in report
+    assert "what a framework says of itself" in report
 
 
 def test_an_interrupted_run_leaves_no_result_and_is_run_again(

@@ -50,6 +50,7 @@ def test_our_own_trainings_cost_what_the_parent_saw(
     run = RunRecord(
         status="done", method="lora", framework="tunesmith", model="m", seed=0, config={}, fingerprints={}, versions={},
         hardware=hardware, wall_seconds=10.0, cpu_seconds=30.0, peak_bytes=500,
+        phases={"loading": 1.0, "first step": 4.0, "steps": 5.0}, memory={"resident": 450},
     )  # fmt: skip
     write_json(tmp_path / "run.json", run.to_json())
 
@@ -57,3 +58,6 @@ def test_our_own_trainings_cost_what_the_parent_saw(
 
     found = RunRecord.from_json(read_json(tmp_path / "run.json"))
     assert (found.wall_seconds, found.cpu_seconds, found.peak_bytes) == (12.0, 30.0, peak_bytes)
+    # What the worker did not see of itself is Python's start and the imports.
+    assert found.phases == {"importing": 2.0, "loading": 1.0, "first step": 4.0, "steps": 5.0}
+    assert found.memory == {"resident": 900}

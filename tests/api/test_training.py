@@ -117,6 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert "saved" in rest
     record = tunesmith.train(values, out=tmp_path / "cut")
     assert record.steps == 6
+    assert record.phases is None  # the first process took some of them with it
     same = [
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
     ]
@@ -163,6 +164,36 @@ def test_the_record_holds_what_a_rerun_needs(tmp_path: Path) -> None:
     assert record["hardware"]["cores"] >= 1
     assert record["wall_seconds"] > 0 < record["cpu_seconds"]
     assert record["size_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_the_phases_of_a_training_add_up_to_it(tmp_path: Path) -> None:
+    record = tunesmith.train(job(evaluate_every=1), out=tmp_path)
+
+    phases = record.phases
+    assert phases is not None
+    assert list(phases) == ["loading", "building", "first step", "steps", "validating", "saving"]
+    assert min(phases.values()) > 0
+    assert sum(phases.values()) == pytest.approx(record.wall_seconds, abs=0.5)
+    # The steps' own clocks, without the validation between them.
+    steps = [row["step_seconds"] for _, row in read_jsonl(tmp_path / "steps.jsonl")]
+    assert phases["steps"] == pytest.approx(sum(steps[1:]))
+    assert phases["first step"] >= steps[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_training_tells_its_memory_peaks(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory = tunesmith.train(job(), out=tmp_path).memory
+
+    assert memory is not None
+    assert memory["resident"] > 100 << 20
+    if device == "cuda":
+        assert memory["reserved"] >= memory["allocated"] > 0
+    else:
+        assert list(memory) == ["resident"]
 
 
 def test_new_tokens_are_trained_saved_and_loaded_by_peft(tmp_path: Path) -> None:

@@ -79,6 +79,10 @@ def test_a_handoff_of_another_kind_is_refused_by_field() -> None:
         ({"method": {"name": "lora", "new_tokens": ["<x>"]}}, "new_tokens"),
         ({"method": {"name": "lora", "dora": True}, "train": {"weight_decay": 0.1}}, "dora"),
         ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        (
+            {"method": "full", "train": {"optimizer_in_backward": True, "clip_norm": None}},
+            "train.optimizer_in_backward",
+        ),
         ({"train": {"memory_limit": "10GiB"}}, "train.memory_limit"),
         (
             {"method": "full", "train": {"optimizer_in_backward": True, "clip_norm": None}},

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.comparing.plan import PlannedArm, plan_arms
+from tunesmith.comparing.plan import PlannedArm, job_of_arm, plan_arms
+from tunesmith.core.frameworks import Answer, Feature, Fixed, FrameworkPage, FrameworkPages, Matrix
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord, RunRecord, StepRecord
 from tunesmith.core.rundir import RunDir
@@ -101,7 +102,7 @@ def write_example(
     *,
     num_rows: int = 300,
     num_clusters: int = 60,
-    arms: list[str] | None = None,
+    arms: list[Any] | None = None,
     seeds: list[int] | None = None,
     metric: str = "exact_match",
     trials: int = 5,
@@ -133,13 +134,52 @@ def write_example(
     return run_dir, job
 
 
+FOREIGN_ARMS: list[Any] = [
+    "zero-shot",
+    "lora",
+    "full",
+    *({"method": "lora", "framework": name} for name in ("trl", "axolotl")),
+    {"method": "full", "framework": "trl"},
+]
+
+
+def make_pages() -> FrameworkPages:
+    """What the parent of all workers would have gathered of `lora-trl`: made up, its log hostile."""
+    matrix = Matrix(
+        {"tunesmith": "Tunesmith", "trl": "TRL and PEFT"},
+        (
+            Feature("Method", "LoRA", "method: lora", {"tunesmith": Answer(), "trl": Answer()}),
+            Feature(
+                "Method",
+                "QLoRA",
+                "method: qlora",
+                {"tunesmith": Answer(), "trl": Answer("its base is another", "Use lora")},
+            ),
+        ),
+    )
+    page = FrameworkPage(
+        arm="lora-trl",
+        framework="trl",
+        title="TRL and PEFT",
+        versions={"trl": "1.16.0", "torch": "2.13.0"},
+        fixed=(Fixed("clip_norm", "0.5", {"sft.max_grad_norm": "0.5"}),),
+        told={"sft.packing": "false"},
+        altered={"loss_type": ("chunked_nll", "nll")},
+        defaults={"arguments.eval_delay": "0"},
+        warnings=("a warning of its own",),
+        log="first line\n<script>window.hit = 1</script>\n" + "x" * 400,
+        log_file="arms/lora-trl/seed-0/lora-trl-seed-0.log",
+    )
+    return FrameworkPages(matrix, (page,))
+
+
 def _skill(arm: PlannedArm) -> Skill:
     return SKILLS.get(arm.name, SKILLS["lora" if arm.kind == "trained" else "few-shot"])
 
 
 def _write_training(folder: RunDir, arm: PlannedArm, seed: int, job: Job) -> None:
     skill, draw = _skill(arm), random.Random(f"{arm.name}-{seed}")
-    steps, seconds = 300, skill.train_seconds * draw.uniform(0.96, 1.05)
+    steps, seconds = 300, skill.train_seconds * _slowness(arm) * draw.uniform(0.96, 1.05)
     records: list[StepRecord] = []
     for step in range(1, steps + 1):
         clean = skill.nll * 0.9 + 1.9 * math.exp(-step / 28) + 0.12 * math.exp(-step / 150)
@@ -164,21 +204,26 @@ def _write_training(folder: RunDir, arm: PlannedArm, seed: int, job: Job) -> Non
     write_json(folder.record, _make_run(arm, seed, job, seconds, records[-1].validation_loss).to_json())
 
 
+def _slowness(arm: PlannedArm) -> float:
+    """Other frameworks take longer than our own engine."""
+    return {"tunesmith": 1.0, "trl": 1.8}.get(arm.framework, 1.4)
+
+
 def _make_run(arm: PlannedArm, seed: int, job: Job, seconds: float, validation: float | None) -> RunRecord:
     skill = _skill(arm)
     assert arm.method is not None
     return RunRecord(
         status="done",
         method=arm.method.name,
-        framework="tunesmith",
+        framework=arm.framework,
         model="tunesmith/tiny",
         seed=seed,
-        config=job.model_dump(mode="json"),
+        config=job_of_arm(job, arm, seed=seed).model_dump(mode="json", exclude={"compare", "evaluate"}),
         fingerprints={
             "train": "9c1f" * 16, "validation": "17aa" * 16, "test": "5be2" * 16,
             "template": "c0de" * 16, "model": "feed" * 16, "code": "ab12" * 16,
         },
-        versions={"python": "3.11.7", "torch": "2.13.0+cpu", "tunesmith": "0.1.0", "numpy": "2.4.6"},
+        versions={"python": "3.11.7", "torch": "2.13.0+cpu", "numpy": "2.4.6", arm.framework: "0.1.0"},
         hardware={"machine": "x86_64", "cpu": "Example CPU (synthetic record)", "cores": 2, "threads": 1},
         learning_rate=skill.rate,
         steps=300,
@@ -186,7 +231,9 @@ def _make_run(arm: PlannedArm, seed: int, job: Job, seconds: float, validation: 
         total_parameters=4_030_000,
         train_tokens=1_230_000,
         target_tokens=312_000,
-        wall_seconds=seconds,
+        wall_seconds=seconds + 5,
+        phases={"importing": 3.0, "loading": 0.8, "first step": 0.7, "steps": seconds - 0.2, "saving": 0.1},
+        memory={"resident": int(skill.peak_megabytes * 1e6 * _slowness(arm))},
         cpu_seconds=seconds * 1.02,
         peak_bytes=int(skill.peak_megabytes * 1e6),
         size_bytes=int(skill.megabytes * 1e6),

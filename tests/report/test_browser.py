@@ -13,7 +13,7 @@ import pytest
 
 from tunesmith.comparing.result import compare_run
 from tunesmith.core.comparison import Comparison
-from tunesmith.core.jsonl import read_jsonl, write_jsonl
+from tunesmith.core.jsonl import read_jsonl, write_json, write_jsonl
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
 from tunesmith.report.page import render_report
@@ -78,6 +78,34 @@ def test_it_opens_without_a_complaint_a_request_or_a_sideways_scroll(
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(20, 23, 27)" if dark else "rgb(251, 251, 250)")
+
+
+@pytest.fixture(scope="module")
+def foreign(
+    tmp_path_factory: pytest.TempPathFactory, write_example: Callable[..., tuple[RunDir, Job]]
+) -> Path:
+    """A report with other frameworks in it."""
+    make = load("make_example")
+    folder = tmp_path_factory.mktemp("foreign")
+    run_dir, job = write_example(folder, num_rows=12, num_clusters=6, arms=make.FOREIGN_ARMS, trials=0)
+    write_json(run_dir.frameworks, make.make_pages().to_json())
+    compare_run(run_dir, job)
+    return render_report(run_dir)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_of_frameworks_open_without_overflowing_and_run_nothing_of_a_log(
+    tab: Any, foreign: Path, width: int, dark: bool
+) -> None:
+    tab.open(foreign, width=width, dark=dark)
+    tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("document.querySelectorAll('#frameworks tbody tr').length") == 5
+    assert tab.evaluate("document.querySelector('pre.log').textContent").startswith("first line\n<script>")
+    assert tab.evaluate("typeof window.hit") == "undefined"
+    assert tab.complaints() == []
+    assert tab.requests() == [foreign.resolve().as_uri()]
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tunesmith.api.foreign import describe_framework
 from tunesmith.api.opening import open_job, open_run, writing_to
+from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
@@ -69,6 +70,7 @@ def compare(
         failures = comparing.run_all(arms)
         parity = comparing.judge_first_steps([arm for arm in arms if arm.name not in failures])
         comparison = compare_run(run, job, failures=failures, parity=parity)
+        write_pages(run, arms)
         render_report(run)
     return comparison
 
@@ -84,7 +86,10 @@ def report(run: str | Path) -> Comparison:
     if not folder.job.is_file():
         raise RunDirError(str(run), "holds no comparison", cure="Give the --out folder of: tunesmith compare")
     with writing_to(folder):
-        comparison = compare_run(folder, Job.model_validate(read_json(folder.job)))
+        job = Job.model_validate(read_json(folder.job))
+        comparison = compare_run(folder, job)
+        if not folder.frameworks.is_file():
+            write_pages(folder, plan_arms(job))
         render_report(folder)
     return comparison
 

@@ -104,7 +104,13 @@ def adopt_costs(path: Path, use: ProcessUse) -> None:
         "cpu_seconds": max(record.cpu_seconds, use.cpu_seconds),
         "peak_bytes": peak,
     }
-    write_json(path, replace(record, **costs).to_json())
+    phases, memory = record.phases, record.memory
+    if phases:
+        # What the worker could not see of itself: Python's start, imports, and its end.
+        phases = {"importing": max(0.0, use.wall_seconds - record.wall_seconds), **phases}
+    if memory:
+        memory = {**memory, "resident": max(memory["resident"], use.peak_bytes)}
+    write_json(path, replace(record, **costs, phases=phases, memory=memory).to_json())
 
 
 def _serialise(on_event: OnEvent) -> OnEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -28,7 +29,7 @@ from tunesmith.core.fingerprint import (
     hash_json,
     hash_text,
 )
-from tunesmith.core.jsonl import read_json, read_settings, write_json
+from tunesmith.core.jsonl import read_json, read_jsonl, read_settings, write_json
 from tunesmith.core.quantities import format_number
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
@@ -43,6 +44,8 @@ from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.training.schedule import auto_learning_rate
 
 if TYPE_CHECKING:
+    import torch
+
     from tunesmith.models.causal_lm import CausalLM
     from tunesmith.training.loop import Progress, TrainOutcome
 
@@ -187,6 +190,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     if fp8_check:
         fp8_check.tell(label=task.label, on_event=on_event)
+    loaded = time.perf_counter()
     set_up_segments(model, job, prepared, device)
     planner, warning = make_planner(model, job, training_lengths(job, prepared), device)
     if warning:
@@ -195,6 +199,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     rate = resolve_learning_rate(job, Path(task.model_folder))
     fingerprints = fingerprint_run(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
+    built, ends = time.perf_counter(), list[float]()
     outcome = run_loop(
         model,
         _training_rows(job, rejects, prepared, tokenizer),
@@ -203,7 +208,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         make_batch=make_training_batch(job, device),
         loss=sft_loss,
         evaluate=_validation_loss(model, prepared),
-        on_step=_report_steps(task.label, on_event),
+        on_step=_report_steps(task.label, on_event, ends),
         resume=task.resume,
         # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
         identity={
@@ -213,6 +218,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         planner=planner,
         record_graphs=records_graphs(model, device),
     )
+    trained = time.perf_counter()
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"
         outcome.warnings.append(text)
@@ -232,10 +238,38 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
         total_parameters=count_parameters(model).total,
         fp8_check=fp8_check.to_json() if fp8_check else None,
         size_bytes=size_bytes,
+        phases=None
+        if outcome.continued_from is not None
+        else _time_phases(run, [started, loaded, built, *ends[:1], trained, time.perf_counter()]),
+        memory=_measure_memory(device),
         **_costs(outcome, time.perf_counter() - started, time.process_time() - started_cpu),
     )
     write_json(run.record, record.to_json())
     return record
+
+
+def _time_phases(run: RunDir, marks: Sequence[float]) -> dict[str, float]:
+    """Seconds by phase, as frameworks' workers tell them; what came before the first mark, the parent adds.
+
+    marks: when loading began and ended, the loop began, its first step ended, the loop ended, and saving ended.
+    """
+    loading, building, first, rest, saving = (after - before for before, after in pairwise(marks))
+    steps = sum(line["step_seconds"] for _, line in read_jsonl(run.steps) if line["step"] > 1)
+    times = {"loading": loading, "building": building, "first step": first, "steps": steps}
+    return times | {"validating": max(0.0, rest - steps), "saving": saving}
+
+
+def _measure_memory(device: torch.device) -> dict[str, int]:
+    """The three peaks of this process, in bytes, by the names that frameworks' workers give them."""
+    import torch
+
+    from tunesmith.training.meter import peak_bytes
+
+    peaks = {"resident": peak_bytes(torch.device("cpu"))}
+    if device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(device)
+        peaks |= {"allocated": peak_bytes(device), "reserved": reserved}
+    return peaks
 
 
 def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
@@ -307,8 +341,11 @@ def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:
     return lambda: summarize_scores(score_rows(model, rows))["nll"]
 
 
-def _report_steps(label: str, on_event: OnEvent) -> Any:
+def _report_steps(label: str, on_event: OnEvent, ends: list[float]) -> Any:
+    """Tell of each step; when it ended is added to `ends`, seconds."""
+
     def report(progress: Progress) -> None:
+        ends.append(time.perf_counter())
         on_event(
             Event(
                 "step",

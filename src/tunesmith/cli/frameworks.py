@@ -10,6 +10,7 @@ from tunesmith.core.errors import SetupError
 from tunesmith.core.jsonl import dump_json
 
 if TYPE_CHECKING:
+    from tunesmith.core.frameworks import Matrix
     from tunesmith.core.records import EnvironmentRecord
     from tunesmith.frameworks.doctor import Diagnosis
 
@@ -153,6 +154,51 @@ def doctor(
         for each in found:
             _print_diagnosis(each)
     raise typer.Exit(0 if all(each.ok for each in found) else 1)
+
+
+@app.command()
+def matrix(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/frameworks-matrix.md.")] = False,
+) -> None:
+    """Show what each framework can express of what a job can say, and why not. Nothing need be installed."""
+    from tunesmith.core.frameworks import SCHEMA
+    from tunesmith.frameworks.matrix import ask_all, render_matrix
+
+    asked = ask_all()
+    if as_json:
+        print(dump_json({"schema": SCHEMA, **asked.public_json()}))
+    elif markdown:
+        print(render_matrix(asked), end="")
+    else:
+        _print_matrix(asked)
+
+
+def _print_matrix(asked: Matrix) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from tunesmith.cli.console import open_console, style_text
+
+    console, group = open_console(), ""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in asked.frameworks:
+        table.add_column(name, justify="center")
+    for row in asked.features:
+        if row.group != group:
+            group = row.group
+            table.add_row(style_text((group, "bold")))
+        marks = (("yes", "green") if row.answers[name].can else ("–", "dim") for name in asked.frameworks)
+        table.add_row(f"  {row.title}", *map(style_text, marks))
+    console.print(table)
+    for name in asked.frameworks:
+        # One finding often stands behind several rows.
+        reasons: dict[str, list[str]] = {}
+        for row in asked.missing(name):
+            reasons.setdefault(row.answers[name].finding, []).append(row.title)
+        for finding, titles in reasons.items():
+            console.print(style_text((f"{name}  ", "bold"), finding, (f"  ({'; '.join(titles)})", "dim")))
 
 
 def _print_record(record: EnvironmentRecord) -> None:

@@ -118,9 +118,9 @@ class RunRecord(_Record):
     fp8_check:    with products in fp8, the base's loss on the first step's rows: `reference_loss` without and
                   `fp8_loss` with fp8, nats per target token, and the relative `difference`.
     micro_batch_tokens: most tokens of a forward pass, as the run ended.
-    phases:       of a framework, seconds of `importing`, `loading`, `building`, `first step`, `steps`,
-                  `validating`, `saving`.
-    memory:       of a framework, its peaks in bytes: `allocated` and `reserved` on a GPU, `resident` in any case.
+    phases:       seconds of `importing`, `loading`, `building`, `first step`, `steps`, `validating` (of our own engine
+                  with its checkpoints), `saving`; None after an interruption.
+    memory:       peaks in bytes: `allocated` and `reserved` on a GPU, `resident` in any case.
     memory_plan:  on a GPU, what was kept of each block and why: `budget_tokens`, `levels`, `limit_bytes`, predicted
                   `parts` and `peak_bytes`, and the `probe` that corrected them.
     """

@@ -10,7 +10,7 @@ DIR/
   adapter/ or model/  what was trained, in PEFT or HF format
   handoff/, framework/ what a framework was handed, and what is its own; parity.json: what it did in its first steps
   eval.json, answers.jsonl; harness.json for lm-eval's tasks
-  comparison.json, gates.json (which arms were shown to do the same work); report.html
+  comparison.json, gates.json (which arms were shown to do the same work), frameworks.json; report.html
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ class RunDir:
     def gates(self) -> Path:
         return self.root / "gates.json"
 
+    @property
+    def frameworks(self) -> Path:
+        return self.root / "frameworks.json"
+
     def clear(self) -> None:
         """Delete what runs and comparisons write here, and nothing else."""
         names = ("prepared", "checkpoints", "adapter", "model", "arms", "job.json", "run.json", "steps.jsonl")
@@ -129,6 +133,7 @@ class RunDir:
             "rejected_stream_rows.jsonl",
             "comparison.json",
             "gates.json",
+            "frameworks.json",
             "report.html",
         )
         for path in (self.root / name for name in names):

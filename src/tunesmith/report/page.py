@@ -36,6 +36,8 @@ from tunesmith.report.figures import (
     draw_trials,
     show_share,
 )
+from tunesmith.report.framework_pages import group_features, read_pages, view_pages
+from tunesmith.report.frameworks import view_frameworks
 from tunesmith.report.parity import view_parity
 from tunesmith.report.visible import make_visible
 
@@ -59,6 +61,7 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
     """The whole page as text. Reads answers and steps from the arms' folders."""
     answers = read_all_answers(folder, comparison)
     row_metric = choose_row_metric(comparison, answers)
+    pages = read_pages(folder)
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = (_FOLDER / "filter.js").read_text(encoding="utf-8")
     return _template().render(
@@ -66,6 +69,10 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
         arms=list(enumerate(comparison.arms)),
         facts=_list_facts(comparison),
         parity=view_parity(comparison),
+        frameworks=view_frameworks(folder, comparison),
+        pages=view_pages(folder, comparison, pages) if pages else [],
+        matrix=pages.matrix if pages else None,
+        features=group_features(pages.matrix) if pages else [],
         quality=draw_quality(comparison),
         gain=draw_gain(comparison),
         costs=draw_costs(comparison),
