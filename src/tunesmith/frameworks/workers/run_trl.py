@@ -11,6 +11,7 @@ def work(run: Run) -> None:
     run.enter("importing")
     import datasets
     import hf
+    import native
     import peft
     import torch
     import transformers
@@ -23,12 +24,15 @@ def work(run: Run) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         handoff["model"], dtype=getattr(torch, settings["weights"]), attn_implementation="sdpa"
     )
-    rows = datasets.Dataset.from_list(hf.read_rows(handoff["rows"]))
+    if raw := handoff.get("raw"):
+        rows = native.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
+    else:
+        rows = hf.read_rows(handoff["rows"])
     run.enter("building")
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**hf.leave_out_unknown(trl.SFTConfig, settings["sft"])),
-        train_dataset=rows,
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(handoff["model"]),
         peft_config=peft.LoraConfig(**settings["lora"]) if settings["lora"] else None,
     )
