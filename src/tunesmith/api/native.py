@@ -24,7 +24,7 @@ from tunesmith.job.spec import Job
 
 
 def check_native(name: str, job: Job, prepared: Prepared, base: Path, *, place: str) -> None:
-    """Raise JobError if a framework cannot be told to prepare the job's training rows as the job says. place: the arm."""
+    """Raise JobError if a framework cannot be told to prepare the training rows as the job says. place: the arm."""
     port = find_port(name, place=place)
     if not isinstance(port, NativePort):
         raise JobError(
@@ -56,12 +56,12 @@ def describe_raw(job: Job, prepared: Prepared, base: Path, *, report: Path) -> R
     path = prepared.folder / f"raw-train-{prepared.fingerprints['train_sha256'][:16]}.jsonl"
     if not path.is_file():
         write_jsonl(path, map(show_raw, conversations))
-    kinds = {conversation.kind for conversation in conversations}
+    kinds = sorted({conversation.kind for conversation in conversations})
     tokenizer = load_job_tokenizer(job, base)
-    template = Renderer(tokenizer, job.data).template if kinds == {"chat"} else None
+    template = Renderer(tokenizer, job.data).template if kinds == ["chat"] else None
     return RawRows(
         rows=str(path.absolute()),
-        kind=kinds.pop() if len(kinds) == 1 else "several kinds",
+        kind=kinds[0] if len(kinds) == 1 else "several kinds",
         trains=_name_trained(conversations),
         max_tokens=job.data.max_tokens,
         stop_token=tokenizer.eos_token or "",

@@ -205,10 +205,11 @@ def _shorten(ids: Sequence[int], rules: Rules) -> str:
 def _tell(framework: str, rows: int, same: int, extra: int, kinds: Sequence[NativeKind]) -> str:
     if same == rows:
         return f"{framework} makes the same tokens and labels of all {_count(rows, 'row')}"
-    differ = f"{rows - same:,} of {_count(rows, 'row')}"
-    head = f"{framework} trains as many tokens as we do, and {differ} differ"
+    differ = f"{rows - same:,} of {_count(rows, 'row')} {'differs' if rows - same == 1 else 'differ'}"
+    head = f"{framework} trains as many tokens as we do, and {differ}"
     if extra:
-        head = f"{framework} trains {_count(abs(extra), f'{"more" if extra > 0 else "fewer"} token')}; {differ} differ"
+        more = "more token" if extra > 0 else "fewer token"
+        head = f"{framework} trains {_count(abs(extra), more)}; {differ}"
     clauses = [
         KINDS[kind.name][1].format(rows=_count(kind.rows, "row"), tokens=_count(kind.tokens, "token"))
         for kind in kinds
