@@ -128,7 +128,8 @@ def test_the_sentence_counts_over_all_rows_and_examples_stop_at_five() -> None:
 
     # Rows 0 and 8 are the same, 9 is not there: 7 rows have 4 tokens more, one has all of its 4 fewer.
     assert found.says == (
-        "trl trains 24 more tokens; 8 of 10 rows differ: it leaves out 1 row; it trains 28 tokens of the prompt in 7 rows"
+        "trl trains 24 more tokens; 8 of 10 rows differ: it leaves out 1 row; "
+        "it trains 28 tokens of the prompt in 7 rows"
     )
     assert (found.same_rows, found.targets, found.their_targets, found.their_tokens) == (2, 40, 64, 81)
     examples = found.kinds[1].examples

@@ -56,12 +56,12 @@ def describe_raw(job: Job, prepared: Prepared, base: Path, *, report: Path) -> R
     path = prepared.folder / f"raw-train-{prepared.fingerprints['train_sha256'][:16]}.jsonl"
     if not path.is_file():
         write_jsonl(path, map(show_raw, conversations))
-    kinds = sorted({conversation.kind for conversation in conversations})
+    kinds = {conversation.kind for conversation in conversations}
     tokenizer = load_job_tokenizer(job, base)
-    template = Renderer(tokenizer, job.data).template if kinds == ["chat"] else None
+    template = Renderer(tokenizer, job.data).template if kinds == {"chat"} else None
     return RawRows(
         rows=str(path.absolute()),
-        kind=kinds[0] if len(kinds) == 1 else "several kinds",
+        kind=conversations[0].kind if len(kinds) == 1 else "several kinds",
         trains=_name_trained(conversations),
         max_tokens=job.data.max_tokens,
         stop_token=tokenizer.eos_token or "",

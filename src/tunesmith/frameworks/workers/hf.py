@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from capture import IGNORED, Capture, saved_name
-from native import keep_order, write_made
+from raw_rows import keep_order, write_made
 from safetensors.torch import load_file
 from validation import measure_loss
 from worker import Failure, Run, peak_resident_bytes, write_json

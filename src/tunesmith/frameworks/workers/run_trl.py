@@ -11,8 +11,8 @@ def work(run: Run) -> None:
     run.enter("importing")
     import datasets
     import hf
-    import native
     import peft
+    import raw_rows
     import torch
     import transformers
     import trl
@@ -25,7 +25,7 @@ def work(run: Run) -> None:
         handoff["model"], dtype=getattr(torch, settings["weights"]), attn_implementation="sdpa"
     )
     if raw := handoff.get("raw"):
-        rows = native.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
+        rows = raw_rows.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
     else:
         rows = hf.read_rows(handoff["rows"])
     run.enter("building")
