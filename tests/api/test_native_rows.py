@@ -129,7 +129,7 @@ def test_a_framework_without_a_native_track_is_refused(
     class Plain:
         name, can, translate = "axolotl", Trl.can, Trl.translate
 
-    monkeypatch.setitem(PORTS, "axolotl", Plain())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(PORTS, "axolotl", Plain())
     job, data = prepared(tmp_path, [chat(word) for word in WORDS])
 
     with pytest.raises(JobError, match="axolotl's own preprocessing cannot be compared yet"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def test_an_end_that_the_template_does_not_mark_is_not_trained(tmp_path: Path) -
     # From files alone, the same is said again.
     assert api.report(tmp_path / "out").native == comparison.native
     assert "does not train the stop token" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_all_answers_of_a_conversation_are_trained_where_the_template_marks_them(tmp_path: Path) -> None:
+    inside = MARKED.replace("{% endgeneration %}{{- '<|end|>' -}}", "{{- '<|end|>' -}}{% endgeneration %}")
+    assert inside != MARKED
+    (tmp_path / "inside.jinja").write_text(inside, encoding="utf-8")
+    turns = [row["messages"] for row in read_tickets(28)]
+    rows = [{"messages": [*a, *b[1:]]} for a, b in zip(turns[::2], turns[1::2], strict=True)]
+    comparison = compare(tmp_path, rows, template=str(tmp_path / "inside.jinja"), max_tokens=2048)
+
+    assert kinds(comparison) == {}
+    assert comparison.native[ARM].rows >= 10
+    for _, mask, _, labels in read_both(tmp_path):
+        assert [label != -100 for label in labels] == list(map(bool, mask))
+        assert sum(b > a for a, b in itertools.pairwise(mask)) == 2
+    assert gates(comparison)["tokens"] == "PASS"
 
 
 class Short(Trl):

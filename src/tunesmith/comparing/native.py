@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "cut end": ("Cut at the end", "cuts {tokens} from the end of {rows}"),
     "cut start": ("Cut at the start", "cuts {tokens} from the start of {rows}"),
     "not cut": ("Not cut where ours is", "keeps {tokens} that we cut from {rows}"),
-    "extra bos": ("BOS more", "begins {rows} with {tokens} of BOS more"),
+    "extra bos": ("BOS more", "begins {rows} with a BOS too many"),
     "missing bos": ("BOS missing", "begins {rows} without BOS"),
     "missing stop": ("Stop token missing", "ends {rows} without the stop token"),
     "untrained stop": ("Stop token not trained", "does not train the stop token in {rows}"),
