@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tunesmith.core.fingerprint import hash_row
+from tunesmith.core.jsonl import read_jsonl
 from tunesmith.frameworks.port import WORKERS
 
 
@@ -153,3 +154,62 @@ def test_a_base_is_handed_in_another_dtype_without_a_copy_of_its_weights(
     config = json.loads((scratch / "base" / "config.json").read_text())
     assert config == {"hidden_size": 8, "dtype": "float32", "torch_dtype": "float32"}
     assert (scratch / "base" / "model.safetensors").resolve() == base / "model.safetensors"
+
+
+# --- the native track -------------------------------------------------------------------------------------------------
+
+
+class Rows(list[dict[str, Any]]):
+    """As a data set of `datasets`: rows by place, a column by name."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0])
+
+    def __getitem__(self, key: Any) -> Any:
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def test_rows_that_were_left_out_are_passed_over_and_steps_cut_anew(hf: Any) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+    trainer = SimpleNamespace(train_dataset=Rows({"tunesmith_row": number} for number in (4, 0, 2, 3)))
+
+    # Row 1 is gone; rows 4, 0, 2, 3 lie at places 0 to 3.
+    assert raw_rows.keep_order(trainer, [[[3, 1], [0, 4], [2]]], batch_rows=2) == [[[3, 1], [0, 2]]]
+
+
+def test_where_no_row_was_left_out_the_order_is_ours(hf: Any) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+    order = [[[2, 0], [1]], [[1, 0], [2]]]
+
+    assert raw_rows.keep_order(SimpleNamespace(train_dataset=[{}, {}, {}]), order, batch_rows=2) == order
+
+
+def test_rows_without_numbers_that_are_fewer_cannot_be_told_apart(hf: Any) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+
+    with pytest.raises(Exception, match="made 2 rows of 3, and does not say of which"):
+        raw_rows.keep_order(SimpleNamespace(train_dataset=[{}, {}]), [[[2, 0], [1]]], batch_rows=2)
+
+
+def test_what_the_collator_makes_is_written_by_row_without_padding(hf: Any, tmp_path: Path) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+    torch = importlib.import_module("torch")
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        (row,) = rows
+        assert row.keys() == {"input_ids"}
+        ids = [0, *row["input_ids"]]
+        seen, labels = [0, *[1] * len(row["input_ids"])], [-100, -100, *row["input_ids"][1:]]
+        return {
+            name: torch.tensor([value])
+            for name, value in (("input_ids", ids), ("attention_mask", seen), ("labels", labels))
+        }
+
+    rows = Rows([{"tunesmith_row": 1, "input_ids": [7, 8]}, {"tunesmith_row": 0, "input_ids": [5, 6]}])
+    raw_rows.write_made(SimpleNamespace(train_dataset=rows, data_collator=collate), str(tmp_path / "x.jsonl"))
+
+    assert [value for _, value in read_jsonl(tmp_path / "x.jsonl")] == [
+        {"row": 0, "input_ids": [5, 6], "labels": [-100, 6]},
+        {"row": 1, "input_ids": [7, 8], "labels": [-100, 8]},
+    ]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.api.foreign import describe_framework
+from tunesmith.api.native import check_native, compare_native
 from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
 from tunesmith.comparing.noise import measure_noise
-from tunesmith.comparing.parity import judge_parity
+from tunesmith.comparing.parity import allow_other_tokens, judge_parity
 from tunesmith.comparing.plan import PlannedArm, choose_rate, job_of_arm, plan_arms, plan_trials
 from tunesmith.comparing.result import compare_run
 from tunesmith.core.bundled import BUNDLED
@@ -65,6 +66,10 @@ def compare(
                 rule="arms are judged on a test split",
                 cure="Give it a share or a file",
             )
+        if job.compare.track == "native":
+            for arm in (arm for arm in arms if arm.is_foreign):
+                place = f"compare.arms, {arm.name}"
+                check_native(arm.framework, job, prepared, base.folder, place=place)
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
@@ -140,6 +145,11 @@ class _Comparing:
                 )
                 regrouped = [ParityRecord.from_json(value) for value in read_json(reference.regrouped)]
                 found[arm.name] = judge_parity(ours, theirs, measure_noise([ours, *regrouped]))
+                if self.job.compare.track == "native":
+                    compare_native(
+                        self.run, arm.name, arm.framework, self.job, self.prepared, self.base.folder
+                    )
+                    found[arm.name] = allow_other_tokens(found[arm.name])
         return found
 
     # --- learning-rate search ---------------------------------------------------------------------------------------
@@ -265,6 +275,7 @@ class _Comparing:
             job = job.model_copy(update={"train": job.train.model_copy(update={"evaluate_every": "epoch"})})
         values = job.model_dump(mode="json", exclude={"compare", "evaluate"})
         folder = self.run.arm(arm.name, seed) if trial is None else self.run.trial(arm.name, trial)
+        native = arm.is_foreign and self.job.compare.track == "native"
         return TrainTask(
             label=f"{arm.name} seed {seed}" if trial is None else f"{arm.name} trial {trial}",
             job=values,
@@ -278,11 +289,13 @@ class _Comparing:
                     "job": values,
                     **self._shared_hashes(("train", "validation")),
                     **({"framework": describe_framework(arm.framework)} if arm.is_foreign else {}),
+                    **({"track": "native"} if native else {}),
                 }
             ),
             keep_weights=trial is None,
             skip_bad_rows=self.skip_bad_rows,
             framework=arm.framework,
+            native=native,
         )
 
     def _judge_task(self, arm: PlannedArm, seed: int) -> JudgeTask:

@@ -26,6 +26,8 @@ from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_t
 from tunesmith.frameworks.ports import find_port
 from tunesmith.frameworks.process import ProcessUse, run_process
 
+NATIVE_REMARK = "trained on what the framework's own preprocessing makes of the rows (compare.track: native)"
+
 
 def describe_framework(name: str) -> dict[str, Any]:
     """What decides a framework's results beside the job: which it is, and what is installed."""
@@ -140,7 +142,7 @@ def _describe_run(
         size_bytes=sum(path.stat().st_size for path in weights),
         best_step=record.best_step,
         validation_loss=record.validation_loss,
-        warnings=list(record.warnings),
+        warnings=[*record.warnings, *([NATIVE_REMARK] if handoff.raw else [])],
         phases=record.seconds,
         memory=record.bytes,
         **known,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.api.devices import pick_device, pick_dtype
+from tunesmith.api.native import describe_raw
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import load_job_tokenizer, load_trainable
 from tunesmith.api.training import fingerprint_run, resolve_learning_rate
@@ -91,6 +92,7 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
         weights=_name_weights(job, run) if task.keep_weights and not task.parity_steps else None,
         parity=str(run.parity.absolute()),
         parity_steps=min(task.parity_steps, total_steps),
+        raw=describe_raw(job, prepared, Path(task.model_folder), report=run.made) if task.native else None,
     )
     known = {
         "method": job.method_spec.name,

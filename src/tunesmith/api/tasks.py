@@ -27,6 +27,7 @@ class TrainTask:
     skip_bad_rows: set bad rows of a streamed source aside (others are read before, in `prepare`).
     framework:    who trains.
     parity_steps: take that many steps only and leave a ParityRecord of them; 0 trains.
+    native:       another framework prepares raw rows by itself (`compare.track: native`).
     """
 
     label: str
@@ -42,6 +43,7 @@ class TrainTask:
     skip_bad_rows: bool = False
     framework: str = "tunesmith"
     parity_steps: int = 0
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)

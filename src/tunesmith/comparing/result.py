@@ -6,7 +6,7 @@ Shapes as in `stats`: `M` samples, `S` seeds, `R` test rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -41,11 +41,13 @@ from tunesmith.core.comparison import (
     MetricInfo,
     Parity,
     Table,
+    native_from_json,
     parity_from_json,
     parity_to_json,
 )
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.jsonl import read_json, write_json
+from tunesmith.core.native import NativeTokens
 from tunesmith.core.records import AnswerRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
@@ -72,13 +74,30 @@ def compare_run(
         write_json(run_dir.gates, parity_to_json(parity))
     elif run_dir.gates.is_file():
         parity = parity_from_json(read_json(run_dir.gates), place=str(run_dir.gates))
-    comparison = judge_arms(arms, job, failures=failures or {}, parity=parity or {})
+    parity = parity or {}
+    native = _read_native(run_dir, parity) if job.compare.track == "native" else {}
+    comparison = judge_arms(arms, job, failures=failures or {}, parity=parity, native=native)
     write_json(run_dir.comparison, comparison.to_json())
     return comparison
 
 
+def _read_native(run_dir: RunDir, arms: Iterable[str]) -> dict[str, NativeTokens]:
+    """What frameworks made of the rows by themselves. arms: whose first steps were looked at."""
+    paths = {arm: run_dir.native(arm) for arm in arms}
+    return {
+        arm: native_from_json(read_json(path), place=str(path))
+        for arm, path in paths.items()
+        if path.is_file()
+    }
+
+
 def judge_arms(
-    arms: Sequence[ArmFiles], job: Job, *, failures: Mapping[str, str], parity: Mapping[str, Parity]
+    arms: Sequence[ArmFiles],
+    job: Job,
+    *,
+    failures: Mapping[str, str],
+    parity: Mapping[str, Parity],
+    native: Mapping[str, NativeTokens] | None = None,
 ) -> Comparison:
     """Everything a report says, worked out from the arms' records."""
     check_comparable(arms)
@@ -122,6 +141,7 @@ def judge_arms(
         method=_describe_method(metric),
         record=_collect_record(arms, job),
         parity={arm.plan.name: parity[arm.plan.name] for arm in arms if arm.plan.name in parity},
+        native=dict(native or {}),
     )
     comparison = replace(
         comparison, table=build_table(comparison), warnings=list_warnings(comparison, arms, failures)

@@ -28,6 +28,7 @@ def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
         headline = f"{_say_absent('trained', comparison)}: {best}."
     details = [
         *_tell_failed(comparison),
+        *_tell_native(comparison),
         *_rank_trained(trained, comparison),
         *_rank_prompted(prompted, comparison),
     ]
@@ -62,6 +63,17 @@ def _say_absent(kind: str, comparison: Comparison) -> str:
 def _tell_failed(comparison: Comparison) -> list[str]:
     failed = [arm.name for arm in comparison.arms if arm.status == "missing"]
     return [f"Failed, and in no ranking: {_join(failed)}. The warnings say why."] if failed else []
+
+
+def _tell_native(comparison: Comparison) -> list[str]:
+    """That arms saw other tokens, before anything is said of which is better."""
+    unlike = [name for name, found in comparison.native.items() if found.same_rows < found.rows]
+    if not unlike:
+        return []
+    return [
+        f"Native track: frameworks saw other tokens ({_join(unlike)}); what separates their arms from ours may be "
+        "preprocessing."
+    ]
 
 
 def find_difference(comparison: Comparison, arm: str, other: str) -> Difference | None:

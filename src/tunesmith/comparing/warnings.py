@@ -75,6 +75,9 @@ def _check_parity(comparison: Comparison) -> Iterable[tuple[str, str]]:
             if arm.trained_by == arm.name and arm.framework != "tunesmith":
                 yield arm.name, f"nobody looked whether {arm.framework} does the work of the other arms"
             continue
+        native = comparison.native.get(arm.name)
+        if native and native.same_rows < native.rows:
+            yield arm.name, f"native track: {native.says}"
         # The first gate that fails is the nearest to the cause; the report says what the others saw.
         yield from [(arm.name, f"did other work: {g.says}") for g in parity.gates if g.word == "FAIL"][:1]
         if parity.unverified:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 from tunesmith.core.errors import DataError
+from tunesmith.core.native import NativeTokens
 from tunesmith.core.records import SCHEMA
 
 
@@ -138,7 +139,8 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One parity gate of one arm. word: PASS | FAIL | UNVERIFIED (something could not be seen, or noise hides it).
+    """One parity gate of one arm. word: PASS | FAIL | UNVERIFIED (something could not be seen, or noise hides it) |
+    DIFFERS (other tokens, in the native track, where that is a finding).
 
     figure, tolerance: what was measured and how much of it is noise; None where nothing could be measured.
     unit:   "rows", "tensors" and "settings" are counts that differ, "relative" is a share of ours.
@@ -210,6 +212,7 @@ class Comparison:
     method:  how it was measured: replicates, resampling unit, margins, families of tests.
     record:  config, fingerprints, versions, hardware.
     parity:  arm that another framework trained -> whether it did our work; absent where nobody looked.
+    native:  arm of another framework -> what its own preprocessing makes of the rows (`compare.track: native`).
     """
 
     metric: str
@@ -228,6 +231,7 @@ class Comparison:
     method: dict[str, Any]
     record: dict[str, Any]
     parity: dict[str, Parity] = field(default_factory=dict[str, Parity])
+    native: dict[str, NativeTokens] = field(default_factory=dict[str, NativeTokens])
 
     def find_arm(self, name: str) -> ArmResult:
         """The arm called `name`. Raises ValueError if there is none."""
@@ -244,7 +248,7 @@ class Comparison:
 
         report: path of the HTML file, null if none was written. `versus_base` is null for the base, without a base,
         and for prompted arms when the metric is nll, which ranks trained arms only. `parity` is null where no other
-        framework trained, or nobody looked.
+        framework trained, or nobody looked. `native` is null but in the native track.
         """
         arms = [
             {
@@ -277,6 +281,7 @@ class Comparison:
                 "quantize": arm.quantize,
                 "forgetting": arm.forgetting,
                 "parity": _list_gates(self.parity.get(arm.trained_by or "")),
+                "native": _show_native(self.native.get(arm.trained_by or "")),
             }
             for arm in self.arms
         ]
@@ -312,6 +317,22 @@ def parity_from_json(value: Mapping[str, Any], *, place: str = "gates.json") -> 
     if value.get("schema") != SCHEMA or not isinstance(value.get("arms"), dict):
         raise DataError(place, f"schema {value.get('schema')!r}", rule=f"this version reads schema {SCHEMA}")
     return cast(dict[str, Parity], _parse(dict[str, Parity], value["arms"], f"{place}: arms"))
+
+
+def native_to_json(native: NativeTokens) -> dict[str, Any]:
+    """`native.json` of an arm."""
+    return {"schema": SCHEMA, **dataclasses.asdict(native)}
+
+
+def native_from_json(value: Mapping[str, Any], *, place: str = "native.json") -> NativeTokens:
+    """Read strictly, as `Comparison.from_json` does. Raises DataError."""
+    if value.get("schema") != SCHEMA:
+        raise DataError(place, f"schema {value.get('schema')!r}", rule=f"this version reads schema {SCHEMA}")
+    return cast(NativeTokens, _parse(NativeTokens, {k: v for k, v in value.items() if k != "schema"}, place))
+
+
+def _show_native(native: NativeTokens | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(native) if native else None
 
 
 def _list_gates(parity: Parity | None) -> dict[str, str] | None:

@@ -69,6 +69,15 @@ class RunDir:
         return self.root / "framework"
 
     @property
+    def made(self) -> Path:
+        """What a framework's own preprocessing made of the raw rows."""
+        return self.framework / "native.jsonl"
+
+    def native(self, arm: str) -> Path:
+        """What differs between that and our rows, of an arm inside a comparison."""
+        return self.root / "arms" / arm / "native.json"
+
+    @property
     def parity(self) -> Path:
         return self.root / "parity.json"
 

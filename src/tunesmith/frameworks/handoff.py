@@ -25,6 +25,31 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class RawRows:
+    """Training rows as our data layer read them, for a framework's own preprocessing (`compare.track: native`).
+
+    rows:     JSONL, a line for each of `Handoff.rows`: {"messages": [{"role", "content"}]}, {"prompt", "completion"} or
+              {"text"}, by `kind`.
+    trains:   what the loss is over: "the answer", the only one of each row; "all answers"; "last answer" of several;
+              "some answers", by weights; of a text "everything".
+    template: the chat template's source, None for rows that are no chat.
+    marks_answers: the template has `{% generation %}`.
+    extras:   the first thing in the rows beside roles and texts, as in "tool calls"; "" if there is none.
+    report:   where the worker writes {"row", "input_ids", "labels"} of each row that is left, one a line.
+    """
+
+    rows: str
+    kind: Literal["chat", "completion", "text", "several kinds"]
+    trains: Literal["the answer", "all answers", "last answer", "some answers", "everything"]
+    max_tokens: int
+    stop_token: str
+    template: str | None
+    marks_answers: bool
+    extras: str
+    report: str
+
+
+@dataclass(frozen=True, slots=True)
 class Handoff:
     """One training, or its first steps for a parity record. Plain data; paths are absolute.
 
@@ -41,6 +66,7 @@ class Handoff:
     steps_file, weights, record: what the worker leaves: StepRecords, the adapter's or model's folder (None: nothing is
                   kept), its record.
     parity_steps: take that many steps only and write `parity`, a ParityRecord; 0 trains.
+    raw:          in the native track, what to train on in place of `rows`.
     """
 
     label: str
@@ -74,9 +100,13 @@ class Handoff:
     weights: str | None
     parity: str
     parity_steps: int = 0
+    raw: RawRows | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        value = dataclasses.asdict(self)
+        if self.raw is None:
+            del value["raw"]
+        return value
 
     @classmethod
     def from_json(cls, value: Any, *, place: str) -> Handoff:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tunesmith.core.checked import read_checked
 from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.jsonl import read_json
 from tunesmith.core.parity import ParityRecord
-from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.handoff import Handoff, RawRows
 from tunesmith.job.spec import Job
 
 WORKERS = Path(__file__).with_name("workers")
@@ -75,6 +75,16 @@ class Port(Protocol):
 
     def translate(self, handoff: Handoff) -> Translation:
         """Pure: the framework need not be installed. Every setting of the handoff is written out."""
+        ...
+
+
+@runtime_checkable
+class NativePort(Port, Protocol):
+    """A framework whose own preprocessing can be told what a job says (`compare.track: native`)."""
+
+    def can_prepare(self, raw: RawRows) -> Reason | None:
+        """None, or the first thing about the rows that its own preprocessing cannot be told. `Handoff.raw` is what it
+        said None to."""
         ...
 
 

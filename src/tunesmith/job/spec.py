@@ -432,6 +432,9 @@ class CompareSpec(Spec):
     """Paired: the same seeds, row order and initial adapters for every arm."""
     metric: MetricName | Literal["nll"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
+    track: Literal["tokens", "native"] = "tokens"
+    """What other frameworks train on: `tokens`, our own rows; `native`, what their own preprocessing makes of the raw
+    rows with settings that say the same as this job. How that differs is then reported row by row."""
     tune: TuneSpec = TuneSpec()
     """Learning-rate search, equal for every trained arm."""
     parallel: PositiveInt | Auto = "auto"

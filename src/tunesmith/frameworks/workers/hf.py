@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from capture import IGNORED, Capture, saved_name
+from raw_rows import keep_order, write_made
 from safetensors.torch import load_file
 from validation import measure_loss
 from worker import Failure, Run, peak_resident_bytes, write_json
@@ -107,6 +108,10 @@ class _Watcher(transformers.TrainerCallback):
 
     def begin(self) -> None:
         trainer, handoff = self.trainer, self.handoff
+        if raw := handoff.get("raw"):
+            if self.capture:
+                write_made(trainer, raw["report"])
+            self.order = keep_order(trainer, self.order, batch_rows=handoff["batch_rows"])
         rows = sum(map(len, self.order[0]))
         if len(trainer.train_dataset) != rows:
             raise Failure(f"trains on {len(trainer.train_dataset)} rows, and was handed {rows}")

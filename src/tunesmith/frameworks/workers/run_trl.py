@@ -12,6 +12,7 @@ def work(run: Run) -> None:
     import datasets
     import hf
     import peft
+    import raw_rows
     import torch
     import transformers
     import trl
@@ -23,12 +24,15 @@ def work(run: Run) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         handoff["model"], dtype=getattr(torch, settings["weights"]), attn_implementation="sdpa"
     )
-    rows = datasets.Dataset.from_list(hf.read_rows(handoff["rows"]))
+    if raw := handoff.get("raw"):
+        rows = raw_rows.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
+    else:
+        rows = hf.read_rows(handoff["rows"])
     run.enter("building")
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**hf.leave_out_unknown(trl.SFTConfig, settings["sft"])),
-        train_dataset=rows,
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(handoff["model"]),
         peft_config=peft.LoraConfig(**settings["lora"]) if settings["lora"] else None,
     )
