@@ -84,10 +84,6 @@ def test_a_handoff_of_another_kind_is_refused_by_field() -> None:
             "train.optimizer_in_backward",
         ),
         ({"train": {"memory_limit": "10GiB"}}, "train.memory_limit"),
-        (
-            {"method": "full", "train": {"optimizer_in_backward": True, "clip_norm": None}},
-            "train.optimizer_in_backward",
-        ),
         ({"train": {"trackers": ["wandb"]}}, "train.trackers"),
         ({"data": {"train": "x.jsonl", "streaming": True}}, "data.streaming"),
     ],
