@@ -184,7 +184,7 @@ def _print_matrix(asked: Matrix) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in asked.frameworks:
-        table.add_column(name, justify="center")
+        table.add_column(name, justify="center", min_width=len(name))
     for row in asked.features:
         if row.group != group:
             group = row.group
