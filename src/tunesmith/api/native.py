@@ -25,7 +25,7 @@ from tunesmith.job.spec import Job
 
 def check_native(name: str, job: Job, prepared: Prepared, base: Path, *, place: str) -> None:
     """Raise JobError if a framework cannot be told to prepare the training rows as the job says. place: the arm."""
-    port = find_port(name, place=place)
+    port = find_port(name)
     if not isinstance(port, NativePort):
         raise JobError(
             f"{place}: compare.track",
