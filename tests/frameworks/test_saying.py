@@ -75,8 +75,9 @@ def test_every_number_that_a_job_fixes_is_said_to_trl_or_is_the_workers() -> Non
         for field in dataclasses.fields(Handoff)
         if not isinstance(getattr(HANDOFF, field.name), str)
     }
-    # Validation, its best weights and parity runs are the worker's own, the same for all frameworks.
-    ours = {"evaluate_every", "keep_best", "parity_steps", "lora"}
+    # Validation, its best weights and parity runs are the worker's own, the same for all frameworks. Raw rows are of
+    # the native track alone.
+    ours = {"evaluate_every", "keep_best", "parity_steps", "lora", "raw"}
     assert numbers - ours <= said
     assert {"schedule", "precision", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets"} <= said
 
