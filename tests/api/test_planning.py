@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tunesmith.api.planning import make_planner, plan
+from tunesmith.api.planning import _make_workload, make_planner, plan
 from tunesmith.api.trainable import training_lengths
 from tunesmith.core.errors import JobError, SetupError
 from tunesmith.core.quantities import format_gib, parse_bytes
@@ -151,3 +151,12 @@ def test_levels_on_a_gpu_give_the_gradients_of_keep(tmp_path: Path, levels: Any)
     for again in found[1:]:
         for expected, gradient in zip(found[0], again, strict=True):
             assert (gradient - expected).norm() <= 2e-3 * expected.norm() + 1e-9
+
+
+def test_a_step_of_a_stream_may_be_of_long_rows_only() -> None:
+    def largest(streaming: bool) -> int:
+        data = {"train": "rows.jsonl", "streaming": streaming, "max_tokens": 100}
+        job = job_from({"model": "x", "data": data, "train": {"batch_rows": 3, "steps": 2}})
+        return _make_workload(job, [100, 50, 50, 20]).largest_step
+
+    assert (largest(True), largest(False)) == (300, 200)

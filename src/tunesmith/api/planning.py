@@ -203,8 +203,10 @@ def _make_workload(job: Job, lengths: Sequence[int]) -> Workload:
     # The last one of an epoch may be smaller; one alone may be a step of few tokens.
     steps = steps[: max(1, min(_TYPICAL_STEPS, len(steps) - 1))]
     typical = tuple(tuple(int(lengths[row]) for row in step) for step in steps)
-    largest = int(sum(sorted(lengths)[-job.train.batch_rows :]))
-    return Workload(typical, int(max(lengths)), ROUND_TOKENS, largest)
+    longest = int(max(lengths))
+    # Rows of a stream are not known: all of a step may be long.
+    known = [longest] * job.train.batch_rows if job.data.streaming else sorted(lengths)
+    return Workload(typical, longest, ROUND_TOKENS, int(sum(known[-job.train.batch_rows :])))
 
 
 def _count_work(job: Job, lengths: Sequence[int]) -> tuple[int, int]:
