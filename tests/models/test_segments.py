@@ -171,7 +171,8 @@ def test_the_compiler_sees_each_function_once_and_changes_no_gradient(
         counters.clear()
         model.segments = Segments(compiled=True)
         found = compute_loss(model, device=device)
-        assert counters["stats"]["unique_graphs"] == 4
+        # The block's three parts, and cross-entropy where score_kernel.py does not take it.
+        assert counters["stats"]["unique_graphs"] == (4 if device == "cpu" else 3)
         # What is stored in few bits is wrong by itself, and codes of fp8 fall on either side of a boundary.
         factor = 1.5 if "fp8" in options.values() else 1.2
         assert_rounds_no_worse(found, expected, exact, factor=factor, least=LEAST[dtype])
