@@ -14,6 +14,7 @@ from gpu_cases.protocol import Session, describe_packages
 
 session = Session()
 
+import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from gpu_cases.inputs import hash_step  # noqa: E402
@@ -32,6 +33,8 @@ _take = Stepper.take
 _make_planner = planning.make_planner
 _settle_plan = loop.settle_plan
 _used: dict[str, Any] = {}
+# Of the card: what others have at least while we rest, beside their own weights.
+_FREE_FOR_OTHERS = 0.25
 
 
 def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
@@ -67,8 +70,12 @@ def describe() -> dict[str, Any]:
 
 
 def rest() -> None:
-    """Leave the card to others: recorded graphs hold the memory of a pass."""
-    if graphs := getattr(_used.get("stepper"), "graphs", None):
+    """Leave the card to others: recorded graphs hold the memory of a pass. Where others need less than is free anyway,
+    they stay, as they do in a training that nobody interrupts."""
+    if not torch.cuda.is_available():
+        return
+    free, total = torch.cuda.mem_get_info()
+    if free < total * _FREE_FOR_OTHERS and (graphs := getattr(_used.get("stepper"), "graphs", None)):
         graphs.release()
 
 

@@ -110,8 +110,8 @@ class Session:
         }
         self._forget_round()
         # Before the answer: who is asked next plans with the memory that it finds.
-        self._rest()
         _free_cached_memory()
+        self._rest()
         self._answer(answer)
         self._start_round(self._read())
 
