@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -60,6 +61,7 @@ class TokenRow:
     mask:  1 where the token is a *target* (its own prediction is trained or scored), else 0, (T,). mask[0] is 0.
     row_id: hash of (ids, mask); equal rows have equal ids.
     num_answer_bytes: UTF-8 bytes of the trained text, for bits per byte.
+    numbers: what an objective knows of the row and no token tells: by name one number, or one for each target token.
     """
 
     ids: Sequence[int]
@@ -67,7 +69,34 @@ class TokenRow:
     origin: Origin
     row_id: str
     num_answer_bytes: int = 0
+    numbers: Mapping[str, float | Sequence[float]] = field(default_factory=dict[str, Any])
 
     @property
     def num_targets(self) -> int:
         return sum(self.mask)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that a loss needs in one forward pass: of a pair, the chosen one and the rejected one.
+
+    To whoever plans and counts it is one row, with the tokens of all.
+    """
+
+    rows: tuple[TokenRow, ...]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return [token for row in self.rows for token in row.ids]
+
+    @cached_property
+    def mask(self) -> list[int]:
+        return [target for row in self.rows for target in row.mask]
+
+    @property
+    def origin(self) -> Origin:
+        return self.rows[0].origin
+
+    @property
+    def row_id(self) -> str:
+        return "+".join(row.row_id for row in self.rows)

@@ -23,12 +23,13 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tunesmith.core.errors import JobError
 from tunesmith.job.combinations import check_in_backward, check_optimizer
+from tunesmith.job.objective import OBJECTIVES
 from tunesmith.job.spec import Job
 
 MAX_JOB_BYTES = 1 << 20
 Location = tuple[str | int, ...]
 # Mappings that may be written as one text, and the key it stands for.
-_SHORT_FORMS = {"method": "name", "model": "name", "qat": "scheme"}
+_SHORT_FORMS = {"method": "name", "objective": "name", "model": "name", "qat": "scheme"}
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -258,7 +259,7 @@ def _is_field_name(part: str | int) -> bool:
         isinstance(part, str)
         and part.isidentifier()
         and part.islower()
-        and part not in ("str", "float", "int", "lora", "full")
+        and part not in ("str", "float", "int", "lora", "full", *OBJECTIVES)
     )
 
 

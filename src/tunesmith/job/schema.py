@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tunesmith.job.objective import DpoSpec, KtoSpec, OrpoSpec, RewardSpec, SimpoSpec
 from tunesmith.job.spec import (
     ArmSpec,
     CompareSpec,
@@ -45,6 +46,11 @@ _SECTIONS: tuple[tuple[str, type[Spec]], ...] = (
     ("method (full)", FullSpec),
     ("method (lora, qlora)", LoraSpec),
     ("method.qat, compare.arms[].quantize", QuantizeSpec),
+    ("objective (dpo)", DpoSpec),
+    ("objective (orpo)", OrpoSpec),
+    ("objective (simpo)", SimpoSpec),
+    ("objective (kto)", KtoSpec),
+    ("objective (reward)", RewardSpec),
     ("train", TrainSpec),
     ("evaluate", EvaluateSpec),
     ("evaluate.sampling", SamplingSpec),

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -20,11 +18,9 @@ from pydantic import (
 )
 
 from tunesmith.core.quantities import parse_bytes
+from tunesmith.job.objective import Objective, ObjectiveSpec, as_objective_spec
+from tunesmith.job.values import Auto, Fraction, PositiveInt, Seed, Spec
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Auto = Literal["auto"]
 Storage = Literal["full", "int8", "nf4", "fp8"]
 Compute = Literal["auto", "bf16", "fp8"]
 Scheme = Literal["int8", "int4", "fp8", "int8-int4"]
@@ -39,14 +35,6 @@ def _check_amount(text: str) -> str:
 
 
 MemoryAmount = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string"})]
-
-
-class Spec(BaseModel):
-    """Frozen, strict about types, and closed: an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelSpec(Spec):
@@ -448,6 +436,8 @@ class Job(Spec):
     """Rows, splits, lengths, template."""
     method: Literal["full", "lora", "qlora"] | MethodSpec = "lora"
     """`full`, `lora` or `qlora`, or a mapping with its settings."""
+    objective: Objective = "sft"
+    """What is learned: `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`, or a mapping with its settings."""
     train: TrainSpec = TrainSpec()
     """Steps, learning rate, precision, checkpoints."""
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -462,6 +452,10 @@ class Job(Spec):
     @property
     def method_spec(self) -> FullSpec | LoraSpec:
         return as_method_spec(self.method)
+
+    @property
+    def objective_spec(self) -> ObjectiveSpec:
+        return as_objective_spec(self.objective)
 
 
 def as_method_spec(method: Any) -> FullSpec | LoraSpec:

@@ -1,0 +1,146 @@
+"""Keys of `objective`: what is learned. Which weights learn it is `method`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from tunesmith.job.values import Spec
+
+# What a row of the data is to an objective: a conversation whose answers are learned; a chosen and a rejected answer;
+# an answer with a label.
+RowKind = Literal["answers", "pairs", "labelled"]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class SftSpec(Spec):
+    """Supervised fine-tuning: the likelihood of the answers."""
+
+    name: Literal["sft"]
+    """The objective."""
+
+
+class DpoSpec(Spec):
+    """Direct preference optimisation: the chosen answer likelier than the rejected one, both against the reference."""
+
+    name: Literal["dpo"]
+    """The objective."""
+    beta: Positive = 0.1
+    """How closely to stay to the reference; of `ipo` the margin to reach is 1 / (2 beta)."""
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """`sigmoid`: the paper's. `ipo`: a margin to meet and not to exceed, of log-probabilities averaged over tokens.
+    `hinge`: nothing beyond a margin of 1. `robust`: unbiased where `label_smoothing` of the labels are flipped."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken for flipped, of `sigmoid` (conservative DPO) and `robust`."""
+    length_normalised: bool = False
+    """Average log-probabilities over the answer's tokens instead of summing them."""
+    sft_weight: NonNegative = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood, added to the loss."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> DpoSpec:
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss: robust needs label_smoothing, the share of labels that are flipped")
+        if self.label_smoothing and self.loss in ("ipo", "hinge"):
+            raise ValueError(f"label_smoothing is of loss sigmoid and robust; leave it out with {self.loss}")
+        return self
+
+
+class OrpoSpec(Spec):
+    """Odds-ratio preference optimisation: SFT on the chosen answer and its odds against the rejected one's. Without a
+    reference; starts from a base model."""
+
+    name: Literal["orpo"]
+    """The objective."""
+    weight: NonNegative = 0.1
+    """Weight of the odds ratio beside the chosen answer's loss (lambda)."""
+
+
+class SimpoSpec(Spec):
+    """Simple preference optimisation: mean log-probabilities a margin apart. Without a reference."""
+
+    name: Literal["simpo"]
+    """The objective."""
+    beta: Positive = 2.0
+    """Scale of the mean log-probabilities."""
+    margin: NonNegative = 1.0
+    """How far apart they shall be, times beta (gamma)."""
+
+
+class KtoSpec(Spec):
+    """Kahneman-Tversky optimisation: answers with a label each, without pairs, against the reference."""
+
+    name: Literal["kto"]
+    """The objective."""
+    beta: Positive = 0.1
+    """How closely to stay to the reference."""
+    desirable_weight: NonNegative = 1.0
+    """Weight of good answers."""
+    undesirable_weight: NonNegative = 1.0
+    """Weight of bad ones."""
+
+
+class RewardSpec(Spec):
+    """A reward model: a score for an answer, learned from pairs (Bradley-Terry). Saved as a sequence classifier."""
+
+    name: Literal["reward"]
+    """The objective."""
+    center: NonNegative = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around zero."""
+
+
+_SPECS: dict[str, tuple[type[Spec], RowKind]] = {
+    "sft": (SftSpec, "answers"),
+    "dpo": (DpoSpec, "pairs"),
+    "orpo": (OrpoSpec, "pairs"),
+    "simpo": (SimpoSpec, "pairs"),
+    "kto": (KtoSpec, "labelled"),
+    "reward": (RewardSpec, "pairs"),
+}
+OBJECTIVES = tuple(_SPECS)
+
+
+def _name_of(value: Any) -> Any:
+    return (
+        cast("dict[str, Any]", value).get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    )
+
+
+def _check_name(value: Any) -> Any:
+    name = value if isinstance(value, str) else _name_of(value)
+    if name in OBJECTIVES:
+        return value
+    near = difflib.get_close_matches(str(name).lower(), OBJECTIVES, n=1)
+    guess = f". Did you mean {near[0]!r}?" if near else ""
+    said = "no name" if name is None else f"unknown objective {name!r}"
+    raise ValueError(f"{said}; objectives are {', '.join(OBJECTIVES)}{guess}")
+
+
+_Settings: TypeAlias = Annotated[
+    Annotated[SftSpec, Tag("sft")]
+    | Annotated[DpoSpec, Tag("dpo")]
+    | Annotated[OrpoSpec, Tag("orpo")]
+    | Annotated[SimpoSpec, Tag("simpo")]
+    | Annotated[KtoSpec, Tag("kto")]
+    | Annotated[RewardSpec, Tag("reward")],
+    Discriminator(_name_of),
+]
+ObjectiveSpec: TypeAlias = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | RewardSpec
+Objective: TypeAlias = Annotated[
+    Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"] | _Settings, BeforeValidator(_check_name)
+]
+
+
+def as_objective_spec(objective: str | ObjectiveSpec) -> ObjectiveSpec:
+    """The full spec of an objective given by name or as a spec."""
+    if isinstance(objective, str):
+        return cast("ObjectiveSpec", _SPECS[objective][0].model_validate({"name": objective}))
+    return objective
+
+
+def kind_of_rows(objective: str | ObjectiveSpec) -> RowKind:
+    """What the data's rows are to an objective, given by name or as a spec."""
+    return _SPECS[as_objective_spec(objective).name][1]
