@@ -42,7 +42,7 @@ def test_one_batch_of_eight_rows_equals_eight_of_one_and_everything_between(budg
     model.zero_grad()
     stepper = make_stepper(model, budget=budget)
     rows = make_rows(8)
-    loss_sum, norm = stepper._accumulate(rows, sum(r.num_targets for r in rows), 1, [])
+    (loss_sum,), norm = stepper._accumulate(rows, sum(r.num_targets for r in rows), 1, [])
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
     reference = sum_loss(model, make_batch(rows, CPU))

@@ -42,7 +42,8 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord(_Record):
-    """One optimizer step, a line of `steps.jsonl`. `loss` is nats per target token over the whole step."""
+    """One optimizer step, a line of `steps.jsonl`. `loss` is nats per target token over the whole step; of an objective
+    of examples (pairs, labelled answers) per example, as are `measures`: what it measures besides."""
 
     step: int
     epoch: float
@@ -54,6 +55,7 @@ class StepRecord(_Record):
     step_seconds: float
     peak_bytes: int
     validation_loss: float | None = None
+    measures: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,3 +100,7 @@ class RowGroup:
     @property
     def row_id(self) -> str:
         return "+".join(row.row_id for row in self.rows)
+
+
+# What a step counts and a forward pass is planned by.
+Example = TokenRow | RowGroup

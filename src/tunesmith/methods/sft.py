@@ -8,28 +8,19 @@ K: target tokens  C: tokens of a chunk  D: width  V: vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.methods.objective import LossSum
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import ROUND_TARGETS, Batch
 from tunesmith.models.memory import count_chunk_rows
 
 # Logits of a chunk in fp32 take at most this much memory: what a core's cache likes, what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
-
-
-@dataclass(frozen=True, slots=True)
-class LossSum:
-    """total: sum of losses over the target tokens, nats, a scalar that can run backward. The loop divides."""
-
-    total: Tensor
-    num_targets: int
 
 
 def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> LossSum:
@@ -39,9 +30,8 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     """
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no loss")
-    hidden_KD = model.hidden(batch.ids_T, batch.layout, _round_up(batch.sources_K))
-    chunk_bytes = model.loss_chunk_bytes or CHUNK_BYTES[hidden_KD.device.type]
-    rows = chunk or count_chunk_rows(model.config.vocab_size, chunk_bytes)
+    hidden_KD = model.hidden(batch.ids_T, batch.layout, round_up(batch.sources_K))
+    rows = chunk or choose_chunk(model, hidden_KD.device)
     if model.has_plain_head and model.segments is not None:
         total = _SegmentHeadLoss.apply(
             hidden_KD, model.head_weight, batch.targets_K, rows, model.segments.score_chunk
@@ -56,7 +46,12 @@ def sft_loss(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Loss
     return LossSum(total, batch.num_targets)
 
 
-def _round_up(sources_K: Tensor) -> Tensor:
+def choose_chunk(model: CausalLM, device: torch.device) -> int:
+    """Target tokens per piece of the head."""
+    return count_chunk_rows(model.config.vocab_size, model.loss_chunk_bytes or CHUNK_BYTES[device.type])
+
+
+def round_up(sources_K: Tensor) -> Tensor:
     """The positions, the first repeated at the end up to a round number; the loss leaves the repeats out.
 
     Kernels are compiled and kept per shape: of round shapes there are few, and each comes back.

@@ -14,8 +14,8 @@ T: flat tokens  N: documents  B: documents of a bucket  S: padded length  K: tar
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -270,6 +270,8 @@ class Batch:
     sources_K:   flat positions whose *next* token is a target, ascending, int64.
     targets_K:   those next tokens, int64.
     row_K:       which row of the batch each target belongs to, int64.
+    num_rows:    rows of the batch, N; documents that only fill it up are none.
+    numbers:     what rows know besides their tokens, fp32: one number a row (N,), or one a target (K,).
     """
 
     ids_T: Tensor
@@ -277,6 +279,8 @@ class Batch:
     sources_K: Tensor
     targets_K: Tensor
     row_K: Tensor
+    num_rows: int
+    numbers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def num_targets(self) -> int:
@@ -308,6 +312,7 @@ class Batch:
             torch.cat((self.sources_K, self.sources_K[:1].expand(missing))),
             F.pad(self.targets_K, (0, missing), value=-1),
             torch.cat((self.row_K, self.row_K[:1].expand(missing))),
+            self.num_rows,
         )
 
     def copy_(self, batch: Batch) -> None:
@@ -384,7 +389,17 @@ def make_batch(
         sources_K=send(places_K - 1, device),
         targets_K=send(ids_T[places_K], device),
         row_K=send(row_T[places_K], device),
+        num_rows=len(rows),
+        numbers={name: send(_collect(name, rows), device) for name in rows[0].numbers},
     )
+
+
+def _collect(name: str, rows: Sequence[TokenRow]) -> Tensor:
+    """A number of each row, or the numbers of all rows' targets end to end; fp32."""
+    values = [row.numbers[name] for row in rows]
+    if isinstance(values[0], int | float):
+        return torch.tensor(values, dtype=torch.float32)
+    return torch.from_numpy(np.concatenate([np.asarray(value, dtype=np.float32) for value in values]))
 
 
 def _count_shared(rows: Sequence[TokenRow]) -> int:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import Example
 from tunesmith.training.order import StepRows
 
-MakeBatch = Callable[[Sequence[TokenRow], torch.device], Any]
-Begun = tuple[Sequence[TokenRow], Any]
+MakeBatch = Callable[[Sequence[Example], torch.device], Any]
+Begun = tuple[Sequence[Example], Any]
 
 
 class StepsAhead:
@@ -62,7 +62,7 @@ class Feed:
         self._thread: ThreadPoolExecutor | None = None
         self._begun: Future[Begun | None] | None = None
 
-    def begin(self, choose_rows: Callable[[], Sequence[TokenRow] | None]) -> None:
+    def begin(self, choose_rows: Callable[[], Sequence[Example] | None]) -> None:
         """Start to make the batch that `take` will want. choose_rows is called in the background; None: no batch."""
         if not self._ahead:
             return
@@ -71,7 +71,7 @@ class Feed:
             self._thread = ThreadPoolExecutor(1, "feed", initializer=_enter_device, initargs=(gpu,))
         self._begun = self._thread.submit(self._make, choose_rows)
 
-    def take(self, rows: Sequence[TokenRow]) -> Any:
+    def take(self, rows: Sequence[Example]) -> Any:
         """The batch of `rows`: the one begun if it is of these very rows, else a new one."""
         begun, self._begun = self._begun, None
         if begun is not None and begun.exception() is None:
@@ -86,12 +86,12 @@ class Feed:
             self._thread.shutdown(cancel_futures=True)
         self._thread = self._begun = None
 
-    def _make(self, choose_rows: Callable[[], Sequence[TokenRow] | None]) -> Begun | None:
+    def _make(self, choose_rows: Callable[[], Sequence[Example] | None]) -> Begun | None:
         rows = choose_rows()
         return None if rows is None else (rows, self._make_batch(rows, self._device))
 
 
-def _is(made: TokenRow, wanted: TokenRow) -> bool:
+def _is(made: Example, wanted: Example) -> bool:
     return made is wanted
 
 

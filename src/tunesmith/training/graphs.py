@@ -31,7 +31,7 @@ _MOST_GRAPHS = 48
 # Shapes whose passes are counted.
 _MOST_COUNTED = 1024
 
-# (batch, factor, loss_sum): forward pass, backward pass of the loss times `factor`, the loss added to `loss_sum`.
+# (batch, factor, sums): forward pass, backward pass of the loss times `factor`, the loss added to `sums`.
 RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
 
 
@@ -53,6 +53,7 @@ class GraphRunner:
 
     hold_gradients: makes gradients stay where they are; False if they can't.
     refresh: brings what is computed with up to date with the weights, at the start of a step; False if nothing is.
+    num_sums:    what a pass adds up: its loss, and measures.
     any_lengths: as `layout.Batch.signature` takes it.
     has_room: memory suffices for graphs beside ordinary passes. Whoever runs out of it says so.
     failure: why nothing is recorded any more; empty while it is.
@@ -65,13 +66,14 @@ class GraphRunner:
         hold_gradients: Callable[[], bool],
         refresh: Callable[[], bool],
         device: torch.device,
+        num_sums: int = 1,
         any_lengths: bool = False,
         has_room: bool = False,
     ) -> None:
         self._any_lengths, self.has_room = any_lengths, has_room
         self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
         self._factor = torch.ones((), device=device)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
         self._passes: Counter[Hashable] = Counter()
         # Shapes of this step so far; whether all shapes of the last one are known well enough.
         self._shapes: set[Hashable] = set()
@@ -86,7 +88,7 @@ class GraphRunner:
         return len(self._graphs)
 
     def begin(self) -> Tensor:
-        """Start a step. Returns its loss sum, a float64 scalar that every `run` adds to."""
+        """Start a step. Returns its sums (of the loss, of measures), float64, that every `run` adds to."""
         if self._refreshing is None:
             self._refresh()
         else:
@@ -95,10 +97,10 @@ class GraphRunner:
             self._passes[key] >= _PASSES_BEFORE for key in self._shapes
         )
         self._shapes.clear()
-        return self._loss_sum.zero_()
+        return self._sums.zero_()
 
     def run(self, batch: FixedBatch, factor: float) -> None:
-        """Gradients of a micro-batch's loss times `factor`, and the loss added to the step's sum."""
+        """Gradients of a micro-batch's loss times `factor`, and what is summed up to the step's sums."""
         self._factor.fill_(factor)
         key = batch.signature(any_lengths=self._any_lengths)
         if key not in self._passes and len(self._passes) > (_MOST_COUNTED if self.has_room else _MOST_SHAPES):
@@ -113,7 +115,7 @@ class GraphRunner:
                 # To record others between such passes would be to do so again and again.
                 self._is_settled = False
                 self.release()
-            self._run(batch, self._factor, self._loss_sum)
+            self._run(batch, self._factor, self._sums)
             return
         graph.batch.copy_(batch)
         graph.graph.replay()
@@ -142,7 +144,7 @@ class GraphRunner:
             if has_refresh and self._refreshing is None:
                 self._refreshing = self._capture(self._refresh)
             self._graphs[key] = _Graph(
-                fixed, self._capture(lambda: self._run(fixed, self._factor, self._loss_sum))
+                fixed, self._capture(lambda: self._run(fixed, self._factor, self._sums))
             )
             return self._graphs[key]
         except RuntimeError as error:

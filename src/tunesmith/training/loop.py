@@ -14,8 +14,9 @@ import torch
 from tunesmith.core.errors import Interrupted, JobError, TrainingFailed
 from tunesmith.core.records import StepRecord
 from tunesmith.core.rundir import RunDir
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import Example
 from tunesmith.job.spec import TrainSpec
+from tunesmith.methods.objective import Objective
 from tunesmith.training.feed import StepsAhead
 from tunesmith.training.keeper import Keeper
 from tunesmith.training.meter import Meter, reset_peak_bytes
@@ -46,12 +47,12 @@ _AUTO_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 def train(
     model: TrainableModel,
-    rows: Sequence[TokenRow] | RowSource,
+    rows: Sequence[Example] | RowSource,
     spec: TrainSpec,
     run_dir: RunDir,
     *,
     make_batch: MakeBatch,
-    loss: LossFunction,
+    loss: LossFunction | Objective,
     evaluate: Callable[[], float] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     resume: bool = False,
@@ -227,6 +228,7 @@ class _Run:
             num_target_tokens=result.num_target_tokens,
             step_seconds=seconds,
             peak_bytes=self.meter.peak,
+            measures=result.measures or None,
         )
         return Pending(record, step_rows.ends_epoch)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.fingerprint import hash_rows
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import Example
 from tunesmith.data.batch import plan_epoch
 
 Position = Mapping[str, Any]
@@ -23,7 +23,7 @@ class StepRows:
     position: where the step after this one starts; JSON, kept in checkpoints.
     """
 
-    rows: Sequence[TokenRow]
+    rows: Sequence[Example]
     epoch: float
     ends_epoch: bool
     position: Position
@@ -47,7 +47,7 @@ class RowSource(Protocol):
 class RowPass(Protocol):
     """Rows that are read pass by pass, the same ones for the same epoch (`data.stream.RowStream`)."""
 
-    def rows(self, *, epoch: int, skip: int) -> Iterator[TokenRow]:
+    def rows(self, *, epoch: int, skip: int) -> Iterator[Example]:
         """Rows of one pass without its first `skip`."""
         ...
 
@@ -56,7 +56,7 @@ class EpochOrder:
     """Rows held in a sequence, reordered every epoch. The order follows from (seed, epoch) alone, so a position is
     two numbers. An epoch's last batch may be smaller: every row is trained once an epoch."""
 
-    def __init__(self, rows: Sequence[TokenRow], *, batch_rows: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[Example], *, batch_rows: int, seed: int) -> None:
         if not len(rows):
             raise ValueError("no training rows")
         self._rows, self._batch_rows, self._seed = rows, batch_rows, seed
@@ -124,8 +124,8 @@ class StreamOrder:
             epoch, taken = epoch + 1, 0
 
 
-def order_rows(rows: Sequence[TokenRow] | RowSource, *, batch_rows: int, seed: int) -> RowSource:
+def order_rows(rows: Sequence[Example] | RowSource, *, batch_rows: int, seed: int) -> RowSource:
     """A source as it is; a sequence, reordered every epoch."""
     if hasattr(rows, "steps_from"):
         return cast(RowSource, rows)
-    return EpochOrder(cast(Sequence[TokenRow], rows), batch_rows=batch_rows, seed=seed)
+    return EpochOrder(cast(Sequence[Example], rows), batch_rows=batch_rows, seed=seed)

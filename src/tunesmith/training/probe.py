@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import Example
 from tunesmith.data.batch import plan_micro_batches
 from tunesmith.training.meter import allocated_bytes, peak_bytes, reset_peak_bytes
 from tunesmith.training.planner import MemoryPlan, Planner
@@ -26,7 +26,7 @@ def follow_plan(model: Any, plan: MemoryPlan) -> None:
 def settle_plan(
     planner: Planner,
     stepper: Stepper,
-    rows: Sequence[TokenRow],
+    rows: Sequence[Example],
     device: torch.device,
     *,
     always_probe: bool = False,
@@ -59,7 +59,7 @@ def settle_plan(
 
 
 def _rehearse(
-    stepper: Stepper, rows: Sequence[TokenRow], plan: MemoryPlan, device: torch.device
+    stepper: Stepper, rows: Sequence[Example], plan: MemoryPlan, device: torch.device
 ) -> dict[str, int] | None:
     """What the largest micro-batch of `rows` took: `tokens`, bytes `resident` before it and `peak`. None: too much.
 

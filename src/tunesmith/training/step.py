@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,23 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import TrainingFailed
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import Example
 from tunesmith.data.batch import plan_micro_batches
+from tunesmith.methods.objective import LossSum, Objective
 from tunesmith.training.feed import Feed, MakeBatch
 from tunesmith.training.graphs import GraphRunner
 from tunesmith.training.optim import LossScale, Optimizer, clip_factor
 from tunesmith.training.order import StepRows
 
 _MAX_NAMED_ROWS = 5
-
-
-class LossSum(Protocol):
-    """Sum of losses over target tokens, nats, a scalar tensor; the loop divides."""
-
-    @property
-    def total(self) -> Tensor: ...
-    @property
-    def num_targets(self) -> int: ...
 
 
 class TrainableModel(Protocol):
@@ -44,14 +36,15 @@ LossFunction = Callable[[Any, Any], LossSum]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: nats per target token over the whole step; grad_norm: before clipping; notes: halvings of
-    the micro-batch budget."""
+    """loss: nats per target token (of an objective of examples: per example) over the whole step; measures: what the
+    objective measures besides, the same; grad_norm: before clipping; notes: halvings of the micro-batch budget."""
 
     loss: float
     grad_norm: float
     num_tokens: int
     num_target_tokens: int
     notes: tuple[str, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def read_random(device: torch.device) -> dict[str, Tensor]:
@@ -75,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def count_targets(row: TokenRow) -> int:
+def count_targets(row: Example) -> int:
     """Target tokens of a row."""
     # An array sums itself: adding its uint8 items one by one would wrap at 256.
     return int(row.mask.sum()) if hasattr(row.mask, "sum") else sum(row.mask)  # type: ignore[attr-defined]
@@ -84,7 +77,7 @@ def count_targets(row: TokenRow) -> int:
 class Stepper:
     """Takes optimizer steps.
 
-    The loss of each micro-batch is a sum over its target tokens, divided by the target tokens of the *whole* step,
+    The loss of each micro-batch is a sum over its target tokens (or examples), divided by those of the *whole* step,
     which are counted before the first backward. How rows are spread over micro-batches therefore changes nothing
     but rounding. `budget_tokens` bounds the tokens of one forward pass; running out of memory halves it and repeats
     the step from the same random state.
@@ -102,7 +95,7 @@ class Stepper:
         optimizer: Optimizer,
         *,
         make_batch: MakeBatch,
-        loss: LossFunction,
+        loss: LossFunction | Objective,
         device: torch.device,
         budget_tokens: int,
         clip_norm: float | None,
@@ -115,7 +108,8 @@ class Stepper:
         self.feed = Feed(make_batch, device)
         self.graphs: GraphRunner | None = None
         self.following: Callable[[], StepRows] | None = None
-        self._make_batch, self._loss, self._device, self._clip_norm = make_batch, loss, device, clip_norm
+        self._make_batch, self._device, self._clip_norm = make_batch, device, clip_norm
+        self._objective = loss if isinstance(loss, Objective) else Objective(loss)
 
     def record_graphs(
         self, refresh: Callable[[], bool], *, any_lengths: bool = False, has_room: bool = False
@@ -126,9 +120,10 @@ class Stepper:
         """
         self.graphs = GraphRunner(
             # Not a method: it would hold the stepper, which holds it, in a circle that nothing collects.
-            partial(_differentiate, self.model, self._loss),
+            partial(_differentiate, self.model, self._objective),
             hold_gradients=self.optimizer.hold_gradients,
             refresh=refresh,
+            num_sums=1 + len(self._objective.measures),
             device=self._device,
             any_lengths=any_lengths,
             has_room=has_room,
@@ -140,7 +135,7 @@ class Stepper:
         if self.graphs is not None:
             self.graphs.release()
 
-    def take(self, rows: Sequence[TokenRow], *, step: int, learning_rate: float) -> StepResult:
+    def take(self, rows: Sequence[Example], *, step: int, learning_rate: float) -> StepResult:
         """Train on `rows` once. Weights change only if loss and gradients are finite.
 
         step: counted from 1, for messages.
@@ -150,18 +145,22 @@ class Stepper:
         targets = [count_targets(row) for row in rows]
         trained = [row for row, count in zip(rows, targets, strict=True) if count]
         num_targets = sum(targets)
+        divisor = len(trained) if self._objective.per_example else num_targets
         if not num_targets:
             raise TrainingFailed(
                 f"step {step}", f"no target token in {name_rows(rows)}", rule="a step trains tokens"
             )
         if self.in_backward:
-            loss, norm = self._update_in_backward(trained, num_targets, step, learning_rate)
+            loss, norm = self._update_in_backward(trained, divisor, step, learning_rate)
             return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets)
         random = read_random(self._device)
+        if self._objective.before_step is not None:
+            with torch.no_grad():
+                self._objective.before_step(self.model, trained)
         notes: list[str] = []
         while True:
-            loss_sum, norm = self._accumulate(trained, num_targets, step, notes)
-            loss, norm = loss_sum / num_targets, norm / self.scale.value
+            sums, norm = self._accumulate(trained, divisor, step, notes)
+            (loss, *measured), norm = [value / divisor for value in sums], norm / self.scale.value
             if math.isfinite(loss) and math.isfinite(norm):
                 break
             self.optimizer.clear_gradients()
@@ -172,9 +171,11 @@ class Stepper:
         factor = clip_factor(norm, clip_norm=self._clip_norm) / self.scale.value
         self.optimizer.update(learning_rate=learning_rate, gradient_factor=factor)
         self.scale.count_good_step()
-        return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets, tuple(notes))
+        measures = dict(zip(self._objective.measures, measured, strict=True))
+        num_tokens = sum(len(row.ids) for row in rows)
+        return StepResult(loss, norm, num_tokens, num_targets, tuple(notes), measures)
 
-    def rehearse(self, rows: Sequence[TokenRow]) -> bool:
+    def rehearse(self, rows: Sequence[Example]) -> bool:
         """Forward and backward pass of `rows` as one micro-batch, and nothing of it stays; False if they don't fit."""
         random = read_random(self._device)
         dropping = self.optimizer.updating_in_backward(None) if self.in_backward else nullcontext()
@@ -185,9 +186,9 @@ class Stepper:
         return fits
 
     def _update_in_backward(
-        self, rows: Sequence[TokenRow], num_targets: int, step: int, learning_rate: float
+        self, rows: Sequence[Example], divisor: int, step: int, learning_rate: float
     ) -> tuple[float, float]:
-        """A whole step as one micro-batch; (loss in nats per target token, gradient norm)."""
+        """A whole step as one micro-batch; (loss as of `StepResult`, gradient norm)."""
         option = "train.optimizer_in_backward"
         num_tokens = sum(len(row.ids) for row in rows)
         plan = plan_micro_batches([len(row.ids) for row in rows], budget_tokens=self.budget_tokens)
@@ -199,12 +200,12 @@ class Stepper:
         try:
             batch = self.feed.take([rows[number] for number in plan[0]])
             self.feed.begin(partial(self._choose_next, [], 0, self.following))
-            total = self._loss(self.model, batch).total
-            loss = total.item() / num_targets
+            total = self._objective.loss(self.model, batch).total
+            loss = total.item() / divisor
             if not math.isfinite(loss):
                 raise self._explain_non_finite(rows, step=step, loss=loss, norm=math.nan)
             with self.optimizer.updating_in_backward(learning_rate) as norms:
-                (total * (1.0 / num_targets)).backward()
+                (total * (1.0 / divisor)).backward()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -220,18 +221,18 @@ class Stepper:
         return loss, norm
 
     def _accumulate(
-        self, rows: Sequence[TokenRow], num_targets: int, step: int, notes: list[str]
-    ) -> tuple[float, float]:
-        """Gradients of all micro-batches; (loss sum in nats, norm of the scaled gradient)."""
+        self, rows: Sequence[Example], divisor: int, step: int, notes: list[str]
+    ) -> tuple[list[float], float]:
+        """Gradients of all micro-batches; (sums of loss and measures, norm of the scaled gradient)."""
         lengths = [len(row.ids) for row in rows]
         random = read_random(self._device)
         while True:
             plan = plan_micro_batches(lengths, budget_tokens=self.budget_tokens)
-            outcome = self._run_micro_batches(rows, plan, num_targets)
+            outcome = self._run_micro_batches(rows, plan, divisor)
             if isinstance(outcome, Tensor):
                 # The one place where the host waits for the device: what is not finite must not reach the weights.
-                loss_sum, norm = torch.stack([outcome, self.optimizer.gradient_norm().double()]).tolist()
-                return loss_sum, norm
+                *sums, norm = torch.cat([outcome, self.optimizer.gradient_norm().double()[None]]).tolist()
+                return sums, norm
             self.optimizer.clear_gradients()
             if self.graphs is not None:
                 self.graphs.has_room = False
@@ -252,21 +253,22 @@ class Stepper:
             set_random(random, self._device)
 
     def _run_micro_batches(
-        self, rows: Sequence[TokenRow], plan: Sequence[Sequence[int]], num_targets: int
+        self, rows: Sequence[Example], plan: Sequence[Sequence[int]], divisor: int
     ) -> Tensor | int:
-        """The step's loss sum, a float64 scalar on the device; or the number of the micro-batch that didn't fit."""
+        """The step's sums of loss and measures, float64 on the device; or the number of the micro-batch that didn't
+        fit."""
         if self.graphs is None:
-            loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+            sums = torch.zeros(1 + len(self._objective.measures), dtype=torch.float64, device=self._device)
         else:
-            loss_sum = self.graphs.begin()
-        factor = self.scale.value / num_targets
+            sums = self.graphs.begin()
+        factor = self.scale.value / divisor
         groups = [[rows[number] for number in numbers] for numbers in plan]
         for index, group in enumerate(groups):
             try:
                 batch = self.feed.take(group)
                 self.feed.begin(partial(self._choose_next, groups, index + 1, self.following))
                 if self.graphs is None:
-                    _differentiate(self.model, self._loss, batch, factor, loss_sum)
+                    _differentiate(self.model, self._objective, batch, factor, sums)
                 else:
                     self.graphs.run(batch, factor)
             except (MemoryError, RuntimeError) as error:
@@ -274,11 +276,11 @@ class Stepper:
                     raise
                 # Returned, not handled here: the traceback holds the very tensors that must be freed first.
                 return index
-        return loss_sum
+        return sums
 
     def _choose_next(
-        self, groups: Sequence[Sequence[TokenRow]], index: int, following: Callable[[], StepRows] | None
-    ) -> Sequence[TokenRow] | None:
+        self, groups: Sequence[Sequence[Example]], index: int, following: Callable[[], StepRows] | None
+    ) -> Sequence[Example] | None:
         """The step's micro-batch of that number; after its last, the first of the step that follows.
 
         following: as it is when asked for. By the time the background comes to it, another step may have begun.
@@ -292,7 +294,7 @@ class Stepper:
         return [trained[number] for number in plan[0]] if plan else None
 
     def _explain_non_finite(
-        self, rows: Sequence[TokenRow], *, step: int, loss: float, norm: float
+        self, rows: Sequence[Example], *, step: int, loss: float, norm: float
     ) -> TrainingFailed:
         """Run every row alone and name those that are not finite by themselves."""
         if self.graphs is not None:
@@ -315,8 +317,8 @@ class Stepper:
             cure=cure,
         )
 
-    def _is_finite_alone(self, row: TokenRow) -> bool:
-        total = self._loss(self.model, self._make_batch([row], self._device)).total
+    def _is_finite_alone(self, row: Example) -> bool:
+        total = self._objective.loss(self.model, self._make_batch([row], self._device)).total
         if not math.isfinite(total.item()):
             return False
         (total * self.scale.value).backward()
@@ -326,15 +328,17 @@ class Stepper:
 
 
 def _differentiate(
-    model: Any, loss: LossFunction, batch: Any, factor: float | Tensor, loss_sum: Tensor
+    model: Any, objective: Objective, batch: Any, factor: float | Tensor, sums: Tensor
 ) -> None:
-    """Gradients of the batch's loss times `factor`; the loss is added to `loss_sum`."""
-    total = loss(model, batch).total
-    (total * factor).backward()
-    loss_sum += total.detach()
+    """Gradients of the batch's loss times `factor`; loss and measures are added to `sums`."""
+    found = objective.loss(model, batch)
+    (found.total * factor).backward()
+    sums[0] += found.total.detach()
+    for number, name in enumerate(objective.measures, 1):
+        sums[number] += found.measures[name]
 
 
-def name_rows(rows: Sequence[TokenRow]) -> str:
+def name_rows(rows: Sequence[Example]) -> str:
     """Places of rows, the first few: `train.jsonl:17, train.jsonl:40 and 3 more`."""
     places = ", ".join(row.origin.place for row in rows[:_MAX_NAMED_ROWS])
     more = len(rows) - _MAX_NAMED_ROWS

@@ -66,7 +66,7 @@ def as_scalars(record: StepRecord) -> dict[str, float]:
     }
     if record.validation_loss is not None:
         scalars["validation_loss"] = record.validation_loss
-    return scalars
+    return scalars | dict(record.measures or {})
 
 
 def _run_id(run_root: Path) -> str:
