@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.fp8_check import Fp8Check
 from tunesmith.core.errors import SetupError
+from tunesmith.data.examples import flatten
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.job.spec import Job, LoraSpec
@@ -102,16 +103,18 @@ def shares_prefix(job: Job, device: torch.device) -> bool:
 
 
 def make_training_batch(job: Job, device: torch.device) -> Any:
-    """(rows, device) -> batch, as the job trains it."""
+    """(examples, device) -> batch, as the job trains it."""
     from tunesmith.models.layout import make_batch
 
     share = shares_prefix(job, device)
-    return lambda rows, where: make_batch(rows, device=where, round_tokens=ROUND_TOKENS, share_prefix=share)
+    return lambda examples, where: make_batch(
+        flatten(examples), device=where, round_tokens=ROUND_TOKENS, share_prefix=share
+    )
 
 
 def training_lengths(job: Job, prepared: Prepared) -> Sequence[int]:
-    """Tokens of every training row. Those of a stream are not known: a typical step with one row of the longest."""
+    """Tokens of every training example. Those of a stream are not known: a typical step with one row of the longest."""
     if not job.data.streaming:
-        return prepared.rows("train").lengths
+        return prepared.examples("train").lengths
     longest = job.data.max_tokens
     return [longest, *[max(1, longest // 2)] * (job.train.batch_rows - 1)]

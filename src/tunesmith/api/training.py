@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
+from tunesmith.api.objectives import Aim, take_aim
 from tunesmith.api.opening import note_long_rows, open_job, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import (
@@ -39,6 +40,7 @@ from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.load import job_from
+from tunesmith.job.objective import kind_of_rows
 from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.training.schedule import auto_learning_rate
@@ -165,7 +167,6 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     """Carry out one training in this process and write its record."""
     from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, records_graphs, set_up_segments
     from tunesmith.api.planning import make_planner
-    from tunesmith.methods.sft import sft_loss
     from tunesmith.models.sizes import count_parameters
     from tunesmith.training.loop import train as run_loop
 
@@ -200,23 +201,25 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     fingerprints = fingerprint_run(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
     built, ends = time.perf_counter(), list[float]()
+    aim = _take_aim(job, model, prepared, run, task.label, fingerprints, rejects, tokenizer, on_event)
     outcome = run_loop(
         model,
-        _training_rows(job, rejects, prepared, tokenizer),
+        aim.examples,
         job.train.model_copy(update={"learning_rate": rate}),
         run,
         make_batch=make_training_batch(job, device),
-        loss=sft_loss,
-        evaluate=_validation_loss(model, prepared),
+        loss=aim.objective,
+        evaluate=aim.evaluate,
         on_step=_report_steps(task.label, on_event, ends),
         resume=task.resume,
         # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
         identity={
-            "method": job.model_dump(mode="json")["method"],
+            **{name: job.model_dump(mode="json")[name] for name in ("method", "objective")},
             **{k: v for k, v in fingerprints.items() if k != "code"},
         },
         planner=planner,
-        record_graphs=records_graphs(model, device),
+        # A recorded batch has places for tokens, none for numbers of rows.
+        record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
     )
     trained = time.perf_counter()
     if job.data.streaming and (skipped := rejects.write()):
@@ -246,6 +249,44 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     write_json(run.record, record.to_json())
     return record
+
+
+def _take_aim(
+    job: Job,
+    model: CausalLM,
+    prepared: Prepared,
+    run: RunDir,
+    label: str,
+    fingerprints: Mapping[str, str],
+    rejects: Rejects,
+    tokenizer: Tokenizer,
+    on_event: OnEvent,
+) -> Aim:
+    """What the run minimises, on which examples, and how it is validated."""
+    if kind_of_rows(job.objective) == "answers":
+        from tunesmith.methods.objectives import make_objective
+
+        objective = make_objective(job.objective_spec)
+        return Aim(
+            objective, _training_rows(job, rejects, prepared, tokenizer), _validation_loss(model, prepared)
+        )
+    from tunesmith.training.loop import choose_budget
+
+    kept = {name: value for name, value in fingerprints.items() if name != "code"}
+    return take_aim(
+        job,
+        model,
+        prepared,
+        make_batch=make_training_batch(job, model.device),
+        cache=run.root / "reference.safetensors",
+        identity=hash_json(
+            {**kept, "method": job.model_dump(mode="json")["method"], "dtype": str(model.dtype)}
+        ),
+        budget_tokens=choose_budget(job.train, model.device),
+        on_progress=lambda done, total: on_event(
+            Event("progress", label, "the reference", done=done, total=total)
+        ),
+    )
 
 
 def _time_phases(run: RunDir, marks: Sequence[float]) -> dict[str, float]:
