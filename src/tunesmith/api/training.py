@@ -39,6 +39,7 @@ from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.load import job_from
+from tunesmith.job.objective import kind_of_rows
 from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.training.schedule import auto_learning_rate
@@ -151,7 +152,9 @@ def prepare(
     """Read, check, split and tokenise the data of a job into `run.prepared`; what was lost is said."""
     on_event(Event("stage", text="Preparing data"))
     tokenizer = load_job_tokenizer(job, base.folder)
-    prepared = prepare_data(job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row)
+    prepared = prepare_data(
+        job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row, rows=kind_of_rows(job.objective)
+    )
     note_long_rows(prepared.report, job, base)
     for finding in prepared.report.findings:
         if finding.level == "error":
