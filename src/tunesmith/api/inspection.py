@@ -13,10 +13,11 @@ from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
 from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import prepare_data
-from tunesmith.data.preview import RowPreview, preview_rows
+from tunesmith.data.preview import PairPreview, RowPreview, preview_rows
 from tunesmith.data.survey import check as check_data
 from tunesmith.data.survey import first_rows
 from tunesmith.job.load import job_from
+from tunesmith.job.objective import kind_of_rows
 from tunesmith.job.spec import CompareSpec, Job
 
 
@@ -27,7 +28,12 @@ def check(job: Job | Mapping[str, Any], *, on_bad_row: Literal["refuse", "skip"]
     """
     job = job if isinstance(job, Job) else job_from(job)
     base = open_job(job, plan_arms(job) if job.compare.arms != CompareSpec().arms else ())
-    report = check_data(job, tokenizer=load_job_tokenizer(job, base.folder), on_bad_row=on_bad_row)
+    report = check_data(
+        job,
+        tokenizer=load_job_tokenizer(job, base.folder),
+        on_bad_row=on_bad_row,
+        rows=kind_of_rows(job.objective),
+    )
     note_long_rows(report, job, base)
     return report
 
@@ -38,8 +44,9 @@ def preview(
     rows: int = 3,
     split: Literal["train", "validation"] = "train",
     on_bad_row: Literal["refuse", "skip"] = "refuse",
-) -> list[RowPreview]:
-    """The first rows of a split as they are trained: text in pieces, each trained, masked or stop."""
+) -> list[RowPreview | PairPreview]:
+    """The first rows of a split as they are trained: text in pieces, each trained, masked or stop. Of a pair the prompt
+    once."""
     job = job if isinstance(job, Job) else job_from(job)
     tokenizer = load_job_tokenizer(job, open_base(job).folder)
     if job.data.streaming and split == "train":
@@ -47,5 +54,7 @@ def preview(
         return preview_rows(first_rows(job.data, tokenizer, rows, rejects), tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "prepared"
-        prepared = prepare_data(job, tokenizer=tokenizer, folder=folder, on_bad_row=on_bad_row)
-        return preview_rows(prepared.rows(split)[:rows], tokenizer)
+        prepared = prepare_data(
+            job, tokenizer=tokenizer, folder=folder, on_bad_row=on_bad_row, rows=kind_of_rows(job.objective)
+        )
+        return preview_rows(prepared.examples(split)[:rows], tokenizer)

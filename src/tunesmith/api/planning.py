@@ -23,6 +23,7 @@ from tunesmith.core.quantities import format_gib, parse_bytes
 from tunesmith.data.batch import plan_epoch
 from tunesmith.data.prepare import Prepared, prepare_data
 from tunesmith.job.load import job_from
+from tunesmith.job.objective import kind_of_rows
 from tunesmith.job.spec import Job, LoraSpec, TrainSpec, as_method_spec
 from tunesmith.models.config import load_config
 from tunesmith.models.memory import MemoryModel
@@ -95,7 +96,11 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_job_tokenizer(job, base.folder)
         prepared = prepare_data(
-            job, tokenizer=tokenizer, folder=Path(scratch) / "prepared", on_bad_row=on_bad_row
+            job,
+            tokenizer=tokenizer,
+            folder=Path(scratch) / "prepared",
+            on_bad_row=on_bad_row,
+            rows=kind_of_rows(job.objective),
         )
         card, here = _find_card(device, memory)
         limit = card.memory_bytes

@@ -153,7 +153,9 @@ def prepare(
     """Read, check, split and tokenise the data of a job into `run.prepared`; what was lost is said."""
     on_event(Event("stage", text="Preparing data"))
     tokenizer = load_job_tokenizer(job, base.folder)
-    prepared = prepare_data(job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row)
+    prepared = prepare_data(
+        job, tokenizer=tokenizer, folder=run.prepared, on_bad_row=on_bad_row, rows=kind_of_rows(job.objective)
+    )
     note_long_rows(prepared.report, job, base)
     for finding in prepared.report.findings:
         if finding.level == "error":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from tunesmith.core.comparison import Cell, Comparison
 from tunesmith.core.quantities import format_bytes, format_count, format_gib, format_seconds
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
-from tunesmith.data.checks import CheckReport, SplitFacts
-from tunesmith.data.preview import RowPreview
+from tunesmith.data.checks import CheckReport, PreferenceFacts, SplitFacts
+from tunesmith.data.preview import LabelledPreview, PairPreview, RowPreview, Segment
 
 if TYPE_CHECKING:
     from tunesmith.api.planning import Planned
@@ -131,6 +131,8 @@ def print_check(report: CheckReport) -> None:
         if report.overlap:
             table.add_row(title, *(_overlap(report, name, key) for name in report.splits))
     console.print(table)
+    if report.preferences:
+        console.print(_tabulate_preferences(report))
     for finding in report.findings:
         style = {"error": "red", "warning": "yellow", "note": "dim"}[finding.level]
         console.print(style_text((f"{finding.level}: ", style), finding.message))
@@ -175,6 +177,42 @@ _OVERLAP_ROWS = (
 def _overlap(report: CheckReport, split: str, key: str) -> str:
     found = report.overlap.get(split)
     return "" if found is None else f"{getattr(found, key):,}" if getattr(found, key) else "–"
+
+
+def _tabulate_preferences(report: CheckReport) -> Table:
+    """Both sides of pairs, or answers by their label, split by split."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    splits = list(report.preferences.values())
+    in_pairs = splits[0].kind == "pairs"
+    table.add_column("pairs" if in_pairs else "labelled answers")
+    for name in report.preferences:
+        table.add_column(name, justify="right")
+
+    def add(title: str, read: Callable[[PreferenceFacts], str]) -> None:
+        table.add_row(title, *(read(facts) for facts in splits))
+
+    add("pairs" if in_pairs else "answers", lambda facts: f"{facts.num_examples:,}")
+    add("different prompts", lambda facts: f"{facts.num_prompts:,}")
+    for side in splits[0].num_answers:
+        if not in_pairs:
+            add(side, lambda facts, side=side: _share(facts.num_answers[side], facts.num_examples))
+        add(
+            f"{side} tokens, half / 95% / longest",
+            lambda facts, side=side: _spread(facts.answer_tokens[side]),
+        )
+    if in_pairs:
+        add("chosen is longer", lambda facts: _share(facts.num_chosen_longer, facts.num_examples))
+        add("chosen is shorter", lambda facts: _share(facts.num_chosen_shorter, facts.num_examples))
+    add("contradicting each other", lambda facts: f"{facts.num_conflicts:,}" if facts.num_conflicts else "–")
+    return table
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({count / total:.0%})" if count else "–"
+
+
+def _spread(percentiles: Mapping[str, int]) -> str:
+    return " / ".join(str(percentiles.get(name, 0)) for name in ("50", "95", "100")) if percentiles else "–"
 
 
 def print_plan(planned: Planned) -> None:
@@ -222,11 +260,25 @@ def _gib(num_bytes: int) -> str:
 _PIECES = {"trained": "black on green", "stop": "bold white on blue", "masked": "dim"}
 
 
-def print_previews(previews: Sequence[RowPreview]) -> None:
+def print_previews(previews: Sequence[RowPreview | PairPreview]) -> None:
     """Rows piece by piece: trained, masked and stop tokens in colour, and what each colour means."""
     console = open_console()
     console.print(Text(" ").join(style_text((f" {kind} ", style)) for kind, style in _PIECES.items()))
     for item in previews:
+        if isinstance(item, PairPreview):
+            facts = f" a pair of {item.num_tokens} tokens; the prompt of both answers:"
+            console.print(style_text("\n", (item.place, "bold"), facts))
+            console.print(_colour(item.prompt))
+            for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
+                console.print(style_text((side, "bold"), f" {answer.num_targets} trained"))
+                console.print(_colour(answer.segments))
+            continue
         facts = f" {item.num_tokens} tokens, {item.num_targets} trained"
+        if isinstance(item, LabelledPreview):
+            facts += f", label {str(item.label).lower()}"
         console.print(style_text("\n", (item.place, "bold"), facts))
-        console.print(style_text(*((text, _PIECES[kind]) for text, kind in item.segments)))
+        console.print(_colour(item.segments))
+
+
+def _colour(segments: Sequence[Segment]) -> Text:
+    return style_text(*((text, _PIECES[kind]) for text, kind in segments))

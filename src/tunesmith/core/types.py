@@ -39,6 +39,9 @@ class Conversation:
     kind "completion":  two messages, user (the prompt) and assistant (the completion), joined as raw text
                         without a template; the completion and the EOS after it are trained.
     kind "text":        one assistant message; every token is trained.
+
+    rejected: of a pair, where `messages` is the chosen conversation, the other one; both begin with the same prompt.
+    label:    of a labelled row, whether its answer is good.
     """
 
     messages: tuple[Message, ...]
@@ -46,6 +49,21 @@ class Conversation:
     kind: ConversationKind = "chat"
     tools: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """What the answer is given to: all before the last turn, of a preference all before the first trained one."""
+        if not self.rejected and self.label is None:
+            return self.messages[:-1]
+        first = next(n for n, m in enumerate(self.messages) if m.role == "assistant" and m.weight > 0)
+        return self.messages[:first]
+
+    @property
+    def all_messages(self) -> tuple[Message, ...]:
+        """Every turn, the prompt of a pair once."""
+        return self.messages + self.rejected[len(self.prompt) :] if self.rejected else self.messages
 
     @property
     def answer(self) -> str:

@@ -18,6 +18,7 @@ from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import Likeness, split_words
 from tunesmith.data.transcript import text_of
+from tunesmith.job.objective import RowKind
 
 NGRAM_WORDS = 13
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -82,6 +83,25 @@ class Overlap:
 
 
 @dataclass(slots=True)
+class PreferenceFacts:
+    """The pairs or labelled rows of one split. Sides are chosen and rejected, or desirable and undesirable.
+
+    answer_tokens: of each side, trained tokens of an answer by percentile ("50", "95", "100" ...).
+    num_chosen_longer, num_chosen_shorter: pairs by the tokens of their answers.
+    num_conflicts: pairs that also stand there the other way round; labelled answers that also have the other label.
+    """
+
+    kind: RowKind
+    num_examples: int = 0
+    num_prompts: int = 0
+    num_answers: dict[str, int] = field(default_factory=dict[str, int])
+    answer_tokens: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    num_chosen_longer: int = 0
+    num_chosen_shorter: int = 0
+    num_conflicts: int = 0
+
+
+@dataclass(slots=True)
 class CheckReport:
     """The answer of `tunesmith check`, and `checks.json` of a prepared folder."""
 
@@ -90,6 +110,7 @@ class CheckReport:
     overlap: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
     counts: dict[str, int] = field(default_factory=dict[str, int])
     findings: list[Finding] = field(default_factory=list[Finding])
+    preferences: dict[str, PreferenceFacts] = field(default_factory=dict[str, PreferenceFacts])
 
     @property
     def warnings(self) -> list[str]:
@@ -101,7 +122,10 @@ class CheckReport:
         return [item.message for item in self.findings if item.level == "error"]
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": 1, **dataclasses.asdict(self)}
+        value = {"schema": 1, **dataclasses.asdict(self)}
+        if not self.preferences:
+            del value["preferences"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckReport:
@@ -111,6 +135,7 @@ class CheckReport:
             overlap={name: Overlap(**item) for name, item in value["overlap"].items()},
             counts=dict(value["counts"]),
             findings=[Finding(**item) for item in value["findings"]],
+            preferences={n: PreferenceFacts(**item) for n, item in value.get("preferences", {}).items()},
         )
 
 
@@ -163,12 +188,12 @@ def measure_overlaps(
 
 def question_of(conversation: Conversation) -> str:
     """What a row asks: equal questions in train and test are a leak, whatever the answers."""
-    return text_of(m for m in conversation.messages[:-1] if m.role != "system") or conversation.answer
+    return text_of(m for m in conversation.prompt if m.role != "system") or conversation.answer
 
 
 def ngrams_of(conversation: Conversation) -> frozenset[int]:
     """Hashes of every `NGRAM_WORDS` words in a row."""
-    words = split_words(text_of(m for m in conversation.messages if m.role != "system"))
+    words = split_words(text_of(m for m in conversation.all_messages if m.role != "system"))
     return frozenset(hash(tuple(words[n : n + NGRAM_WORDS])) for n in range(len(words) - NGRAM_WORDS + 1))
 
 
@@ -176,7 +201,7 @@ def find_special_tokens(conversations: Iterable[Conversation], renderer: Rendere
     """Rows whose own text spells a special token: it becomes that token, and may end a turn early."""
     specials = [token for token in renderer.tokenizer.added_tokens if len(token) > 2 and not token.isspace()]
     return sum(
-        any(token in message.content for message in c.messages for token in specials)
+        any(token in message.content for message in c.all_messages for token in specials)
         if _may_hold(c)
         else False
         for c in conversations
@@ -184,7 +209,7 @@ def find_special_tokens(conversations: Iterable[Conversation], renderer: Rendere
 
 
 def _may_hold(conversation: Conversation) -> bool:
-    return any("<" in message.content or "[" in message.content for message in conversation.messages)
+    return any("<" in message.content or "[" in message.content for message in conversation.all_messages)
 
 
 _KEPT = " (rejected_rows.jsonl of the --out folder, if there is one, holds them)"
@@ -199,6 +224,10 @@ _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
     "rows_refused_by_template": (
         "warning",
         "{n} rows do not fit the chat template and were skipped" + _KEPT,
+    ),
+    "pairs_equal_once_cut": (
+        "warning",
+        "{n} pairs are the same tokens once cut to max_tokens and were left out",
     ),
     "eos_added_after_answer": (
         "note",
@@ -242,7 +271,9 @@ def find_findings(report: CheckReport, renderer: Renderer) -> list[Finding]:
             text = f"{source.name}: {format_number(source.num_rejected, 'bad row')} skipped{_KEPT}"
             found.append(Finding("warning", "rejected_rows", text, source.num_rejected, source.split))
     for name, facts in report.splits.items():
-        found += _find_in_split(name, facts)
+        found += _find_in_split(
+            name, facts, in_pairs=name in report.preferences and report.preferences[name].kind == "pairs"
+        )
     for name, overlap in report.overlap.items():
         found += _find_in_overlap(name, overlap)
     if (token := _unlisted_end(renderer)) is not None:
@@ -251,8 +282,13 @@ def find_findings(report: CheckReport, renderer: Renderer) -> list[Finding]:
             "we stop on it, other software needs it in generation_config.json"
         )
         found.append(Finding("warning", "end_token_not_listed", text))
+    return sort_findings(found)
+
+
+def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Worst first."""
     order = {"error": 0, "warning": 1, "note": 2}
-    return sorted(found, key=lambda item: order[item.level])
+    return sorted(findings, key=lambda item: order[item.level])
 
 
 def _unlisted_end(renderer: Renderer) -> str | None:
@@ -260,7 +296,7 @@ def _unlisted_end(renderer: Renderer) -> str | None:
     return next((renderer.tokenizer.token(i) for i in renderer.stop_ids if i not in listed), None)
 
 
-def _find_in_split(name: str, facts: SplitFacts) -> list[Finding]:
+def _find_in_split(name: str, facts: SplitFacts, *, in_pairs: bool) -> list[Finding]:
     found: list[Finding] = []
 
     def add(level: Literal["error", "warning", "note"], code: str, count: int, text: str) -> None:
@@ -268,11 +304,12 @@ def _find_in_split(name: str, facts: SplitFacts) -> list[Finding]:
             found.append(Finding(level, code, f"{name}: {count} {text}", count, name))
 
     lost = f"which loses {facts.num_lost_targets} answer tokens"
+    or_other = ", or the other of their pair is," if in_pairs else ""
     add(
         "warning",
         "dropped_rows",
         facts.num_dropped,
-        f"rows are longer than max_tokens and were dropped, {lost}",
+        f"rows are longer than max_tokens{or_other} and were dropped, {lost}",
     )
     add(
         "warning",

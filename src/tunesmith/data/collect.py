@@ -16,8 +16,10 @@ from tunesmith.core.quantities import format_number
 from tunesmith.core.types import Conversation, Origin
 from tunesmith.data.checks import CheckReport, SourceFacts, SplitFacts
 from tunesmith.data.formats import FormatName, RawRow, detect_format, parse_row, shape_of
+from tunesmith.data.preferences import rows_of_shape, unpair
 from tunesmith.data.sources import Source, find_sources, mix_rows, read_rows
 from tunesmith.data.split import Likeness, assign_splits
+from tunesmith.job.objective import RowKind
 from tunesmith.job.spec import DataSpec, SourceSpec, as_source_specs
 
 DEFAULT_SHARE = 0.1
@@ -61,9 +63,12 @@ def _as_json(row: Any) -> Any:
 
 
 def read_conversations(
-    source: Source, rejects: Rejects, facts: SourceFacts, *, fmt: str = "auto"
+    source: Source, rejects: Rejects, facts: SourceFacts, *, fmt: str = "auto", kind: RowKind = "answers"
 ) -> Iterator[Conversation]:
-    """Conversations of one split of one source. The shape is detected from its first rows unless `fmt` names it."""
+    """Conversations of one split of one source. The shape is detected from its first rows unless `fmt` names it.
+
+    kind: what the objective learns from. Raises DataError if the shape is of another; pairs are taken apart for labels.
+    """
     before = len(rejects.rows)
     rows = read_rows(source, on_bad=rejects.add if rejects.collect else None)
     head: list[RawRow] = []
@@ -74,8 +79,9 @@ def read_conversations(
         # Told after the rows before it have been looked at, so that the first bad row is the one named.
         failure = error
     if head:
-        found = _detect(head, skip=rejects.collect) if fmt == "auto" else fmt
+        found = _detect(head, kind, skip=rejects.collect) if fmt == "auto" else fmt
         facts.format = found
+        _refuse_other_kind(source, found, kind)
         for raw in itertools.chain(head, rows):
             try:
                 conversation = parse_row(raw, cast("FormatName", found))
@@ -85,20 +91,50 @@ def read_conversations(
                 rejects.add(raw.origin, raw.value, error)
                 continue
             facts.num_rows += 1
-            yield conversation
+            if conversation.rejected and kind == "labelled":
+                yield from unpair(conversation)
+            else:
+                yield conversation
     facts.num_rejected = len(rejects.rows) - before
     if failure is not None:
         raise failure
 
 
-def _detect(head: Sequence[RawRow], *, skip: bool) -> FormatName:
+# What the rows of an objective have, and which objectives learn from them.
+_NEEDS: dict[RowKind, tuple[str, str]] = {
+    "answers": ("answers", "sft"),
+    "pairs": ("chosen and rejected answers", "dpo, orpo, simpo or reward"),
+    "labelled": ("labelled answers", "kto"),
+}
+
+
+def _refuse_other_kind(source: Source, shape: str, kind: RowKind) -> None:
+    """Raise DataError if rows of a shape are not what the objective learns from, nor can be made of them."""
+    found = rows_of_shape(shape)
+    if found == kind or (found, kind) == ("pairs", "labelled"):
+        return
+    needs, objectives = _NEEDS[kind]
+    instead = f"Set objective: {_NEEDS[found][1]}"
+    if kind == "answers":
+        cure = f"{instead}; to learn their answers all the same, name the shape under data.train: format: messages, ..."
+    else:
+        cure = f"{instead}, or give {kind} (shapes: docs/data-formats.md)"
+    raise DataError(
+        source.name,
+        f"its rows are {_NEEDS[found][0]} ({shape})",
+        rule=f"objective {objectives} learns from {needs}",
+        cure=cure,
+    )
+
+
+def _detect(head: Sequence[RawRow], kind: RowKind, *, skip: bool) -> FormatName:
     """The one shape of the rows; where bad rows are set aside, the commonest, and rows of another are bad."""
-    shapes = [shape_of(raw.value) for raw in head]
+    shapes = [shape_of(raw.value, kind) for raw in head]
     known = Counter([shape for shape in shapes if shape is not None])
     if skip and known:
         return cast("FormatName", known.most_common(1)[0][0])
     odd = next((n for n, shape in enumerate(shapes) if shape is None or shape != shapes[0]), 0)
-    return detect_format((raw.value for raw in head), place=head[odd].origin.place)
+    return detect_format((raw.value for raw in head), place=head[odd].origin.place, rows=kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +145,13 @@ class Collected:
     likeness: Likeness
 
 
-def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> Collected:
+def collect_splits(
+    data: DataSpec, rejects: Rejects, report: CheckReport, kind: RowKind = "answers"
+) -> Collected:
     """Conversations of train, validation and test, as the job asks; facts about sources go to the report."""
     if data.streaming:
         check_stream_splits(data)
-    parts = [_read_source(spec, data, rejects, report) for spec in as_source_specs(data.train)]
+    parts = [_read_source(spec, data, rejects, report, kind) for spec in as_source_specs(data.train)]
     held_out: dict[str, list[Conversation]] = {}
     shares: dict[str, float] = {}
     for name, wish in (("test", data.split.test), ("validation", data.split.validation)):
@@ -121,7 +159,7 @@ def collect_splits(data: DataSpec, rejects: Rejects, report: CheckReport) -> Col
         if wish == "auto" and own:
             held_out[name] = own
         elif isinstance(wish, str) and wish != "auto":
-            held_out[name] = _read_named(wish, name, rejects, report)
+            held_out[name] = _read_named(wish, name, rejects, report, kind)
         elif share := DEFAULT_SHARE if wish == "auto" else float(wish):
             shares[name] = share
     everything = [c for _, part in parts for c in part["train"]] + [
@@ -159,7 +197,7 @@ def check_stream_splits(data: DataSpec) -> None:
 
 
 def _read_source(
-    spec: SourceSpec, data: DataSpec, rejects: Rejects, report: CheckReport
+    spec: SourceSpec, data: DataSpec, rejects: Rejects, report: CheckReport, kind: RowKind
 ) -> tuple[SourceSpec, dict[str, list[Conversation]]]:
     """All splits that a source brings and the job will use; a streaming job reads its training rows later."""
     wanted = {n for n in ("validation", "test") if getattr(data.split, n) == "auto"}
@@ -169,22 +207,24 @@ def _read_source(
     part: dict[str, list[Conversation]] = {"train": []}
     for name, source in found.items():
         if name in wanted or (name == "train" and not data.streaming):
-            part[name] = _read_all(source, name, spec.format, rejects, report)
+            part[name] = _read_all(source, name, spec.format, rejects, report, kind)
     return spec, part
 
 
-def _read_named(text: str, name: str, rejects: Rejects, report: CheckReport) -> list[Conversation]:
+def _read_named(
+    text: str, name: str, rejects: Rejects, report: CheckReport, kind: RowKind
+) -> list[Conversation]:
     """A held-out split named by its own source: the split of that name, else the source's only rows."""
     found = find_sources(SourceSpec(path=text))
-    return _read_all(found.get(name, found["train"]), name, "auto", rejects, report)
+    return _read_all(found.get(name, found["train"]), name, "auto", rejects, report, kind)
 
 
 def _read_all(
-    source: Source, name: str, fmt: str, rejects: Rejects, report: CheckReport
+    source: Source, name: str, fmt: str, rejects: Rejects, report: CheckReport, kind: RowKind
 ) -> list[Conversation]:
     facts = SourceFacts(name=source.name, split=name, format=fmt, revision=source.revision)
     report.sources.append(facts)
-    rows = list(read_conversations(source, rejects, facts, fmt=fmt))
+    rows = list(read_conversations(source, rejects, facts, fmt=fmt, kind=kind))
     if not rows:
         raise DataError(
             source.name,

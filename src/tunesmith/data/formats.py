@@ -1,4 +1,6 @@
-"""The five row shapes people have, detected per source and parsed strictly into `Conversation`.
+"""The shapes of rows that people have, detected per source and parsed strictly into `Conversation`.
+
+Those of preferences are in `preferences.py`; of answers there are five:
 
     messages            {"messages": [{"role", "content", "weight"?, "tool_calls"?...}], "tools"?}
     prompt_completion   {"prompt", "completion"}: strings are raw text, lists of messages are a chat
@@ -11,35 +13,28 @@ To add a shape: one `_parse_*` function, one line in `_PARSERS` and one in `_SHA
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from tunesmith.core.errors import DataError
-from tunesmith.core.jsonl import OR_SKIP
-from tunesmith.core.types import Conversation, Message, Origin, Role
+from tunesmith.core.types import Conversation, Message, Origin
+from tunesmith.data.preferences import SHAPES as PREFERENCE_SHAPES
+from tunesmith.data.preferences import PreferenceName, parse_preference, rows_of_shape, shape_of_preference
+from tunesmith.data.turns import (
+    fail_row,
+    finish_chat,
+    parse_message,
+    parse_turn,
+    take_extra,
+    take_instruction,
+    take_list,
+    take_text,
+)
+from tunesmith.job.objective import RowKind
 
-FormatName = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
-
-SKIP_CURE = f"Repair the row{OR_SKIP}"
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-_CLUSTER_KEYS = ("cluster", "family")
-_CHOICE_KEYS = ("choices", "answer_index")
-# Message keys that this module reads itself; the others go to the template as they are.
-_OWN_KEYS = ("role", "content", "weight", "loss_weight")
+AnswerName = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+FormatName = AnswerName | PreferenceName
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +45,23 @@ class RawRow:
     origin: Origin
 
 
-def detect_format(values: Iterable[Mapping[str, Any]], *, place: str = "data") -> FormatName:
-    """The shape that every one of the given rows has. Raises DataError listing the keys found and the shapes known."""
+def detect_format(
+    values: Iterable[Mapping[str, Any]], *, place: str = "data", rows: RowKind = "answers"
+) -> FormatName:
+    """The shape that every one of the given rows has. Raises DataError listing the keys found and the shapes known.
+
+    rows: what is looked for; shapes of another kind are told as what they are.
+    """
     found: FormatName | None = None
-    rows = list(values)
-    for row in rows:
-        shape = shape_of(row)
+    known = _SHAPES if rows == "answers" else PREFERENCE_SHAPES
+    for row in values:
+        shape = shape_of(row, rows)
         if shape is None or (found is not None and shape != found):
             other = f" beside rows of shape {found}" if found and shape != found else ""
             raise DataError(
                 place,
                 f"rows with keys {', '.join(sorted(map(str, row))[:12]) or '(none)'}{other}",
-                rule=f"known shapes are {', '.join(f'{name} ({keys})' for name, keys in _SHAPES.items())}",
+                rule=f"known shapes are {', '.join(f'{name} ({keys})' for name, keys in known.items())}",
                 cure="Rename the keys, or give one file per shape",
             )
         found = shape
@@ -70,8 +70,10 @@ def detect_format(values: Iterable[Mapping[str, Any]], *, place: str = "data") -
     return found
 
 
-def shape_of(row: Mapping[str, Any]) -> FormatName | None:
+def shape_of(row: Mapping[str, Any], rows: RowKind = "answers") -> FormatName | None:
     """The shape that a row's keys tell, None for none of ours."""
+    if (shape := shape_of_preference(row, rows)) is not None:
+        return shape
     if "messages" in row:
         return "messages"
     if "conversations" in row:
@@ -83,7 +85,7 @@ def shape_of(row: Mapping[str, Any]) -> FormatName | None:
     return "text" if "text" in row else None
 
 
-_SHAPES: dict[FormatName, str] = {
+_SHAPES: dict[AnswerName, str] = {
     "messages": "messages: list of role/content",
     "prompt_completion": "prompt, completion",
     "alpaca": "instruction, input or context, output or response",
@@ -95,12 +97,10 @@ _SHAPES: dict[FormatName, str] = {
 def parse_row(raw: RawRow, fmt: FormatName) -> Conversation:
     """One row as a checked `Conversation`. Raises DataError naming the row's place."""
     if _holds_nul(raw.value):
-        raise _fail(raw.origin, "contains a NUL character", "rows are text")
-    return _PARSERS[fmt](raw.value, raw.origin)
-
-
-def _fail(origin: Origin, finding: str, rule: str, cure: str = SKIP_CURE) -> DataError:
-    return DataError(origin.place, finding, rule=rule, cure=cure)
+        raise fail_row(raw.origin, "contains a NUL character", "rows are text")
+    if rows_of_shape(fmt) != "answers":
+        return parse_preference(raw.value, raw.origin, cast("PreferenceName", fmt))
+    return _PARSERS[cast("AnswerName", fmt)](raw.value, raw.origin)
 
 
 def _holds_nul(value: Any) -> bool:
@@ -114,302 +114,62 @@ def _holds_nul(value: Any) -> bool:
     return isinstance(value, list) and any(_holds_nul(item) for item in cast("list[Any]", value))
 
 
-def _take_text(row: Mapping[str, Any], key: str, origin: Origin, *, default: str | None = None) -> str:
-    """The string under `key`; null counts as absent."""
-    value = row.get(key)
-    if value is None:
-        if default is not None:
-            return default
-        raise _fail(origin, f"no {key!r}", f"{key} is a string")
-    if not isinstance(value, str):
-        raise _fail(origin, f"{key} is {name_type(value)}", f"{key} is a string")
-    return value
-
-
-def name_type(value: Any) -> str:
-    """How an error calls a JSON value of the wrong type."""
-    if value is None:
-        return "null"
-    names = (
-        (bool, "a boolean"),
-        (int | float, "a number"),
-        (str, "a string"),
-        (list, "a list"),
-        (dict, "an object"),
-    )
-    return next((name for kind, name in names if isinstance(value, kind)), "of an unknown type")
-
-
-def _take_extra(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What later steps read besides the messages: the row's cluster, and the options of a multiple-choice row."""
-    extra: dict[str, Any] = {key: row[key] for key in _CHOICE_KEYS if row.get(key) is not None}
-    for key in _CLUSTER_KEYS:
-        if isinstance(row.get(key), str | int) and "cluster" not in extra:
-            extra["cluster"] = str(row[key])
-    return extra
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- the shapes -------------------------------------------------------------------------------------------------------
 
 
 def _parse_messages(row: Mapping[str, Any], origin: Origin) -> Conversation:
-    items = _take_list(row, "messages", origin)
-    messages = [_parse_message(item, number, origin) for number, item in enumerate(items, 1)]
-    return _finish_chat(messages, row, origin)
-
-
-def _take_list(row: Mapping[str, Any], key: str, origin: Origin) -> Sequence[Any]:
-    items = row.get(key)
-    if not isinstance(items, list):
-        raise _fail(origin, f"{key} is {name_type(items)}", f"{key} is a list of turns")
-    return cast("list[Any]", items)
-
-
-def _parse_message(item: Any, number: int, origin: Origin) -> Message:
-    if not isinstance(item, dict):
-        raise _fail(
-            origin, f"message {number} is {name_type(item)}", "a message is an object with role and content"
-        )
-    turn = cast("dict[str, Any]", item)
-    if "role" not in turn:
-        keys = ", ".join(sorted(map(str, turn))) or "(none)"
-        raise _fail(origin, f"message {number} has no role (its keys: {keys})", "every message has a role")
-    role = _take_role(turn["role"], number, origin)
-    extra = {key: value for key, value in turn.items() if key not in _OWN_KEYS and value is not None}
-    if "tool_calls" in extra:
-        extra["tool_calls"] = _parse_tool_calls(extra["tool_calls"], number, origin)
-        if not extra["tool_calls"]:
-            del extra["tool_calls"]
-        elif turn.get("content") is None:
-            # Some templates ask `content is none` to recognise a call, so null stays null for them.
-            extra["content"] = None
-    content = _take_content(turn.get("content"), number, origin, may_be_null="tool_calls" in extra)
-    return Message(role=role, content=content, weight=_take_weight(turn, number, origin), extra=extra)
-
-
-def _take_role(value: Any, number: int, origin: Origin) -> Role:
-    role = _ROLES.get(value) if isinstance(value, str) else None
-    if role is None:
-        raise _fail(
-            origin,
-            f"message {number} has role {value!r}",
-            "roles are system, user, assistant and tool",
-            SKIP_CURE,
-        )
-    return role
-
-
-def _take_content(value: Any, number: int, origin: Origin, *, may_be_null: bool) -> str:
-    """A string, or a list of text parts joined; anything else is refused."""
-    if isinstance(value, str):
-        return value
-    if value is None and may_be_null:
-        return ""
-    if isinstance(value, list):
-        texts: list[str] = []
-        for part in cast("list[Any]", value):
-            if not isinstance(part, dict) or cast("dict[str, Any]", part).get("type") != "text":
-                raise _fail(origin, f"message {number} has a part that is not text", "content is text")
-            piece = cast("dict[str, Any]", part)
-            text = piece.get("text", piece.get("value"))
-            if not isinstance(text, str):
-                raise _fail(origin, f"message {number} has a text part without text", "content is text")
-            texts.append(text)
-        return "".join(texts)
-    raise _fail(origin, f"message {number} has content that is {name_type(value)}", "content is a string")
-
-
-def _take_weight(turn: Mapping[str, Any], number: int, origin: Origin) -> float:
-    weight = turn.get("weight", turn.get("loss_weight"))
-    if weight is None:
-        return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-        raise _fail(
-            origin, f"message {number} has weight {weight!r}", "a weight is 0 (not trained) or 1 (trained)"
-        )
-    return float(weight)
-
-
-def _parse_tool_calls(value: Any, number: int, origin: Origin) -> list[dict[str, Any]]:
-    """Calls with their arguments as objects: templates write them with `tojson`, which would quote a string twice."""
-    if not isinstance(value, list):
-        raise _fail(
-            origin, f"message {number} has tool_calls that are {name_type(value)}", "tool_calls is a list"
-        )
-    calls: list[dict[str, Any]] = []
-    for item in cast("list[Any]", value):
-        call = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(
-            cast("dict[str, Any]", function).get("name"), str
-        ):
-            raise _fail(
-                origin,
-                f"message {number} has a tool call without a function name",
-                "a call names its function",
-            )
-        named = dict(cast("dict[str, Any]", function))
-        if isinstance(named.get("arguments"), str):
-            try:
-                named["arguments"] = json.loads(named["arguments"] or "{}")
-            except json.JSONDecodeError:
-                raise _fail(
-                    origin,
-                    f"message {number} has tool call arguments that are not JSON",
-                    "arguments are an object",
-                ) from None
-        calls.append(
-            {"type": "function", **call, "function": named}
-            if "function" in call
-            else {"type": "function", "function": named}
-        )
-    return calls
-
-
-def _parse_tools(value: Any, origin: Origin) -> tuple[Mapping[str, Any], ...]:
-    """The `tools` of a row: a list of objects, or the same as a JSON string."""
-    if value is None or value == "" or value == []:
-        return ()
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise _fail(origin, "tools is a string that is not JSON", "tools is a list of objects") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in cast("list[Any]", value)):
-        raise _fail(origin, f"tools is {name_type(value)}", "tools is a list of objects")
-    tools = cast("list[dict[str, Any]]", value)
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _finish_chat(messages: list[Message], row: Mapping[str, Any], origin: Origin) -> Conversation:
-    """Rules that hold for a chat whatever its shape on disk."""
-    if not messages:
-        raise _fail(origin, "no messages", "a row has at least a question and an answer")
-    systems = [number for number, message in enumerate(messages, 1) if message.role == "system"]
-    if len(systems) > 1:
-        raise _fail(
-            origin,
-            f"two system messages ({systems[0]} and {systems[1]})",
-            "a row has at most one, at its start",
-        )
-    if systems and systems[0] != 1:
-        raise _fail(origin, f"the system message is number {systems[0]}", "a system message comes first")
-    if not any(message.role == "assistant" for message in messages):
-        raise _fail(origin, "no assistant turn", "SFT learns from an assistant answer")
-    if messages[-1].role != "assistant":
-        raise _fail(
-            origin,
-            f"last message is from {messages[-1].role!r}",
-            "SFT learns from an assistant answer",
-            f"Add one, cut the row after its last answer{OR_SKIP}",
-        )
-    for number, message in enumerate(messages, 1):
-        if message.role == "assistant" and not message.content.strip() and "tool_calls" not in message.extra:
-            raise _fail(
-                origin, f"the answer in message {number} is empty", "an answer has text or a tool call"
-            )
-    first = messages[1] if systems and len(messages) > 1 else messages[0]
-    if first.role != "user":
-        raise _fail(
-            origin,
-            f"the conversation opens with {first.role!r}",
-            "after an optional system message a user speaks",
-        )
-    if not any(message.role == "assistant" and message.weight > 0 for message in messages):
-        raise _fail(origin, "every assistant turn has weight 0", "a training row has something to learn")
-    return Conversation(
-        messages=tuple(messages),
-        origin=origin,
-        tools=_parse_tools(row.get("tools"), origin),
-        extra=_take_extra(row),
-    )
-
-
-# --- the other shapes -------------------------------------------------------------------------------------------------
+    items = take_list(row, "messages", origin)
+    messages = [parse_message(item, number, origin) for number, item in enumerate(items, 1)]
+    return finish_chat(messages, row, origin)
 
 
 def _parse_prompt_completion(row: Mapping[str, Any], origin: Origin) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = [*cast("list[Any]", prompt), *cast("list[Any]", completion)]
-        messages = [_parse_message(item, number, origin) for number, item in enumerate(turns, 1)]
+        messages = [parse_message(item, number, origin) for number, item in enumerate(turns, 1)]
         start = len(cast("list[Any]", prompt))
         # Only the completion is learned, also where the prompt holds earlier answers.
         messages = [
             Message(m.role, m.content, 0.0, m.extra) if n < start else m for n, m in enumerate(messages)
         ]
-        return _finish_chat(messages, row, origin)
-    prompt_text = _take_text(row, "prompt", origin)
-    answer = _take_text(row, "completion", origin)
+        return finish_chat(messages, row, origin)
+    prompt_text = take_text(row, "prompt", origin)
+    answer = take_text(row, "completion", origin)
     if not answer:
-        raise _fail(origin, "the completion is empty", "an answer has text")
+        raise fail_row(origin, "the completion is empty", "an answer has text")
     return Conversation(
         messages=(Message("user", prompt_text), Message("assistant", answer)),
         origin=origin,
         kind="completion",
-        extra=_take_extra(row),
+        extra=take_extra(row),
     )
 
 
 def _parse_alpaca(row: Mapping[str, Any], origin: Origin) -> Conversation:
-    question = _take_text(row, "instruction", origin)
-    given = _take_text(row, "input" if "input" in row else "context", origin, default="")
-    answer = _take_text(row, "output" if "output" in row else "response", origin)
-    system = _take_text(row, "system", origin, default="")
-    if not question.strip():
-        raise _fail(origin, "the instruction is empty", "an instruction has text")
-    messages = [Message("system", system)] if system else []
-    messages += [
-        Message("user", f"{question}\n\n{given}" if given else question),
-        Message("assistant", answer),
-    ]
-    return _finish_chat(messages, row, origin)
+    question = take_instruction(row, origin)
+    answer = take_text(row, "output" if "output" in row else "response", origin)
+    messages = [*question, Message("assistant", answer)]
+    return finish_chat(messages, row, origin)
 
 
 def _parse_sharegpt(row: Mapping[str, Any], origin: Origin) -> Conversation:
     messages: list[Message] = []
-    if system := _take_text(row, "system", origin, default=""):
+    if system := take_text(row, "system", origin, default=""):
         messages.append(Message("system", system))
-    for number, item in enumerate(_take_list(row, "conversations", origin), 1):
-        turn = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-        if "from" not in turn or "value" not in turn:
-            if "role" in turn:
-                messages.append(_parse_message(turn, number, origin))
-                continue
-            raise _fail(
-                origin, f"turn {number} has no from or no value", "a turn is an object with from and value"
-            )
-        role = _take_role(turn["from"], number, origin)
-        text = _take_content(turn["value"], number, origin, may_be_null=False)
-        weight = _take_weight(turn, number, origin)
-        if turn["from"] == "function_call":
-            messages.append(
-                Message(role, "", weight, {"content": None, "tool_calls": _read_call(text, number, origin)})
-            )
-        else:
-            messages.append(Message(role, text, weight))
-    return _finish_chat(messages, row, origin)
-
-
-def _read_call(text: str, number: int, origin: Origin) -> list[dict[str, Any]]:
-    """A function_call turn holds one call, or a list of calls, as JSON text."""
-    try:
-        value: Any = json.loads(text)
-    except json.JSONDecodeError:
-        raise _fail(
-            origin, f"turn {number} is a function_call that is not JSON", "a call is a JSON object"
-        ) from None
-    return _parse_tool_calls(value if isinstance(value, list) else [value], number, origin)
+    for number, item in enumerate(take_list(row, "conversations", origin), 1):
+        messages.append(parse_turn(item, number, origin))
+    return finish_chat(messages, row, origin)
 
 
 def _parse_text(row: Mapping[str, Any], origin: Origin) -> Conversation:
-    text = _take_text(row, "text", origin)
+    text = take_text(row, "text", origin)
     if not text.strip():
-        raise _fail(origin, "the text is empty", "a row has text")
-    return Conversation((Message("assistant", text),), origin, kind="text", extra=_take_extra(row))
+        raise fail_row(origin, "the text is empty", "a row has text")
+    return Conversation((Message("assistant", text),), origin, kind="text", extra=take_extra(row))
 
 
-_PARSERS: dict[FormatName, Callable[[Mapping[str, Any], Origin], Conversation]] = {
+_PARSERS: dict[AnswerName, Callable[[Mapping[str, Any], Origin], Conversation]] = {
     "messages": _parse_messages,
     "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,

@@ -1,13 +1,15 @@
 """From a job's data section to a prepared folder that every arm, framework and the judge read.
 
 prepared/
-  prepared.json                  splits, fingerprints
+  prepared.json                  splits, fingerprints; what rows are, unless they are answers
   checks.json                    CheckReport
   train.safetensors              ids int32, mask uint8, offsets int64 (rows + 1)
-  train.rows.jsonl               place, row_id, cluster, conversation, bytes of each token row
+  train.rows.jsonl               place, row_id, cluster, conversation, bytes of each token row, and its numbers
   train.conversations.jsonl      the conversations behind them
   validation.*                   the same
   sealed/test.*                  the same: hand over the folder without it, and no trainer can see a test row
+
+Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from safetensors.numpy import load, save
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.fingerprint import hash_row, hash_rows
-from tunesmith.core.jsonl import read_json, read_jsonl, write_bytes_atomic, write_json, write_jsonl
+from tunesmith.core.jsonl import dump_json, read_json, read_jsonl, write_bytes_atomic, write_json, write_jsonl
 from tunesmith.core.rundir import as_rundir_error
 from tunesmith.core.types import Conversation, Message, Origin, TokenRow
 from tunesmith.data.checks import (
@@ -38,11 +40,15 @@ from tunesmith.data.checks import (
     find_special_tokens,
     measure_lengths,
     measure_overlaps,
+    sort_findings,
 )
 from tunesmith.data.collect import Rejects, collect_splits
+from tunesmith.data.preference_checks import find_in_preferences, measure_preferences
 from tunesmith.data.render import Renderer
+from tunesmith.data.row_pairs import RowPairs
 from tunesmith.data.split import Likeness, hash_conversation
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.job.objective import RowKind
 from tunesmith.job.spec import DataSpec
 
 SPLITS = ("train", "validation", "test")
@@ -103,6 +109,7 @@ class TokenRows(Sequence[TokenRow]):
             origin=Origin(fact["place"], fact["source"], fact["index"]),
             row_id=fact["row_id"],
             num_answer_bytes=fact["bytes"],
+            numbers=fact.get("numbers", {}),
         )
 
 
@@ -127,6 +134,11 @@ class Prepared:
         """sha256 of each split's rows, of the template and of the tokenizer."""
         return dict(self._index["fingerprints"])
 
+    @property
+    def kind(self) -> RowKind:
+        """What the conversations are: answers, pairs, or labelled answers."""
+        return self._index.get("rows", "answers")
+
     @cached_property
     def report(self) -> CheckReport:
         return CheckReport.from_json(cast("dict[str, Any]", read_json(self.folder / "checks.json")))
@@ -134,6 +146,11 @@ class Prepared:
     def rows(self, split: str) -> TokenRows:
         """Token rows of a split. Raises DataError if its files are missing or damaged."""
         return self._once(("rows", split), lambda: self._read_rows(split))
+
+    def examples(self, split: str) -> TokenRows | RowPairs:
+        """What `train.batch_rows` counts: the token rows of a split, or its pairs, each a `RowGroup` of chosen and
+        rejected."""
+        return RowPairs(self.rows(split)) if self.kind == "pairs" else self.rows(split)
 
     def conversations(self, split: str) -> list[Conversation]:
         """The conversations that have rows in a split."""
@@ -211,44 +228,51 @@ def prepare_data(
     on_bad_row: Literal["refuse", "skip"] = "refuse",
     splits: Sequence[str] = SPLITS,
     rejects: Path | None = None,
+    rows: RowKind = "answers",
 ) -> Prepared:
     """Read, check, split and render a job's data into `folder`.
 
     on_bad_row: "refuse" raises at the first bad row; "skip" writes bad rows with their reasons to `rejects`, by default
     rejected_rows.jsonl beside `folder`.
     splits: which to write; cutting the others off happens all the same, so leaving test out changes no train row.
+    rows: what the job's objective learns from (`kind_of_rows`); sources of another kind are refused.
     Raises DataError naming the row or source; RunDirError if the folder cannot be written.
     """
     root = Path(folder)
     path = rejects or root.parent / "rejected_rows.jsonl"
     collected = Rejects(path if on_bad_row == "skip" else None)
     renderer = Renderer(tokenizer, job.data)
-    report, rendered = read_splits(job.data, renderer, collected)
+    report, rendered = read_splits(job.data, renderer, collected, rows)
     try:
         root.mkdir(parents=True, exist_ok=True)
         collected.write()
         fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
         for name, split in rendered.items():
-            fingerprints[f"{name}_sha256"] = hash_rows(row.row_id for row in split.rows)
+            fingerprints[f"{name}_sha256"] = hash_rows(_identify(row) for row in split.rows)
             if name in splits:
                 _write_split(root, name, split)
         write_json(root / "checks.json", report.to_json())
         # Last: a folder with this file is complete.
         index = {"schema": 1, "splits": [n for n in rendered if n in splits], "fingerprints": fingerprints}
-        write_json(root / "prepared.json", index)
+        write_json(root / "prepared.json", index if rows == "answers" else index | {"rows": rows})
     except OSError as error:
         raise as_rundir_error(error, root) from None
     return Prepared(root)
 
 
+def _identify(row: TokenRow) -> str:
+    """What a fingerprint holds of a row: its tokens, and a label where it has one."""
+    return f"{row.row_id}{dump_json(dict(row.numbers))}" if row.numbers else row.row_id
+
+
 def read_splits(
-    data: DataSpec, renderer: Renderer, rejects: Rejects
+    data: DataSpec, renderer: Renderer, rejects: Rejects, kind: RowKind = "answers"
 ) -> tuple[CheckReport, dict[str, RenderedSplit]]:
     """All splits in memory, and what is in them.
 
     A streaming job's training rows are left to `stream`; its held-out splits are prepared like any other's."""
     report = CheckReport()
-    collected = collect_splits(data, rejects, report)
+    collected = collect_splits(data, rejects, report, kind)
     likeness = collected.likeness
     rendered: dict[str, RenderedSplit] = {}
     for name, conversations in collected.splits.items():
@@ -261,6 +285,9 @@ def read_splits(
                 rule=f"a split has at least one row of at most {data.max_tokens} tokens",
                 cure="Raise data.max_tokens, or give more rows",
             )
+        if kind != "answers":
+            split = rendered[name]
+            report.preferences[name] = measure_preferences(kind, split.rows, split.conversations)
         facts.num_clusters = len({likeness.cluster_of(c) for c in conversations})
         different = {likeness.hash_of(c): likeness.near_group(c) for c in conversations}
         facts.num_near_duplicates = len(different) - len(set(different.values()))
@@ -279,7 +306,7 @@ def conclude(report: CheckReport, renderer: Renderer, rejects: Rejects) -> None:
     report.counts["rows_refused_by_template"] = len(rejects.rows) - sum(
         source.num_rejected for source in report.sources
     )
-    report.findings = find_findings(report, renderer)
+    report.findings = sort_findings([*find_findings(report, renderer), *find_in_preferences(report)])
 
 
 def _render_split(
@@ -300,6 +327,8 @@ def _render_split(
         for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
             lengths.update(len(row.ids) for row in rows)
             fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
+            if conversation.rejected and fitting and not _is_whole(fitting, facts, renderer):
+                continue
             if fitting:
                 kept += fitting
                 numbers += [len(used)] * len(fitting)
@@ -308,6 +337,18 @@ def _render_split(
     facts.length_percentiles = measure_lengths(lengths)
     count_rows(facts, kept, stop_ids=renderer.stop_ids)
     return RenderedSplit(kept, numbers, used, [likeness.cluster_of(c) for c in used])
+
+
+def _is_whole(pair: Sequence[TokenRow], facts: SplitFacts, renderer: Renderer) -> bool:
+    """Whether what fits of a pair is both rows, and still two different ones. A row that loses its other is dropped."""
+    if len(pair) == 1:
+        facts.num_dropped += 1
+        facts.num_lost_targets += pair[0].num_targets
+        return False
+    if pair[0].ids == pair[1].ids:
+        renderer.counts["pairs_equal_once_cut"] += 1
+        return False
+    return True
 
 
 def _render_batch(
@@ -355,7 +396,7 @@ def _cut_row(row: TokenRow, max_tokens: int, facts: SplitFacts) -> TokenRow:
     facts.num_lost_targets += row.num_targets - sum(mask)
     # Bytes of the kept part in proportion to its tokens: the cut may fall inside a character.
     num_bytes = round(row.num_answer_bytes * sum(mask) / max(1, row.num_targets))
-    return TokenRow(ids, mask, row.origin, hash_row(ids, mask), num_bytes)
+    return TokenRow(ids, mask, row.origin, hash_row(ids, mask), num_bytes, row.numbers)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -384,6 +425,7 @@ def _write_split(folder: Path, name: str, split: RenderedSplit) -> None:
             "bytes": row.num_answer_bytes,
             "cluster": split.clusters[number],
             "conversation": number,
+            **({"numbers": dict(row.numbers)} if row.numbers else {}),
         }
         for row, number in zip(split.rows, split.numbers, strict=True)
     ]
@@ -400,20 +442,25 @@ def _conversation_to_json(conversation: Conversation) -> dict[str, Any]:
     return {
         "hash": hash_conversation(conversation),
         "kind": conversation.kind,
-        "messages": [
-            {"role": m.role, "content": m.content, "weight": m.weight, "extra": dict(m.extra)}
-            for m in conversation.messages
-        ],
+        "messages": _messages_to_json(conversation.messages),
+        **({"rejected": _messages_to_json(conversation.rejected)} if conversation.rejected else {}),
+        **({"label": conversation.label} if conversation.label is not None else {}),
         "tools": [dict(tool) for tool in conversation.tools],
         "extra": dict(conversation.extra),
         "origin": dataclasses.asdict(conversation.origin),
     }
 
 
+def _messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": m.role, "content": m.content, "weight": m.weight, "extra": dict(m.extra)} for m in messages
+    ]
+
+
 def describe_conversation(conversation: Conversation) -> dict[str, Any]:
     """The row of a conversation, for people: what a template refused, after its shape was read."""
     value = _conversation_to_json(conversation)
-    return {key: value[key] for key in ("kind", "messages", "tools", "extra")}
+    return {key: value[key] for key in value if key not in ("hash", "origin")}
 
 
 def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:
@@ -423,4 +470,6 @@ def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:
         kind=value["kind"],
         tools=tuple(value["tools"]),
         extra=value["extra"],
+        rejected=tuple(Message(**item) for item in value.get("rejected", ())),
+        label=value.get("label"),
     )

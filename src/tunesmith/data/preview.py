@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from tunesmith.core.types import TokenRow
+from tunesmith.core.types import RowGroup, TokenRow
 from tunesmith.data.tokenizer import Tokenizer
 
 SegmentKind = Literal["masked", "trained", "stop"]
@@ -33,8 +33,43 @@ class RowPreview:
     segments: tuple[Segment, ...]
 
 
-def preview_rows(rows: Iterable[TokenRow], tokenizer: Tokenizer) -> list[RowPreview]:
-    return [preview_row(row, tokenizer) for row in rows]
+@dataclass(frozen=True, slots=True)
+class LabelledPreview(RowPreview):
+    """A row with the label that its answer has."""
+
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PairPreview:
+    """A pair: the prompt that both rows begin with, and of each row what follows."""
+
+    place: str
+    num_tokens: int
+    prompt: tuple[Segment, ...]
+    chosen: RowPreview
+    rejected: RowPreview
+
+
+def preview_rows(
+    examples: Iterable[TokenRow | RowGroup], tokenizer: Tokenizer
+) -> list[RowPreview | PairPreview]:
+    return [
+        preview_pair(example, tokenizer) if isinstance(example, RowGroup) else preview_row(example, tokenizer)
+        for example in examples
+    ]
+
+
+def preview_pair(pair: RowGroup, tokenizer: Tokenizer) -> PairPreview:
+    """Segments of a prompt and of both answers, which begin with their first trained token."""
+    chosen, rejected = pair.rows
+    start = list(chosen.mask).index(1)
+    head = replace(chosen, ids=chosen.ids[:start], mask=chosen.mask[:start])
+    answers = (replace(row, ids=row.ids[start:], mask=row.mask[start:]) for row in (chosen, rejected))
+    shown = [preview_row(row, tokenizer) for row in (head, *answers)]
+    return PairPreview(
+        chosen.origin.place, len(chosen.ids) + len(rejected.ids), shown[0].segments, shown[1], shown[2]
+    )
 
 
 def preview_row(row: TokenRow, tokenizer: Tokenizer) -> RowPreview:
@@ -51,7 +86,10 @@ def preview_row(row: TokenRow, tokenizer: Tokenizer) -> RowPreview:
     for kind, group in itertools.groupby(range(len(row.ids)), key=kind_of):
         text = "".join(_decode_parts([row.ids[n] for n in group], tokenizer))
         segments.append(Segment(make_printable(text), kind))
-    return RowPreview(row.origin.place, row.row_id, len(row.ids), row.num_targets, tuple(segments))
+    facts = (row.origin.place, row.row_id, len(row.ids), row.num_targets, tuple(segments))
+    if "desirable" in row.numbers:
+        return LabelledPreview(*facts, label=row.numbers["desirable"] == 1.0)
+    return RowPreview(*facts)
 
 
 def _decode_parts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:

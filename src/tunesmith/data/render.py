@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.core.errors import DataError
@@ -19,17 +20,51 @@ from tunesmith.core.jsonl import OR_SKIP
 from tunesmith.core.types import Conversation, Message, TokenRow
 from tunesmith.data.tokenizer import Piece
 from tunesmith.data.transcript import RenderedText, Span, TextRenderer
+from tunesmith.data.turns import SKIP_CURE
 
 
 class Renderer(TextRenderer):
     """Renders conversations to tokens with one tokenizer and one chat template."""
 
     def render_conversation(self, conversation: Conversation) -> list[TokenRow]:
-        """Token rows of one conversation. Raises DataError naming the row if it cannot be rendered exactly."""
+        """Token rows of one conversation, of a pair the chosen row and the rejected one.
+
+        Raises DataError naming the row if it cannot be rendered exactly."""
         return self.render_conversations([conversation])[0]
 
     def render_conversations(self, conversations: Sequence[Conversation]) -> list[list[TokenRow]]:
         """Token rows of many conversations; faster than one at a time."""
+        sides = [_list_sides(conversation) for conversation in conversations]
+        rendered = iter(self._render_answers(list(itertools.chain.from_iterable(sides))))
+        return [
+            self._gather(conversation, list(itertools.islice(rendered, len(own))))
+            for conversation, own in zip(conversations, sides, strict=True)
+        ]
+
+    def _gather(self, conversation: Conversation, sides: list[list[TokenRow]]) -> list[TokenRow]:
+        """The rows of a conversation from those of its sides."""
+        if not conversation.rejected and conversation.label is None:
+            return sides[0]
+        if any(len(rows) != 1 for rows in sides):
+            raise self._refuse(
+                conversation.origin.place,
+                "it rewrites earlier turns, and an answer of several turns is not one row of tokens then",
+            )
+        rows = [rows[0] for rows in sides]
+        if conversation.label is not None:
+            return [replace(rows[0], numbers={"desirable": float(conversation.label)})]
+        chosen, rejected = rows
+        if chosen.ids == rejected.ids:
+            raise DataError(
+                conversation.origin.place,
+                "chosen and rejected are the same tokens",
+                rule="one answer is better than the other",
+                cure=SKIP_CURE,
+            )
+        assert _prompt_ids(chosen) == _prompt_ids(rejected), conversation.origin.place
+        return rows
+
+    def _render_answers(self, conversations: Sequence[Conversation]) -> list[list[TokenRow]]:
         texts = [self.render_texts(conversation) for conversation in conversations]
         flat = list(itertools.chain.from_iterable(texts))
         pieces = iter(
@@ -132,3 +167,17 @@ class Renderer(TextRenderer):
         self.counts["end_markers_cut_from_a_token"] += 1
         answer, rest = piece.text[:num_chars], piece.text[num_chars:]
         return self.tokenizer.encode_continuation(answer), self.tokenizer.encode_continuation(rest)
+
+
+def _list_sides(conversation: Conversation) -> list[Conversation]:
+    """A conversation, or a pair's two: each renders like one whose answers are learned."""
+    if not conversation.rejected:
+        return [conversation]
+    return [
+        replace(conversation, messages=m, rejected=()) for m in (conversation.messages, conversation.rejected)
+    ]
+
+
+def _prompt_ids(row: TokenRow) -> Sequence[int]:
+    """Ids before the first target."""
+    return row.ids[: list(row.mask).index(1)]

@@ -21,8 +21,9 @@ from tunesmith.core.bundled import bundled_path
 from tunesmith.core.errors import DataError, SetupError
 from tunesmith.core.jsonl import MAX_ROW_BYTES, parse_json, read_jsonl
 from tunesmith.core.types import Origin
-from tunesmith.data.formats import SKIP_CURE, RawRow, name_type
+from tunesmith.data.formats import RawRow
 from tunesmith.data.hub import drop_nulls, is_hub_id, list_hub_splits, read_hub
+from tunesmith.data.turns import SKIP_CURE, name_type
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SPLIT_WORDS = {

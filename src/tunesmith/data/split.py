@@ -1,7 +1,8 @@
 """Clusters of near-duplicates, and splits that keep a cluster on one side.
 
 Near means a Jaccard similarity of at least 0.8 over word trigrams (character 4-grams for short texts) of everything but
-the system message. Candidates come from MinHash, and each is checked exactly.
+the system message, both answers of a pair among it. Candidates come from MinHash, and each is checked exactly. Of
+preferences, rows with one prompt are a cluster, too: a trained answer gives the others away.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from tunesmith.core.fingerprint import hash_json
-from tunesmith.core.types import Conversation
+from tunesmith.core.types import Conversation, Message
 from tunesmith.data.transcript import text_of
 
 THRESHOLD = 0.8
@@ -25,8 +26,20 @@ _FEW_WORDS = 8
 
 def hash_conversation(conversation: Conversation) -> str:
     """16 hex digits over what a row says: equal for equal rows wherever they stand."""
-    turns = [[m.role, m.content, m.weight, dict(m.extra)] for m in conversation.messages]
-    return hash_json([conversation.kind, turns, [dict(tool) for tool in conversation.tools]])[:16]
+    said: list[Any] = [
+        conversation.kind,
+        _list_turns(conversation.messages),
+        [dict(tool) for tool in conversation.tools],
+    ]
+    if conversation.rejected:
+        said.append(_list_turns(conversation.rejected))
+    if conversation.label is not None:
+        said.append(conversation.label)
+    return hash_json(said)[:16]
+
+
+def _list_turns(messages: Sequence[Message]) -> list[list[Any]]:
+    return [[m.role, m.content, m.weight, dict(m.extra)] for m in messages]
 
 
 def split_words(text: str) -> list[str]:
@@ -35,7 +48,7 @@ def split_words(text: str) -> list[str]:
 
 def shingle(conversation: Conversation) -> set[str]:
     """The pieces whose overlap measures similarity."""
-    text = text_of(message for message in conversation.messages if message.role != "system")
+    text = text_of(message for message in conversation.all_messages if message.role != "system")
     words = split_words(text)
     if len(words) >= _FEW_WORDS:
         return {f"{a} {b} {c}" for a, b, c in zip(words, words[1:], words[2:], strict=False)}
@@ -111,6 +124,14 @@ class _Union:
         left, right = sorted((self.root(left), self.root(right)))
         self._parent[right] = left
 
+    def name_each(self, names: Sequence[str]) -> list[str]:
+        """For each item the least of the names in its set: the same whatever the order of the items."""
+        least: dict[int, str] = {}
+        for number, name in enumerate(names):
+            root = self.root(number)
+            least[root] = min(least.get(root, name), name)
+        return [least[self.root(number)] for number in range(len(names))]
+
 
 class Likeness:
     """Hashes and near-duplicate groups of a set of conversations, worked out once and asked about often.
@@ -127,11 +148,13 @@ class Likeness:
         union = _Union(len(unique))
         for left, right in find_near_pairs([shingle(c) for c in unique.values()]):
             union.join(left, right)
-        smallest: dict[int, str] = {}
-        for number, digest in enumerate(unique):
-            root = union.root(number)
-            smallest[root] = min(smallest.get(root, digest), digest)
-        self._group = {digest: smallest[union.root(number)] for number, digest in enumerate(unique)}
+        self._group = dict(zip(unique, union.name_each(list(unique)), strict=True))
+        first: dict[str, int] = {}
+        for number, conversation in enumerate(unique.values()):
+            if conversation.rejected or conversation.label is not None:
+                prompt = text_of(message for message in conversation.prompt if message.role != "system")
+                union.join(first.setdefault(prompt, number), number)
+        self._family = dict(zip(unique, union.name_each(list(unique)), strict=True))
 
     def hash_of(self, conversation: Conversation) -> str:
         return self._hash[id(conversation)]
@@ -141,22 +164,21 @@ class Likeness:
         return self._group[self.hash_of(conversation)]
 
     def cluster_of(self, conversation: Conversation) -> str:
-        """Cluster id: the one given with the row (`cluster`, `family`), else its near-duplicates'."""
-        return str(conversation.extra.get("cluster", self.near_group(conversation)))
+        """Cluster id: the one given with the row (`cluster`, `family`), else its near-duplicates', which of a
+        preference are joined by those of the same prompt."""
+        return str(conversation.extra.get("cluster", self._family[self.hash_of(conversation)]))
 
     def find_split_groups(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Group of each conversation for splitting: rows of a given cluster and near-duplicates stay together."""
+        """Group of each conversation for splitting: rows of a given cluster, near-duplicates and preferences of one
+        prompt stay together."""
         union = _Union(len(conversations))
         first: dict[tuple[str, str], int] = {}
         for number, conversation in enumerate(conversations):
-            union.join(first.setdefault(("near", self.near_group(conversation)), number), number)
+            union.join(first.setdefault(("near", self._family[self.hash_of(conversation)]), number), number)
             if (name := conversation.extra.get("cluster")) is not None:
                 union.join(first.setdefault(("given", str(name)), number), number)
-        smallest: dict[int, str] = {}
-        for number, conversation in enumerate(conversations):
-            root, digest = union.root(number), self.hash_of(conversation)
-            smallest[root] = min(smallest.get(root, digest), digest)
-        return [smallest[union.root(number)] for number in range(len(conversations))]
+        names = [self.hash_of(conversation) for conversation in conversations]
+        return union.name_each(names)
 
 
 def assign_splits(groups: Sequence[str], *, shares: dict[str, float], seed: int) -> list[str]:

@@ -24,6 +24,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.split import NearIndex, hash_conversation
 from tunesmith.data.stream import open_stream
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.job.objective import RowKind
 from tunesmith.job.spec import DataSpec
 
 
@@ -33,14 +34,16 @@ def check(
     tokenizer: Tokenizer,
     on_bad_row: Literal["refuse", "skip"] = "refuse",
     rejects: Path | None = None,
+    rows: RowKind = "answers",
 ) -> CheckReport:
     """Everything `prepare_data` would find, without writing a prepared folder. A streaming job's rows are all read.
 
     rejects: where skipped rows go (default: nowhere; they are counted).
+    rows: what the job's objective learns from.
     """
     collected = Rejects(rejects, collect=on_bad_row == "skip")
     renderer = Renderer(tokenizer, job.data)
-    report, rendered = read_splits(job.data, renderer, collected)
+    report, rendered = read_splits(job.data, renderer, collected, rows)
     if job.data.streaming:
         _survey_stream(job.data, renderer, report, rendered, collected)
     collected.write()

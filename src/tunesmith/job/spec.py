@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from tunesmith.core.quantities import parse_bytes
-from tunesmith.job.objective import Objective, ObjectiveSpec, as_objective_spec
+from tunesmith.job.objective import Objective, ObjectiveSpec, as_objective_spec, kind_of_rows
 from tunesmith.job.values import Auto, Fraction, PositiveInt, Seed, Spec
 
 Storage = Literal["full", "int8", "nf4", "fp8"]
@@ -55,7 +55,24 @@ class SourceSpec(Spec):
     """Share of this source in a mix: 0.5 uses half of its rows, 2 uses each row twice in an epoch."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; the commit it resolves to is pinned in the record."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    format: Literal[
+        "auto",
+        "messages",
+        "prompt_completion",
+        "alpaca",
+        "sharegpt",
+        "text",
+        "pairs",
+        "messages_pairs",
+        "sharegpt_pairs",
+        "alpaca_pairs",
+        "conversation_pairs",
+        "hh_pairs",
+        "labelled",
+        "messages_labelled",
+        "sharegpt_labelled",
+        "alpaca_labelled",
+    ] = "auto"
     """Shape of the rows; `auto` detects it per source and says what it found."""
 
 
@@ -456,6 +473,14 @@ class Job(Spec):
     @property
     def objective_spec(self) -> ObjectiveSpec:
         return as_objective_spec(self.objective)
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Job:
+        if self.data.streaming and kind_of_rows(self.objective) != "answers":
+            raise ValueError(
+                f"data.streaming is of objective sft; {self.objective_spec.name} reads its rows whole: leave it out"
+            )
+        return self
 
 
 def as_method_spec(method: Any) -> FullSpec | LoraSpec:
