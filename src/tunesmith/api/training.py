@@ -36,6 +36,7 @@ from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.core.types import TokenRow
 from tunesmith.data.collect import Rejects
+from tunesmith.data.examples import flatten
 from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer
@@ -316,9 +317,9 @@ def _measure_memory(device: torch.device) -> dict[str, int]:
 
 
 def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
-    """Prepared rows, or a stream over sources too large to hold."""
+    """Prepared examples, or a stream over sources too large to hold."""
     if not job.data.streaming:
-        return prepared.rows("train")
+        return prepared.examples("train")
     from tunesmith.training.order import StreamOrder
 
     stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
@@ -327,12 +328,12 @@ def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: To
 
 
 def _first_rows(task: TrainTask, job: Job, prepared: Prepared, tokenizer: Tokenizer) -> Sequence[TokenRow]:
-    """The rows of the first optimizer step. Bad rows of a stream are left to the training itself to report."""
+    """Rows of the first optimizer step. Bad rows of a stream are left to the training itself to report."""
     from tunesmith.training.order import order_rows
 
     rows = _training_rows(job, Rejects(None, collect=task.skip_bad_rows), prepared, tokenizer)
     order = order_rows(rows, batch_rows=job.train.batch_rows, seed=job.train.seed)
-    return next(order.steps_from(None)).rows
+    return flatten(next(order.steps_from(None)).rows)
 
 
 def fingerprint_data(job: Job, prepared: Prepared) -> dict[str, str]:
@@ -372,7 +373,12 @@ def resolve_learning_rate(job: Job, model_folder: Path) -> float:
         return job.train.learning_rate
     config = read_settings(model_folder / "config.json")
     width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 2048
-    return auto_learning_rate(width, method=job.method_spec.name, family=str(config.get("model_type", "")))
+    return auto_learning_rate(
+        width,
+        method=job.method_spec.name,
+        family=str(config.get("model_type", "")),
+        objective=job.objective_spec.name,
+    )
 
 
 def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:

@@ -75,13 +75,14 @@ def print_run(record: RunRecord, out: Path) -> None:
     """What a training run did and cost."""
     rows = {
         "method": record.method,
+        **({} if record.objective == "sft" else {"objective": record.objective}),
         "trained parameters": f"{format_count(record.trained_parameters)} of {format_count(record.total_parameters)}",
         "steps": f"{record.steps:,}",
         "learning rate": f"{record.learning_rate:g}",
         "tokens": f"{record.train_tokens:,} ({record.target_tokens:,} trained)",
         "validation loss": "–"
         if record.validation_loss is None
-        else f"{record.validation_loss:.4f} nats/token",
+        else f"{record.validation_loss:.4f} nats/{'token' if record.objective == 'sft' else 'example'}",
         "time": f"{format_seconds(record.wall_seconds)} ({format_seconds(record.cpu_seconds)} of CPU)",
         "speed": f"{record.train_tokens / record.wall_seconds:,.0f} tokens/s" if record.wall_seconds else "–",
         "peak memory": format_bytes(record.peak_bytes),

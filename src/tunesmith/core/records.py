@@ -155,6 +155,12 @@ class RunRecord(_Record):
     memory: dict[str, int] | None = None
     warnings: list[str] = field(default_factory=list[str])
 
+    @property
+    def objective(self) -> str:
+        """Name of what was learned. Losses of `sft` are nats per target token, of all others per example."""
+        said: Any = self.config.get("objective", "sft")
+        return said if isinstance(said, str) else said["name"]
+
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentRecord(_Record):
