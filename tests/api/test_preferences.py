@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import tunesmith
-from tunesmith.core.errors import DataError, Interrupted
+from tunesmith.core.errors import DataError, Interrupted, ModelError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_jsonl
+from tunesmith.data.prepare import load_prepared
+from tunesmith.methods.objectives import score_answers
+from tunesmith.models.layout import make_batch
+from tunesmith.models.load import load_model
 
 COLOURS = ["red", "green", "blue", "white", "black", "brown", "pink", "grey"]
 
@@ -143,6 +149,37 @@ def test_the_reference_is_computed_once_and_again_for_other_rows(tmp_path: Path)
     said.clear()
     tunesmith.train(wanted, out=tmp_path / "third", fresh=True, on_event=listen)
     assert "the reference" in said
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_reward_model_is_a_classifier_that_transformers_reads(tmp_path: Path, method: str) -> None:
+    record = tunesmith.train(job(write_pairs(tmp_path), "reward", method, steps=20), out=tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert steps[-1]["measures"]["accuracy"] == 1.0
+    assert record.validation_loss is not None
+    assert record.validation_loss < 0.5
+    folder = tmp_path / "run" / "model"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    ours = load_model(folder, classifier=True)
+    rows = load_prepared(tmp_path / "run" / "prepared").rows("validation")
+    with torch.no_grad():
+        scores = [theirs(torch.tensor([list(row.ids)])).logits.item() for row in rows]
+        assert score_answers(ours, make_batch(list(rows))).tolist() == pytest.approx(scores, abs=1e-4)
+    # A pair's chosen answer comes first.
+    assert all(good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True))
+
+
+def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
+    tunesmith.train(
+        job(write_pairs(tmp_path), "reward", steps=1, evaluate_every="never"), out=tmp_path / "run"
+    )
+    wanted = job(write_pairs(tmp_path), "dpo") | {"model": str(tmp_path / "run" / "model")}
+    with pytest.raises(ModelError, match="is a sequence classifier"):
+        tunesmith.train(wanted, out=tmp_path / "other")
+    again = job(write_pairs(tmp_path), "reward", steps=1) | {"model": str(tmp_path / "run" / "model")}
+    tunesmith.train(again, out=tmp_path / "more")
+    assert steps_of(tmp_path / "more")[0]["loss"] != pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_rows_of_another_objective_are_refused(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def open_adapted(folder: Any, *, trained: bool = False) -> Any:
     """A model with adapters, fresh (equal to its base) or as if it had been trained."""
     model = load_model(folder)
     add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
+    model.add_score()
     if trained:
         draw = torch.Generator().manual_seed(3)
         for parameter in model.trainable_parameters():
@@ -57,6 +58,8 @@ def run(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
 def aim(spec: ObjectiveSpec, base: Any) -> tuple[Objective, list[Example]]:
     """An objective and eight examples for it, `base` being the reference."""
     rows = make_rows(LENGTHS)
+    if spec.name == "reward":
+        return make_objective(spec), [RowGroup(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
     if kind_of_rows(spec) == "pairs":
         examples: list[Any] = [RowGroup(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
         return make_objective(spec), list(WithNumber(examples, REFERENCE, run(base, rows).tolist()))
@@ -91,6 +94,8 @@ SPECS: list[Any] = [
     "orpo",
     "simpo",
     "kto",
+    "reward",
+    {"name": "reward", "center": 0.1},
 ]
 
 
@@ -118,7 +123,7 @@ def test_eight_examples_at_once_are_eight_by_themselves(hf_folders: Any, value: 
     assert results[0].grad_norm > 0
 
 
-@pytest.mark.parametrize(("value", "expected"), [("dpo", math.log(2)), ("kto", 0.5)])
+@pytest.mark.parametrize(("value", "expected"), [("dpo", math.log(2)), ("kto", 0.5), ("reward", math.log(2))])
 def test_training_begins_at_the_reference(hf_folders: Any, value: str, expected: float) -> None:
     model = open_adapted(hf_folders("llama")[0])
     objective, examples = aim(as_objective_spec(value), model)
@@ -141,12 +146,16 @@ def test_gradients_are_those_of_the_definition(hf_folders: Any, value: Any) -> N
     logps = []
     for row in rows:
         batch = make_batch([row])
-        logits = plain.head(plain.hidden(batch.ids_T, batch.layout, batch.sources_K)).double()
-        logps.append(logits.log_softmax(-1).gather(1, batch.targets_K[:, None]).sum())
+        hidden_TD = plain.hidden(batch.ids_T, batch.layout)
+        logits = plain.head(hidden_TD)[batch.sources_K].double()
+        logp = logits.log_softmax(-1).gather(1, batch.targets_K[:, None]).sum()
+        score = (hidden_TD[-1].double() * plain.score.weight.double()).sum()
+        logps.append(score if spec.name == "reward" else logp)
     define_loss(spec, rows, logps, objective).backward()
     both = zip(found.trainable_parameters(), plain.trainable_parameters(), strict=True)
     for one, other in both:
-        assert relative_error(one.grad, other.grad) < 1e-4
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or relative_error(one.grad, other.grad) < 1e-4
 
 
 def define_loss(spec: Any, rows: list[TokenRow], logps: list[torch.Tensor], objective: Objective) -> Any:
@@ -170,6 +179,8 @@ def define_loss(spec: Any, rows: list[TokenRow], logps: list[torch.Tensor], obje
             total = total - torch.log(torch.sigmoid(spec.beta * mean_margin)) - spec.sft_weight * mean_good
         elif spec.name == "dpo":
             total = total - torch.log(torch.sigmoid(spec.beta * (gain[0] - gain[1])))
+        elif spec.name == "reward":
+            total = total - torch.log(torch.sigmoid(good - bad)) + spec.center * (good + bad) ** 2
         elif spec.name == "simpo":
             total = total - torch.log(torch.sigmoid(spec.beta * (mean_good - mean_bad) - spec.margin))
         else:

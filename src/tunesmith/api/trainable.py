@@ -44,10 +44,13 @@ def load_trainable(
 
     fp8_check: measures the base on the way. own_decoder: False runs it through transformers' modules.
     """
+    from tunesmith.models.config import load_config
     from tunesmith.models.load import load_model
     from tunesmith.models.lora import add_lora
 
-    method = job.method_spec
+    method, scores = job.method_spec, job.objective_spec.name == "reward"
+    # A reward model may go on from another one.
+    classifier = scores and load_config(folder).is_classifier
     if isinstance(method, LoraSpec):
         model = load_model(
             folder,
@@ -58,6 +61,7 @@ def load_trainable(
             compute=method.compute,
             on_reference=fp8_check.measure_reference if fp8_check else None,
             own_decoder=own_decoder,
+            classifier=classifier,
         )
         if fp8_check:
             fp8_check.measure(model)
@@ -72,7 +76,10 @@ def load_trainable(
             trainable=True,
             master_dtype=masters,
             own_decoder=own_decoder,
+            classifier=classifier,
         )
+    if scores and model.score is None:
+        model.add_score()
     if method.qat_spec:
         from tunesmith.models.quantize import fake_quantize_model
 

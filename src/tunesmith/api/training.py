@@ -414,10 +414,16 @@ def _report_steps(label: str, on_event: OnEvent, ends: list[float]) -> Any:
 def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run: RunDir) -> int:
     """Save what was trained, ready for other tools; returns its size on disk in bytes."""
     from tunesmith.models.adapter_files import save_adapter
-    from tunesmith.models.weights import save_model
+    from tunesmith.models.lora import merge
+    from tunesmith.models.weights import save_classifier, save_model
 
     try:
-        if isinstance(job.method_spec, LoraSpec):
+        if model.score is not None:
+            # Whole, whatever was trained: readers of sequence classifiers know of no adapter.
+            merge(model)
+            save_classifier(model, run.model, source_folder=Path(task.model_folder), pad_id=tokenizer.pad_id)
+            folder = run.model
+        elif isinstance(job.method_spec, LoraSpec):
             save_adapter(model, run.adapter, base_name=task.model_name, revision=task.revision)
             tokenizer.save(run.adapter)
             folder = run.adapter

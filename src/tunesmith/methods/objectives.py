@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import Example, TokenRow
-from tunesmith.job.objective import DpoSpec, KtoSpec, ObjectiveSpec, OrpoSpec, SimpoSpec
+from tunesmith.job.objective import DpoSpec, KtoSpec, ObjectiveSpec, OrpoSpec, RewardSpec, SimpoSpec
 from tunesmith.methods.kto import kto_loss
 from tunesmith.methods.logprobs import count_row_targets, sum_rows, token_logps
 from tunesmith.methods.objective import LossSum, Objective
-from tunesmith.methods.preference import PairLogps, PairLoss, dpo_loss, orpo_loss, simpo_loss
-from tunesmith.methods.sft import sft_loss
+from tunesmith.methods.preference import PairLogps, PairLoss, dpo_loss, orpo_loss, reward_loss, simpo_loss
+from tunesmith.methods.sft import round_up, sft_loss
 from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
 
@@ -49,12 +50,23 @@ def make_objective(spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None) 
         if baseline is None:
             raise ValueError("kto needs the answers of other prompts: give a KtoBaseline")
         return _of_answers(spec, baseline)
+    if isinstance(spec, RewardSpec):
+        return _of_scores(spec)
     return Objective(sft_loss)
 
 
 def answer_logps(model: CausalLM, batch: Batch) -> Tensor:
     """Log-probability of each row's targets, summed, (N,), nats."""
     return sum_rows(token_logps(model, batch), batch)
+
+
+def score_answers(model: CausalLM, batch: Batch) -> Tensor:
+    """A reward model's score of each row, read behind its last token, (N,), fp32."""
+    if model.score is None:
+        raise ValueError("a model without a score gives none: CausalLM.add_score")
+    ends_N = batch.layout.cumulative_N1[1 : batch.num_rows + 1].long() - 1
+    hidden_ND = model.hidden(batch.ids_T, batch.layout, round_up(ends_N))[: batch.num_rows]
+    return F.linear(hidden_ND.to(model.score.weight.dtype), model.score.weight).squeeze(1)
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -66,6 +78,15 @@ def _of_pairs(loss: Callable[[PairLogps, PairLogps | None], PairLoss]) -> Object
         policy = _pair(answer_logps(model, batch), tokens_N)
         frozen = batch.numbers.get(REFERENCE)
         found = loss(policy, None if frozen is None else _pair(frozen.to(policy.chosen.dtype), tokens_N))
+        return LossSum(found.losses.sum(), batch.num_targets, _measure_pairs(found))
+
+    return Objective(run, measures=_PAIR_MEASURES, per_example=True)
+
+
+def _of_scores(spec: RewardSpec) -> Objective:
+    def run(model: CausalLM, batch: Batch) -> LossSum:
+        scores_N = score_answers(model, batch)
+        found = reward_loss(scores_N[0::2], scores_N[1::2], center=spec.center)
         return LossSum(found.losses.sum(), batch.num_targets, _measure_pairs(found))
 
     return Objective(run, measures=_PAIR_MEASURES, per_example=True)

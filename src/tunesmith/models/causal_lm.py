@@ -9,7 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from tunesmith.models.projection import MasterCast, Projection
 if TYPE_CHECKING:
     from tunesmith.models.adapter_config import AdapterConfig
     from tunesmith.models.segments import Segments
+
+
+_SCORE = "score_head"
 
 
 class TokenTable(nn.Module):
@@ -107,6 +110,19 @@ class CausalLM(nn.Module, ABC):
         )
         self.config = dataclasses.replace(self.config, tied=False)
 
+    def add_score(self, weight: Tensor | None = None) -> None:
+        """Give the model a score of hidden states, trained; all zero unless a weight (1, D) is given."""
+        score = nn.Linear(self.config.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
+        score.weight.data = (
+            torch.zeros_like(score.weight) if weight is None else weight.detach().float().clone()
+        )
+        self.add_module(_SCORE, score)
+
+    @property
+    def score(self) -> nn.Linear | None:
+        """(1, D), fp32: what a reward model thinks of an answer, or PPO expects of it."""
+        return cast("nn.Linear | None", self._modules.get(_SCORE))
+
     def resize_vocabulary(self, num_tokens: int) -> None:
         """Append rows to embedding and head, each the mean of the old rows: close to what an unseen token means."""
         for table in self.tables():
@@ -184,6 +200,8 @@ class CausalLM(nn.Module, ABC):
                 names[id(lora.a)], names[id(lora.b)] = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
                 if lora.magnitude is not None:
                     names[id(lora.magnitude)] = f"{name}.lora_magnitude_vector"
+        if self.score is not None:
+            names[id(self.score.weight)] = "score.weight"
         for table in self.tables():
             names[id(table.weight)] = f"{table.name}.weight"
             if table.tuned is not None:

@@ -22,6 +22,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 _MAX_LAYERS = 10_000
 
 
+# How the architecture of a model with a score in place of a language-model head ends.
+CLASSIFIER = "ForSequenceClassification"
+
+
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary embedding. kind: default | linear | llama3 | none (no rotation at all).
@@ -64,6 +68,7 @@ class DecoderConfig:
     ropes: tuple[RopeConfig, ...]
     max_positions: int
     tied: bool
+    is_classifier: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -165,6 +170,9 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
     max_positions = fields.read("max_position_embeddings", int, raw.get("n_positions") or 2048)
     windows = (0,) * layers if why_not else _parse_windows(raw, fields, family, layers)
     pre_scale = fields.read("query_pre_attn_scalar", float, 256.0) if family.gemma else head_dim
+    is_classifier = any(
+        isinstance(name, str) and name.endswith(CLASSIFIER) for name in raw.get("architectures") or ()
+    )
     return DecoderConfig(
         model_type=model_type,
         vocab_size=fields.read("vocab_size", int, **strict),
@@ -177,7 +185,9 @@ def parse_config(raw: Mapping[str, Any], *, place: str) -> DecoderConfig:
         norm_eps=fields.read("rms_norm_eps", float, family.norm_eps),
         ropes=() if why_not else _parse_ropes(raw, fields, family, windows, max_positions),
         max_positions=max_positions,
-        tied=fields.read("tie_word_embeddings", bool, family.tied),
+        # Without a head of its own, the embedding stands for it; nobody asks a classifier for tokens.
+        tied=is_classifier or fields.read("tie_word_embeddings", bool, family.tied),
+        is_classifier=is_classifier,
         qkv_bias=family.qkv_bias or fields.read("attention_bias", bool, False),
         o_bias=not family.qkv_bias and fields.read("attention_bias", bool, False),
         mlp_bias=family.mlp_bias and fields.read("mlp_bias", bool, False),

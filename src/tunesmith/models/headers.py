@@ -262,6 +262,8 @@ def list_expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (
                 config.head_dim,
             )
-    if not config.tied:
+    if config.is_classifier:
+        shapes["score.weight"] = (1, d)
+    elif not config.tied:
         shapes["lm_head.weight"] = (config.vocab_size, d)
     return shapes

@@ -9,7 +9,7 @@ import torch
 
 from tunesmith.core.errors import ModelError
 from tunesmith.models.causal_lm import CausalLM
-from tunesmith.models.config import load_config
+from tunesmith.models.config import DecoderConfig, load_config
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.fp8 import check_fp8_device
 from tunesmith.models.headers import check_tensors, find_tensors, list_expected
@@ -34,6 +34,7 @@ def load_model(
     master_dtype: torch.dtype = torch.float32,
     own_decoder: bool = True,
     on_reference: Callable[[CausalLM], None] | None = None,
+    classifier: bool = False,
 ) -> CausalLM:
     """Model of a Hugging Face folder, in evaluation mode, frozen.
 
@@ -45,6 +46,7 @@ def load_model(
     own_decoder: False runs any model through the fallback, as a reference.
     on_reference: called before products are made in fp8, with the model as it multiplies in `dtype`: the weights of the
                  folder for an fp8 base, NF4 for nf4. On a GPU it still takes no more room than what comes after it.
+    classifier:  the folder is a sequence classifier's, as a reward model is saved; refused otherwise.
     Raises ModelError, before anything is built, and SetupError for fp8 on a GPU that has none.
     """
     folder = Path(folder)
@@ -63,6 +65,7 @@ def load_model(
         place, cure = ("method.base", "full or nf4") if base == "fp8" else ("method.compute", "bf16 or auto")
         check_fp8_device(torch.device(device), place=place, cure=f"Write {place.partition('.')[2]}: {cure}")
     config = load_config(folder)
+    check_kind(config, place=str(folder), classifier=classifier)
     stored = find_tensors(folder)
     if not (config.own and own_decoder):
         from tunesmith.models.fallback import load_fallback
@@ -76,9 +79,12 @@ def load_model(
         if config.tied:
             check_tied(tensors, place=str(folder))
         named = {name: tensors[source] for name, source in chosen.items()}
+        score = named.pop("score.weight", None)
         model = Decoder(
             config, named, folder=folder, dtype=dtype, storage=master_dtype if trainable else dtype
         )
+        if score is not None:
+            model.add_score(score)
         del tensors, named
     if base != "full":
         from tunesmith.models.packed import lend_weights, pack_model, set_compute
@@ -97,3 +103,14 @@ def load_model(
     if trainable:
         model.make_trainable(master_dtype)
     return model.eval()
+
+
+def check_kind(config: DecoderConfig, *, place: str, classifier: bool) -> None:
+    """Raise ModelError if a sequence classifier is taken for a language model, or the other way round."""
+    if config.is_classifier == classifier:
+        return
+    finding, rule = "is a sequence classifier", "a language model predicts tokens"
+    if classifier:
+        finding, rule = "is no sequence classifier", "a reward model scores answers"
+    cure = "Give a folder that objective: reward has made" if classifier else "Give a language model"
+    raise ModelError(place, finding, rule=rule, cure=cure)

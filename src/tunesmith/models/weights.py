@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError
 from tunesmith.core.jsonl import fsync_folder, write_json
 from tunesmith.core.rundir import as_rundir_error
-from tunesmith.models.config import read_config_json
+from tunesmith.models.config import CLASSIFIER, read_config_json
 from tunesmith.models.headers import INDEX, SINGLE, StoredTensor
 
 if TYPE_CHECKING:
@@ -110,6 +110,29 @@ def save_model(
         source_folder=source_folder,
         dtype=stored,
         config_changes={"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tied},
+    )
+
+
+def save_classifier(model: CausalLM, folder: Path, *, source_folder: Path, pad_id: int | None) -> None:
+    """Write a model with a score, adapters merged, as a Hugging Face folder for sequence classification.
+
+    pad_id: by which readers find a padded row's last token.
+    """
+    assert model.score is not None
+    score, head = model.score.weight.detach(), f"{model.head_name}.weight"
+    architecture = next(iter(read_config_json(source_folder).get("architectures") or ()), "ForCausalLM")
+    write_model(
+        (*((name, tensor) for name, tensor in model.weights() if name != head), ("score.weight", score)),
+        folder,
+        source_folder=source_folder,
+        dtype=getattr(torch, "float32" if model.config.dtype == "auto" else model.config.dtype),
+        config_changes={
+            "architectures": [architecture.replace("ForCausalLM", CLASSIFIER)],
+            "vocab_size": model.config.vocab_size,
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "pad_token_id": pad_id,
+        },
     )
 
 
