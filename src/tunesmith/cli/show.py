@@ -198,7 +198,7 @@ def _tabulate_preferences(report: CheckReport) -> Table:
         if not in_pairs:
             add(side, lambda facts, side=side: _share(facts.num_answers[side], facts.num_examples))
         add(
-            f"{side} tokens, half / 95% / longest",
+            f"{side} tokens, half / longest",
             lambda facts, side=side: _spread(facts.answer_tokens[side]),
         )
     if in_pairs:
@@ -213,7 +213,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _spread(percentiles: Mapping[str, int]) -> str:
-    return " / ".join(str(percentiles.get(name, 0)) for name in ("50", "95", "100")) if percentiles else "–"
+    return " / ".join(str(percentiles.get(name, 0)) for name in ("50", "100")) if percentiles else "–"
 
 
 def print_plan(planned: Planned) -> None:

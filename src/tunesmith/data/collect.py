@@ -100,11 +100,23 @@ def read_conversations(
         raise failure
 
 
-# What the rows of an objective have, and which objectives learn from them.
-_NEEDS: dict[RowKind, tuple[str, str]] = {
-    "answers": ("answers", "sft"),
-    "pairs": ("chosen and rejected answers", "dpo, orpo, simpo or reward"),
-    "labelled": ("labelled answers", "kto"),
+# Of each kind of rows: what they have, whose they are, and what such an objective needs.
+_KINDS: dict[RowKind, tuple[str, str, str]] = {
+    "answers": ("answers", "sft", "objective sft learns from answers"),
+    "pairs": (
+        "chosen and rejected answers",
+        "dpo (or orpo, simpo, reward)",
+        "this objective learns from pairs of a chosen and a rejected answer",
+    ),
+    "labelled": ("answers with a label", "kto", "objective kto learns from answers with a label"),
+}
+# Preferences that are answers, too, once their shape is named.
+_AS_ANSWERS = {
+    "alpaca_pairs": "alpaca",
+    "labelled": "prompt_completion",
+    "messages_labelled": "messages",
+    "sharegpt_labelled": "sharegpt",
+    "alpaca_labelled": "alpaca",
 }
 
 
@@ -113,17 +125,15 @@ def _refuse_other_kind(source: Source, shape: str, kind: RowKind) -> None:
     found = rows_of_shape(shape)
     if found == kind or (found, kind) == ("pairs", "labelled"):
         return
-    needs, objectives = _NEEDS[kind]
-    instead = f"Set objective: {_NEEDS[found][1]}"
-    if kind == "answers":
-        cure = f"{instead}; to learn their answers all the same, name the shape under data.train: format: messages, ..."
-    else:
-        cure = f"{instead}, or give {kind} (shapes: docs/data-formats.md)"
+    what, objectives, _ = _KINDS[found]
+    other = "another source (docs/data-formats.md)"
+    if kind == "answers" and shape in _AS_ANSWERS:
+        other = f"the source format: {_AS_ANSWERS[shape]} to learn every answer"
     raise DataError(
         source.name,
-        f"its rows are {_NEEDS[found][0]} ({shape})",
-        rule=f"objective {objectives} learns from {needs}",
-        cure=cure,
+        f"its rows are {what} ({shape})",
+        rule=_KINDS[kind][2],
+        cure=f"Set objective: {objectives}, or give {other}",
     )
 
 

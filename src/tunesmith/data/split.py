@@ -153,7 +153,7 @@ class Likeness:
         for number, conversation in enumerate(unique.values()):
             if conversation.rejected or conversation.label is not None:
                 prompt = text_of(message for message in conversation.prompt if message.role != "system")
-                union.join(first.setdefault(prompt, number), number)
+                union.join(first.setdefault(" ".join(prompt.lower().split()), number), number)
         self._family = dict(zip(unique, union.name_each(list(unique)), strict=True))
 
     def hash_of(self, conversation: Conversation) -> str:
