@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from tunesmith.job.values import Spec
+from tunesmith.job.values import PositiveInt, Spec
 
 # What a row of the data is to an objective: a conversation whose answers are learned; a chosen and a rejected answer;
-# an answer with a label.
-RowKind = Literal["answers", "pairs", "labelled"]
+# an answer with a label; a prompt that the model answers itself.
+RowKind = Literal["answers", "pairs", "labelled", "prompts"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -92,6 +92,90 @@ class RewardSpec(Spec):
     """Weight of the squared sum of a pair's scores, which keeps scores around zero."""
 
 
+class RewardTerm(Spec):
+    """One reward of a sampled answer. A bare string is `{source: ...}`."""
+
+    source: str
+    """A verifier (`exact_match`, `json_valid`, `json_schema`, `regex`, `length`), a Python function
+    (`rewards.py:json_score`, called as TRL calls it), or the folder of a reward model."""
+    weight: float = 1.0
+    """Weight in the sum of rewards."""
+    pattern: str | None = None
+    """Of `regex`: what the answer has to contain. 1 or 0."""
+    schema_file: str | None = None
+    """Of `json_schema`: the schema that the answer has to match. 1 or 0."""
+    characters: Annotated[int, Field(gt=0)] | None = None
+    """Of `length`: the answer's length that is worth 1; it falls to 0 at none and at twice as many."""
+    timeout: Positive = 60.0
+    """Seconds that a Python function may take for the answers of one rollout."""
+
+
+class RolloutSpec(Spec):
+    """What PPO and GRPO have in common: the model answers prompts and learns from what its answers are worth."""
+
+    rewards: Annotated[list[str | RewardTerm], Field(min_length=1)]
+    """What an answer is worth: a weighted sum."""
+    prompts: PositiveInt = 8
+    """Prompts of a rollout."""
+    max_new_tokens: PositiveInt = 256
+    """Longest sampled answer."""
+    temperature: Positive = 1.0
+    """Of sampling; log-probabilities are taken at the same temperature."""
+    passes: PositiveInt = 1
+    """Times that a rollout's answers are trained on."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far a token's probability may move from the one it was sampled with, as a ratio, before it stops to count."""
+    max_kl: Positive | None = None
+    """Mean KL from the reference, nats per answer, beyond which training stops with the last good checkpoint."""
+
+    @property
+    def terms(self) -> list[RewardTerm]:
+        return [RewardTerm(source=term) if isinstance(term, str) else term for term in self.rewards]
+
+
+class GrpoSpec(RolloutSpec):
+    """Group-relative policy optimisation: several answers a prompt, each held against the others' mean reward."""
+
+    name: Literal["grpo"]
+    """The objective."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt."""
+    beta: NonNegative = 0.0
+    """Weight of the KL from the reference."""
+    clip_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper bound of the ratio, minus 1, where it differs from `clip` (DAPO: 0.28)."""
+    normalise: Literal["answer", "tokens", "length"] = "tokens"
+    """What losses of tokens are divided by: `answer`, each answer's tokens (GRPO); `tokens`, all tokens of the step
+    (DAPO); `length`, `max_new_tokens` (Dr. GRPO)."""
+    scale: Literal["group", "none"] = "group"
+    """`group` divides advantages by the standard deviation of the group's rewards; `none` leaves them (Dr. GRPO)."""
+
+
+class PpoSpec(RolloutSpec):
+    """Proximal policy optimisation: advantages from a learned value of every token, KL from the reference as a price."""
+
+    name: Literal["ppo"]
+    """The objective."""
+    samples: PositiveInt = 1
+    """Answers to each prompt."""
+    prompts: PositiveInt = 32
+    """Prompts of a rollout."""
+    passes: PositiveInt = 4
+    """Times that a rollout's answers are trained on."""
+    kl_weight: NonNegative = 0.05
+    """Price of a nat of KL from the reference, in reward."""
+    value_weight: NonNegative = 0.1
+    """Weight of the value's loss."""
+    value_clip: Positive = 0.2
+    """How far a value may move from the one at sampling before it stops to count."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount from token to token."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Of generalised advantage estimation: 0 trusts values, 1 rewards."""
+    whiten_rewards: bool = False
+    """Bring a rollout's rewards to variance 1 before advantages are made of them."""
+
+
 _SPECS: dict[str, tuple[type[Spec], RowKind]] = {
     "sft": (SftSpec, "answers"),
     "dpo": (DpoSpec, "pairs"),
@@ -99,6 +183,8 @@ _SPECS: dict[str, tuple[type[Spec], RowKind]] = {
     "simpo": (SimpoSpec, "pairs"),
     "kto": (KtoSpec, "labelled"),
     "reward": (RewardSpec, "pairs"),
+    "grpo": (GrpoSpec, "prompts"),
+    "ppo": (PpoSpec, "prompts"),
 }
 OBJECTIVES = tuple(_SPECS)
 
@@ -111,6 +197,8 @@ def _name_of(value: Any) -> Any:
 
 def _check_name(value: Any) -> Any:
     name = value if isinstance(value, str) else _name_of(value)
+    if isinstance(value, str) and name in ("grpo", "ppo"):
+        raise ValueError(f"{name} needs rewards; write objective: {{name: {name}, rewards: [...]}}")
     if name in OBJECTIVES:
         return value
     near = difflib.get_close_matches(str(name).lower(), OBJECTIVES, n=1)
@@ -125,10 +213,14 @@ _Settings: TypeAlias = Annotated[
     | Annotated[OrpoSpec, Tag("orpo")]
     | Annotated[SimpoSpec, Tag("simpo")]
     | Annotated[KtoSpec, Tag("kto")]
-    | Annotated[RewardSpec, Tag("reward")],
+    | Annotated[RewardSpec, Tag("reward")]
+    | Annotated[GrpoSpec, Tag("grpo")]
+    | Annotated[PpoSpec, Tag("ppo")],
     Discriminator(_name_of),
 ]
-ObjectiveSpec: TypeAlias = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | RewardSpec
+ObjectiveSpec: TypeAlias = (
+    SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | RewardSpec | GrpoSpec | PpoSpec
+)
 Objective: TypeAlias = Annotated[
     Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"] | _Settings, BeforeValidator(_check_name)
 ]

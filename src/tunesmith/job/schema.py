@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tunesmith.job.objective import DpoSpec, KtoSpec, OrpoSpec, RewardSpec, SimpoSpec
+from tunesmith.job.objective import (
+    DpoSpec,
+    GrpoSpec,
+    KtoSpec,
+    OrpoSpec,
+    PpoSpec,
+    RewardSpec,
+    RewardTerm,
+    SimpoSpec,
+)
 from tunesmith.job.spec import (
     ArmSpec,
     CompareSpec,
@@ -51,6 +60,9 @@ _SECTIONS: tuple[tuple[str, type[Spec]], ...] = (
     ("objective (simpo)", SimpoSpec),
     ("objective (kto)", KtoSpec),
     ("objective (reward)", RewardSpec),
+    ("objective (grpo)", GrpoSpec),
+    ("objective (ppo)", PpoSpec),
+    ("objective.rewards[]", RewardTerm),
     ("train", TrainSpec),
     ("evaluate", EvaluateSpec),
     ("evaluate.sampling", SamplingSpec),
