@@ -16,23 +16,26 @@ from tunesmith.models.load import load_model
 from tunesmith.models.lora import add_lora
 
 
-def plain_logps(model: Any, batch: Any) -> torch.Tensor:
-    logits = model.head(model.hidden(batch.ids_T, batch.layout))[batch.sources_K]
+def plain_logps(model: Any, batch: Any, temperature: float = 1.0) -> torch.Tensor:
+    logits = model.head(model.hidden(batch.ids_T, batch.layout))[batch.sources_K] / temperature
     return logits.double().log_softmax(-1).gather(1, batch.targets_K[:, None]).squeeze(1)
 
 
 # gemma2 caps its logits: its head is not a plain product.
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
-@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize(("chunk", "temperature"), [(5, 1.0), (None, 0.7)])
 def test_values_and_gradients_are_those_of_the_plain_softmax(
-    hf_folders: Any, name: str, chunk: int | None
+    hf_folders: Any, name: str, chunk: int | None, temperature: float
 ) -> None:
     batch = make_batch(make_rows([30, 12, 7]), round_tokens=16)
     weights_K = torch.randn(batch.num_targets, generator=torch.Generator().manual_seed(1))
     results = []
     for plain in (True, False):
         model = load_model(hf_folders(name)[0], trainable=True)
-        logps_K = plain_logps(model, batch) if plain else token_logps(model, batch, chunk=chunk)
+        if plain:
+            logps_K = plain_logps(model, batch, temperature)
+        else:
+            logps_K = token_logps(model, batch, chunk=chunk, temperature=temperature)
         (logps_K * weights_K).sum().backward()
         results.append([logps_K.detach().double()] + [p.grad for p in model.trainable_parameters()])
     for found, expected in zip(*reversed(results), strict=True):

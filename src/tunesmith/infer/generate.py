@@ -28,10 +28,11 @@ PREFILL_TOKENS, MAX_SEQUENCES = 4096, 192
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """ids: new tokens, without the stop token. finished: a stop token came before the limit."""
+    """ids: new tokens, without the stop token. finished: a stop token came before the limit. stop_id: which one."""
 
     ids: list[int]
     finished: bool
+    stop_id: int | None = None
 
 
 @torch.no_grad()
@@ -226,7 +227,7 @@ class _Pool:
         for at, (place, token) in enumerate(zip(places, chosen, strict=True)):
             ids = self._outputs[place]
             if token in self.stop_ids:
-                self.results[place] = Generation(ids, finished=True)
+                self.results[place] = Generation(ids, finished=True, stop_id=token)
                 continue
             ids.append(token)
             if len(ids) >= self.room[place]:

@@ -152,7 +152,7 @@ class GrpoSpec(RolloutSpec):
 
 
 class PpoSpec(RolloutSpec):
-    """Proximal policy optimisation: advantages from a learned value of every token, KL from the reference as a price."""
+    """Proximal policy optimisation: advantages from a learned value of every token, KL from the reference a price."""
 
     name: Literal["ppo"]
     """The objective."""

@@ -454,8 +454,8 @@ class Job(Spec):
     method: Literal["full", "lora", "qlora"] | MethodSpec = "lora"
     """`full`, `lora` or `qlora`, or a mapping with its settings."""
     objective: Objective = "sft"
-    """What is learned: `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`, or a mapping with its settings, which `grpo` and
-    `ppo` need."""
+    """What is learned: `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`, or a mapping with its settings, which `grpo`
+    and `ppo` need."""
     train: TrainSpec = TrainSpec()
     """Steps, learning rate, precision, checkpoints."""
     evaluate: EvaluateSpec = EvaluateSpec()

@@ -18,20 +18,36 @@ from tunesmith.models.causal_lm import CausalLM
 from tunesmith.models.layout import Batch
 
 
-def token_logps(model: CausalLM, batch: Batch, *, chunk: int | None = None) -> Tensor:
+def token_logps(
+    model: CausalLM, batch: Batch, *, chunk: int | None = None, temperature: float = 1.0
+) -> Tensor:
     """log p(target | what precedes it in its row) of every target token, (K,), nats, fp32 (fp64 of an fp64 model).
 
     chunk: target tokens per piece of the head; changes memory, never the result (up to rounding).
+    temperature: logits are divided by it, as a sampler does.
     """
+    return head_logps(model, source_states(model, batch), batch, chunk=chunk, temperature=temperature)
+
+
+def source_states(model: CausalLM, batch: Batch) -> Tensor:
+    """Hidden states that targets are predicted from, and fillers behind them, (K or more, D)."""
     if batch.num_targets == 0:
         raise ValueError("a batch without target tokens has no log-probabilities")
-    hidden_KD = model.hidden(batch.ids_T, batch.layout, round_up(batch.sources_K))
+    return model.hidden(batch.ids_T, batch.layout, round_up(batch.sources_K))
+
+
+def head_logps(
+    model: CausalLM, hidden_KD: Tensor, batch: Batch, *, chunk: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """`token_logps` from hidden states that are there already."""
     rows = chunk or choose_chunk(model, hidden_KD.device)
     if model.has_plain_head:
-        return _HeadLogps.apply(hidden_KD, model.head_weight, batch.targets_K, rows)
+        return _HeadLogps.apply(hidden_KD, model.head_weight, batch.targets_K, rows, 1 / temperature)
     kept_KD = hidden_KD[: batch.num_targets]
     chunks = zip(kept_KD.split(rows), batch.targets_K.split(rows), strict=True)
-    return torch.cat([checkpoint(_chunk_logps, model, *pair, use_reentrant=False) for pair in chunks])
+    return torch.cat(
+        [checkpoint(_chunk_logps, model, *pair, 1 / temperature, use_reentrant=False) for pair in chunks]
+    )
 
 
 def sum_rows(values_K: Tensor, batch: Batch) -> Tensor:
@@ -45,9 +61,9 @@ def count_row_targets(batch: Batch) -> Tensor:
     return sum_rows(ones_K, batch)
 
 
-def _chunk_logps(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+def _chunk_logps(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor, factor: float) -> Tensor:
     logits = model.head(hidden_CD)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * factor
     return logits.gather(1, targets_C[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
@@ -56,18 +72,18 @@ class _HeadLogps(torch.autograd.Function):
     fillers without a result or a gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_KD, weight_VD, targets_K, rows):
+    def forward(ctx, hidden_KD, weight_VD, targets_K, rows, factor):
         wide = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
         count = len(targets_K)
         logps_K = torch.empty(count, dtype=wide, device=hidden_KD.device)
         norms_K = torch.empty(count, dtype=wide, device=hidden_KD.device)
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
-            logits = (hidden_KD[span] @ weight_VD.t()).to(wide)
+            logits = (hidden_KD[span] @ weight_VD.t()).to(wide) * factor
             norms_K[span] = logits.logsumexp(-1)
             logps_K[span] = logits.gather(1, targets_K[span, None]).squeeze(1) - norms_K[span]
         ctx.save_for_backward(hidden_KD, weight_VD, targets_K, norms_K)
-        ctx.rows = rows
+        ctx.rows, ctx.factor = rows, factor
         return logps_K
 
     @staticmethod
@@ -79,8 +95,8 @@ class _HeadLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=norms_K.dtype) if needs_weight else None
         for start in range(0, len(targets_K), ctx.rows):
             span = slice(start, min(start + ctx.rows, len(targets_K)))
-            hidden_CD, weights_C1 = hidden_KD[span], grad_K[span, None]
-            logits = (hidden_CD @ weight_VD.t()).to(norms_K.dtype)
+            hidden_CD, weights_C1 = hidden_KD[span], grad_K[span, None] * ctx.factor
+            logits = (hidden_CD @ weight_VD.t()).to(norms_K.dtype) * ctx.factor
             # d log p / d logits = one_hot(target) - probabilities
             grad_logits = logits.sub_(norms_K[span, None]).exp_().mul_(-weights_C1)
             grad_logits.scatter_add_(1, targets_K[span, None], weights_C1)
@@ -89,4 +105,5 @@ class _HeadLogps(torch.autograd.Function):
                 torch.mm(narrow, weight_VD, out=grad_hidden[span])
             if grad_weight is not None:
                 grad_weight += narrow.t() @ hidden_CD
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None

@@ -12,7 +12,8 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class LossSum:
     """total: sum of losses over the batch's target tokens or examples, nats, a scalar that can run backward. The loop
-    divides. measures: sums of what is worth logging, scalars without a gradient; the loop divides them, too."""
+    divides. measures: sums over examples of what is worth logging, scalars without a gradient; the loop divides them by
+    the step's examples."""
 
     total: Tensor
     num_targets: int

@@ -12,10 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import Example, TokenRow
-from tunesmith.job.objective import DpoSpec, KtoSpec, ObjectiveSpec, OrpoSpec, RewardSpec, SimpoSpec
+from tunesmith.job.objective import (
+    DpoSpec,
+    GrpoSpec,
+    KtoSpec,
+    ObjectiveSpec,
+    OrpoSpec,
+    PpoSpec,
+    RewardSpec,
+    SimpoSpec,
+)
 from tunesmith.methods.kto import kto_loss
 from tunesmith.methods.logprobs import count_row_targets, sum_rows, token_logps
 from tunesmith.methods.objective import LossSum, Objective
+from tunesmith.methods.policy_objectives import grpo_objective, ppo_objective
 from tunesmith.methods.preference import PairLogps, PairLoss, dpo_loss, orpo_loss, reward_loss, simpo_loss
 from tunesmith.methods.sft import round_up, sft_loss
 from tunesmith.models.causal_lm import CausalLM
@@ -52,6 +62,10 @@ def make_objective(spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None) 
         return _of_answers(spec, baseline)
     if isinstance(spec, RewardSpec):
         return _of_scores(spec)
+    if isinstance(spec, GrpoSpec):
+        return grpo_objective(spec)
+    if isinstance(spec, PpoSpec):
+        return ppo_objective(spec)
     return Objective(sft_loss)
 
 

@@ -195,7 +195,8 @@ class _Run:
         for number in range(left):
             self._stop_if_asked()
             step = steps.read(number)
-            self.stepper.following = partial(steps.read, number + 1) if number + 1 < left else None
+            ahead = self.source.reads_ahead and number + 1 < left
+            self.stepper.following = partial(steps.read, number + 1) if ahead else None
             self._finish_step(self._take_step(step))
         self._stop_if_asked()
         return self._conclude()

@@ -30,8 +30,13 @@ class StepRows:
 
 
 class RowSource(Protocol):
-    """Rows in training order, with an exact position. `steps_per_epoch` is None where only reading would tell."""
+    """Rows in training order, with an exact position. `steps_per_epoch` is None where only reading would tell.
 
+    reads_ahead: the next step may be read before this one is taken.
+    """
+
+    @property
+    def reads_ahead(self) -> bool: ...
     @property
     def steps_per_epoch(self) -> int | None: ...
 
@@ -55,6 +60,8 @@ class RowPass(Protocol):
 class EpochOrder:
     """Rows held in a sequence, reordered every epoch. The order follows from (seed, epoch) alone, so a position is
     two numbers. An epoch's last batch may be smaller: every row is trained once an epoch."""
+
+    reads_ahead = True
 
     def __init__(self, rows: Sequence[Example], *, batch_rows: int, seed: int) -> None:
         if not len(rows):
@@ -92,7 +99,7 @@ class StreamOrder:
     Epochs are counted when they are over. Steps do not cross them: a pass's last step may be smaller.
     """
 
-    steps_per_epoch = None
+    steps_per_epoch, reads_ahead = None, True
 
     def __init__(self, stream: RowPass, *, batch_rows: int, fingerprint: str) -> None:
         self._stream, self._batch_rows, self._fingerprint = stream, batch_rows, fingerprint

@@ -37,7 +37,7 @@ LossFunction = Callable[[Any, Any], LossSum]
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """loss: nats per target token (of an objective of examples: per example) over the whole step; measures: what the
-    objective measures besides, the same; grad_norm: before clipping; notes: halvings of the micro-batch budget."""
+    objective measures besides, per example; grad_norm: before clipping; notes: halvings of the micro-batch budget."""
 
     loss: float
     grad_norm: float
@@ -160,7 +160,7 @@ class Stepper:
         notes: list[str] = []
         while True:
             sums, norm = self._accumulate(trained, divisor, step, notes)
-            (loss, *measured), norm = [value / divisor for value in sums], norm / self.scale.value
+            loss, norm = sums[0] / divisor, norm / self.scale.value
             if math.isfinite(loss) and math.isfinite(norm):
                 break
             self.optimizer.clear_gradients()
@@ -171,7 +171,8 @@ class Stepper:
         factor = clip_factor(norm, clip_norm=self._clip_norm) / self.scale.value
         self.optimizer.update(learning_rate=learning_rate, gradient_factor=factor)
         self.scale.count_good_step()
-        measures = dict(zip(self._objective.measures, measured, strict=True))
+        values = [value / len(trained) for value in sums[1:]]
+        measures = dict(zip(self._objective.measures, values, strict=True))
         num_tokens = sum(len(row.ids) for row in rows)
         return StepResult(loss, norm, num_tokens, num_targets, tuple(notes), measures)
 

@@ -1,0 +1,205 @@
+"""PPO's and GRPO's rows: prompts are answered by the model as it is, answers are judged, tokens weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.core.errors import TrainingFailed
+from tunesmith.core.fingerprint import hash_row
+from tunesmith.core.types import TokenRow
+from tunesmith.data.batch import plan_micro_batches
+from tunesmith.data.prompts import Answer, Prompt
+from tunesmith.job.objective import GrpoSpec, PpoSpec
+from tunesmith.job.spec import SamplingSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.methods.frozen import FrozenStart
+    from tunesmith.models.causal_lm import CausalLM
+
+# Of one forward pass without gradients: values of each target token, by name, each (K,).
+Measure = Callable[[Any], Mapping[str, "Tensor"]]
+
+
+@dataclass
+class Sampler:
+    """Samples and weighs the answers of a rollout.
+
+    judge:      answers -> what each is worth.
+    make_batch: (rows, device) -> batch, as training makes it.
+    frozen:     the reference; None where the objective asks for none.
+    """
+
+    spec: GrpoSpec | PpoSpec
+    model: CausalLM
+    prompts: Sequence[Prompt]
+    judge: Callable[[Sequence[Answer]], Sequence[float]]
+    tokenizer: Tokenizer
+    stop_ids: Sequence[int]
+    make_batch: Callable[[Sequence[TokenRow], Any], Any]
+    frozen: FrozenStart | None
+    seed: int
+    budget_tokens: int
+
+    def collect(self, numbers: Sequence[int], epoch: int) -> list[TokenRow]:
+        """Rows of `spec.samples` answers to each prompt, with what `policy_objectives` needs of them."""
+        was_training = self.model.training
+        self.model.train(False)
+        try:
+            answers = self.answer(numbers, samples=self.spec.samples, name=str(epoch))
+            rewards = self.judge(answers)
+            rows = [_make_row(answer) for answer in answers]
+            known = self._measure(rows)
+        finally:
+            self.model.train(was_training)
+        advantages = (
+            self._compare(rewards, known)
+            if isinstance(self.spec, GrpoSpec)
+            else self._estimate(rewards, known)
+        )
+        return [
+            replace(row, numbers={**facts, **more, "reward": reward})
+            for row, facts, more, reward in zip(rows, known, advantages, rewards, strict=True)
+        ]
+
+    def answer(
+        self, numbers: Sequence[int], *, samples: int, name: str, greedy: bool = False
+    ) -> list[Answer]:
+        """Answers to prompts, those to one prompt together. What is drawn follows from seed, `name` and the prompt."""
+        from tunesmith.infer.generate import generate
+
+        wanted = [(number, sample) for number in numbers for sample in range(samples)]
+        found = generate(
+            self.model,
+            [self.prompts[number].ids for number, _ in wanted],
+            max_new_tokens=self.spec.max_new_tokens,
+            stop_ids=self.stop_ids,
+            sampling=SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
+            keys=[f"{name}/{number}/{sample}" for number, sample in wanted],
+        )
+        return [
+            Answer(
+                prompt=self.prompts[number],
+                text=self.tokenizer.decode(one.ids),
+                ids=one.ids if one.stop_id is None else [*one.ids, one.stop_id],
+                finished=one.finished,
+            )
+            for (number, _), one in zip(wanted, found, strict=True)
+        ]
+
+    # --- what sampling knew -------------------------------------------------------------------------------------------
+
+    def _measure(self, rows: Sequence[TokenRow]) -> list[dict[str, list[float]]]:
+        """Of each row's answer tokens, their log-probabilities now and under the reference, and their values."""
+        from tunesmith.methods.logprobs import head_logps, source_states, token_logps
+        from tunesmith.methods.policy_objectives import OLD, OLD_VALUE, TOKEN_REFERENCE, expect
+
+        temperature = self.spec.temperature
+
+        def now(batch: Any) -> Mapping[str, Tensor]:
+            hidden_KD = source_states(self.model, batch)
+            found = {OLD: head_logps(self.model, hidden_KD, batch, temperature=temperature)}
+            return found | (
+                {} if self.model.score is None else {OLD_VALUE: expect(self.model, hidden_KD, batch)}
+            )
+
+        def before(batch: Any) -> Mapping[str, Tensor]:
+            return {TOKEN_REFERENCE: token_logps(self.model, batch, temperature=temperature)}
+
+        known = self._run(rows, now)
+        if self.frozen is not None:
+            with self.frozen.restored():
+                for facts, more in zip(known, self._run(rows, before), strict=True):
+                    facts |= more
+            self._check_kl(known)
+        return known
+
+    def _run(self, rows: Sequence[TokenRow], measure: Measure) -> list[dict[str, list[float]]]:
+        import torch
+
+        found: list[dict[str, list[float]]] = [{} for _ in rows]
+        with torch.no_grad():
+            for places in plan_micro_batches(
+                [len(row.ids) for row in rows], budget_tokens=self.budget_tokens
+            ):
+                batch = self.make_batch([rows[place] for place in places], self.model.device)
+                edges = list(accumulate((rows[place].num_targets for place in places), initial=0))
+                for name, values_K in measure(batch).items():
+                    values = values_K.float().tolist()
+                    for place, (start, end) in zip(places, pairwise(edges), strict=True):
+                        found[place][name] = values[start:end]
+        return found
+
+    def _check_kl(self, known: Sequence[Mapping[str, list[float]]]) -> None:
+        kl = float(np.mean([_gap(facts).sum() for facts in known]))
+        if self.spec.max_kl is not None and not kl <= self.spec.max_kl:
+            raise TrainingFailed(
+                "a rollout",
+                f"its answers are {kl:.4g} nats of KL from the reference",
+                rule=f"objective.max_kl is {self.spec.max_kl:g}",
+                cure="Lower train.learning_rate or raise the price of KL; the last checkpoint is kept",
+            )
+
+    # --- what tokens weigh --------------------------------------------------------------------------------------------
+
+    def _compare(
+        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+    ) -> list[dict[str, list[float]]]:
+        from tunesmith.methods.policy import compare_in_group
+        from tunesmith.methods.policy_objectives import ADVANTAGE, OLD
+
+        assert isinstance(self.spec, GrpoSpec)
+        size = self.spec.samples
+        found: list[float] = []
+        for start in range(0, len(rewards), size):
+            group = rewards[start : start + size]
+            found += compare_in_group(group, by_deviation=self.spec.scale == "group").tolist()
+        return [{ADVANTAGE: [one] * len(facts[OLD])} for one, facts in zip(found, known, strict=True)]
+
+    def _estimate(
+        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+    ) -> list[dict[str, list[float]]]:
+        from tunesmith.methods.policy import estimate_advantages, whiten
+        from tunesmith.methods.policy_objectives import ADVANTAGE, OLD_VALUE, RETURN
+
+        spec = self.spec
+        assert isinstance(spec, PpoSpec)
+        worth = np.asarray(rewards, dtype=np.float64)
+        worth = whiten(worth, center=False) if spec.whiten_rewards else worth
+        estimates = []
+        for reward, facts in zip(worth, known, strict=True):
+            rewards_T = -spec.kl_weight * _gap(facts)
+            rewards_T[-1] += reward
+            values_T = facts[OLD_VALUE]
+            estimates.append(
+                estimate_advantages(
+                    rewards_T.tolist(), values_T, gamma=spec.gamma, gae_lambda=spec.gae_lambda
+                )
+            )
+        edges = list(accumulate((len(one) for one, _ in estimates), initial=0))
+        advantages = whiten(np.concatenate([one for one, _ in estimates]))
+        return [
+            {ADVANTAGE: advantages[start:end].tolist(), RETURN: returns.tolist()}
+            for (start, end), (_, returns) in zip(pairwise(edges), estimates, strict=True)
+        ]
+
+
+def _gap(facts: Mapping[str, list[float]]) -> Any:
+    """How much likelier each token was under the policy than under the reference, nats, (T,)."""
+    from tunesmith.methods.policy_objectives import OLD, TOKEN_REFERENCE
+
+    return np.asarray(facts[OLD], dtype=np.float64) - np.asarray(facts[TOKEN_REFERENCE], dtype=np.float64)
+
+
+def _make_row(answer: Answer) -> TokenRow:
+    prompt = answer.prompt
+    ids = [*prompt.ids, *answer.ids]
+    mask = [0] * len(prompt.ids) + [1] * len(answer.ids)
+    return TokenRow(ids, mask, prompt.origin, hash_row(ids, mask))
