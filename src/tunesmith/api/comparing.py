@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.api.fingerprints import fingerprint_data, fingerprint_model
 from tunesmith.api.foreign import describe_framework
 from tunesmith.api.native import check_native, compare_native
 from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
-from tunesmith.api.training import fingerprint_data, fingerprint_model, prepare, resolve_learning_rate
+from tunesmith.api.training import prepare, resolve_learning_rate
 from tunesmith.comparing.noise import measure_noise
 from tunesmith.comparing.parity import allow_other_tokens, judge_parity
 from tunesmith.comparing.plan import PlannedArm, choose_rate, job_of_arm, plan_arms, plan_trials

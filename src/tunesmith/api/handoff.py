@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.api.devices import pick_device, pick_dtype
+from tunesmith.api.fingerprints import fingerprint_run
 from tunesmith.api.native import describe_raw
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import load_job_tokenizer, load_trainable
-from tunesmith.api.training import fingerprint_run, resolve_learning_rate
+from tunesmith.api.training import resolve_learning_rate
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import describe_hardware
 from tunesmith.core.jsonl import write_json, write_jsonl

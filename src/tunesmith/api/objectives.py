@@ -2,52 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.api.fingerprints import fingerprint_data
+from tunesmith.api.trainable import make_training_batch
 from tunesmith.core.errors import RunDirError
+from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import hash_json, hash_rows
-from tunesmith.core.rundir import as_rundir_error
+from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.core.types import Example, TokenRow
 from tunesmith.data.batch import plan_micro_batches
+from tunesmith.data.collect import Rejects
 from tunesmith.data.examples import WithNumber, flatten
 from tunesmith.data.prepare import Prepared
-from tunesmith.job.objective import KtoSpec
+from tunesmith.data.stream import open_stream
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.job.objective import KtoSpec, kind_of_rows
 from tunesmith.job.spec import Job
 
 if TYPE_CHECKING:
     from tunesmith.methods.objective import Objective
     from tunesmith.models.causal_lm import CausalLM
 
-MakeBatch = Callable[[Sequence[Any], Any], Any]
-
 
 class Aim(NamedTuple):
-    """examples: of the training split. evaluate: mean loss over the validation split, nats per example; None without
-    one."""
+    """rows: examples of the training split, or a source of rows. evaluate: mean loss over the validation split; None
+    without one."""
 
     objective: Objective
-    examples: Sequence[Example]
+    rows: Any
     evaluate: Callable[[], float] | None
 
 
-def take_aim(
-    job: Job,
-    model: CausalLM,
-    prepared: Prepared,
-    *,
-    make_batch: MakeBatch,
-    cache: Path,
-    identity: str,
-    budget_tokens: int,
-    on_progress: Callable[[int, int], None],
-) -> Aim:
-    """The objective of a job whose rows are examples: pairs, or labelled answers.
+@dataclass(frozen=True)
+class Setting:
+    """What an aim is made from.
 
-    The model is as training finds it: the reference, whose log-probabilities are kept in `cache`.
-    identity: what else than rows decides them (weights, precision), for that file.
+    model:    as training finds it.
+    identity: hash of what else than rows decides what the model says of them (weights, precision).
+    rejects:  where bad rows of a stream go.
     """
+
+    job: Job
+    model: CausalLM
+    prepared: Prepared
+    tokenizer: Tokenizer
+    run: RunDir
+    label: str
+    identity: str
+    rejects: Rejects
+    on_event: OnEvent
+
+    @property
+    def budget_tokens(self) -> int:
+        """Of a forward pass without gradients."""
+        from tunesmith.training.loop import choose_budget
+
+        return choose_budget(self.job.train, self.model.device)
+
+    def make_batch(self, examples: Sequence[Example], device: Any) -> Any:
+        return make_training_batch(self.job, device)(examples, device)
+
+    def report(self, text: str, done: int, total: int) -> None:
+        self.on_event(Event("progress", self.label, text, done=done, total=total))
+
+
+@contextmanager
+def open_aim(setting: Setting) -> Generator[Aim]:
+    """What a job's objective minimises, on which rows, and how it is validated."""
+    kind = kind_of_rows(setting.job.objective)
+    yield _aim_at_answers(setting) if kind == "answers" else _aim_at_examples(setting)
+
+
+def _aim_at_answers(setting: Setting) -> Aim:
+    from tunesmith.eval.nll import score_rows, summarize_scores
+    from tunesmith.methods.objectives import make_objective
+
+    job, prepared = setting.job, setting.prepared
+    evaluate: Callable[[], float] | None = None
+    if "validation" in prepared.splits:
+        rows = prepared.rows("validation")
+        evaluate = lambda: summarize_scores(score_rows(setting.model, rows))["nll"]  # noqa: E731
+    train = list_training_rows(job, setting.rejects, prepared, setting.tokenizer)
+    return Aim(make_objective(job.objective_spec), train, evaluate)
+
+
+def list_training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
+    """Prepared examples, or a stream over sources too large to hold."""
+    if not job.data.streaming:
+        return prepared.examples("train")
+    from tunesmith.training.order import StreamOrder
+
+    stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
+    fingerprint = fingerprint_data(job, prepared)["stream_sha256"]
+    return StreamOrder(stream, batch_rows=job.train.batch_rows, fingerprint=fingerprint)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def _aim_at_examples(setting: Setting) -> Aim:
+    """Pairs, or labelled answers. The model as it is now is the reference, if the objective has one."""
     from tunesmith.methods.objectives import (
         REFERENCE,
         KtoBaseline,
@@ -57,16 +115,17 @@ def take_aim(
         needs_reference,
     )
 
-    spec = job.objective_spec
+    spec, model, prepared = setting.job.objective_spec, setting.model, setting.prepared
 
     def run(rows: Sequence[TokenRow], on_rows: Callable[[int], None] = lambda _: None) -> Any:
         """Log-probability of each row's targets, without gradients."""
         import torch
 
         found = torch.empty(len(rows), dtype=torch.float32)
+        lengths = [len(row.ids) for row in rows]
         with torch.no_grad():
-            for numbers in plan_micro_batches([len(row.ids) for row in rows], budget_tokens=budget_tokens):
-                batch = make_batch([rows[number] for number in numbers], model.device)
+            for numbers in plan_micro_batches(lengths, budget_tokens=setting.budget_tokens):
+                batch = setting.make_batch([rows[number] for number in numbers], model.device)
                 found[numbers] = answer_logps(model, batch).float().cpu()
                 on_rows(len(numbers))
         return found
@@ -80,7 +139,7 @@ def take_aim(
     if needs_reference(spec):
         measured = {name: flatten(examples) for name, examples in splits.items()}
         measured |= {f"{name}.others": rows for name, rows in others.items()}
-        values = _measure_reference(model, measured, run, cache, identity, on_progress)
+        values = _measure_reference(setting, measured, run)
         splits = {name: WithNumber(examples, REFERENCE, values[name]) for name, examples in splits.items()}
         others = {
             name: list(WithNumber(rows, REFERENCE, values[f"{name}.others"])) for name, rows in others.items()
@@ -94,15 +153,15 @@ def take_aim(
 
     evaluate = None
     if "validation" in splits:
-        evaluate = _make_validation(
-            model, make("validation"), splits["validation"], make_batch, budget_tokens
-        )
+        evaluate = _make_validation(setting, make("validation"), splits["validation"])
     return Aim(make("train"), splits["train"], evaluate)
 
 
 def _make_validation(
-    model: CausalLM, objective: Objective, examples: Sequence[Example], make_batch: MakeBatch, budget: int
+    setting: Setting, objective: Objective, examples: Sequence[Example]
 ) -> Callable[[], float]:
+    model = setting.model
+
     def evaluate() -> float:
         import torch
 
@@ -111,8 +170,8 @@ def _make_validation(
         with torch.no_grad():
             if objective.before_step is not None:
                 objective.before_step(model, examples)
-            for numbers in plan_micro_batches(lengths, budget_tokens=budget):
-                batch = make_batch([examples[number] for number in numbers], model.device)
+            for numbers in plan_micro_batches(lengths, budget_tokens=setting.budget_tokens):
+                batch = setting.make_batch([examples[number] for number in numbers], model.device)
                 total += objective.loss(model, batch).total.item()
         return total / len(examples)
 
@@ -120,40 +179,34 @@ def _make_validation(
 
 
 def _measure_reference(
-    model: CausalLM,
-    rows: dict[str, list[TokenRow]],
-    run: Callable[..., Any],
-    cache: Path,
-    identity: str,
-    on_progress: Callable[[int, int], None],
+    setting: Setting, rows: dict[str, list[TokenRow]], run: Callable[..., Any]
 ) -> dict[str, list[float]]:
-    """Log-probabilities of rows under the model as it is, by split; read from `cache` if they are the same rows and
-    weights."""
+    """Log-probabilities of rows under the model as it is, by split; read from the run folder if they are there, of the
+    same rows and weights."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    key = hash_json(
-        {name: hash_rows(row.row_id for row in split) for name, split in rows.items()} | {"": identity}
-    )
+    cache, model = setting.run.root / "reference.safetensors", setting.model
+    hashes = {name: hash_rows(row.row_id for row in split) for name, split in rows.items()}
+    key = hash_json({**hashes, "": setting.identity})
     if cache.is_file():
         try:
             with safe_open(str(cache), "pt") as kept:
                 if kept.metadata().get("key") == key:
                     return {name: kept.get_tensor(name).tolist() for name in rows}
-        except Exception as error:  # whatever a damaged file raises
-            raise RunDirError(
-                str(cache), f"cannot be read ({error})", cure="Delete it; it is computed again"
-            ) from None
+        except (OSError, SafetensorError) as error:
+            cure = "Delete it; it is computed again"
+            raise RunDirError(str(cache), f"cannot be read ({error})", cure=cure) from None
     total, done = sum(map(len, rows.values())), 0
-    was_training = model.training
-    model.train(False)
 
     def count(number: int) -> None:
         nonlocal done
         done += number
-        on_progress(done, total)
+        setting.report("the reference", done, total)
 
+    was_training = model.training
+    model.train(False)
     found = {name: run(split, count) for name, split in rows.items()}
     model.train(was_training)
     try:

@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tunesmith.api.fingerprints import fingerprint_data, fingerprint_run
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
-from tunesmith.api.objectives import Aim, take_aim
+from tunesmith.api.objectives import Setting, list_training_rows, open_aim
 from tunesmith.api.opening import note_long_rows, open_job, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import (
@@ -24,11 +25,7 @@ from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import (
     describe_hardware,
     describe_versions,
-    hash_bytes,
-    hash_code,
-    hash_file,
     hash_json,
-    hash_text,
 )
 from tunesmith.core.jsonl import read_json, read_jsonl, read_settings, write_json
 from tunesmith.core.quantities import format_number
@@ -38,7 +35,6 @@ from tunesmith.core.types import TokenRow
 from tunesmith.data.collect import Rejects
 from tunesmith.data.examples import flatten
 from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
-from tunesmith.data.stream import find_stream_sources, open_stream
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.objective import kind_of_rows
@@ -51,9 +47,6 @@ if TYPE_CHECKING:
 
     from tunesmith.models.causal_lm import CausalLM
     from tunesmith.training.loop import Progress, TrainOutcome
-
-# Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
-MAX_HASHED_BYTES = 4 << 30
 
 
 def train(
@@ -204,26 +197,31 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     fingerprints = fingerprint_run(task, job, prepared)
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
     built, ends = time.perf_counter(), list[float]()
-    aim = _take_aim(job, model, prepared, run, task.label, fingerprints, rejects, tokenizer, on_event)
-    outcome = run_loop(
-        model,
-        aim.examples,
-        job.train.model_copy(update={"learning_rate": rate}),
-        run,
-        make_batch=make_training_batch(job, device),
-        loss=aim.objective,
-        evaluate=aim.evaluate,
-        on_step=_report_steps(task.label, on_event, ends),
-        resume=task.resume,
-        # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
-        identity={
-            **{name: job.model_dump(mode="json")[name] for name in ("method", "objective")},
-            **{k: v for k, v in fingerprints.items() if k != "code"},
-        },
-        planner=planner,
-        # A recorded batch has places for tokens, none for numbers of rows.
-        record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
-    )
+    kept = {name: value for name, value in fingerprints.items() if name != "code"}
+    learned = {name: job.model_dump(mode="json")[name] for name in ("method", "objective")}
+    identity = hash_json({**kept, "method": learned["method"], "dtype": str(model.dtype)})
+    with open_aim(
+        Setting(job, model, prepared, tokenizer, run, task.label, identity, rejects, on_event)
+    ) as aim:
+        outcome = run_loop(
+            model,
+            aim.rows,
+            job.train.model_copy(update={"learning_rate": rate}),
+            run,
+            make_batch=make_training_batch(job, device),
+            loss=aim.objective,
+            evaluate=aim.evaluate,
+            on_step=_report_steps(task.label, on_event, ends),
+            resume=task.resume,
+            # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
+            identity={
+                **{name: job.model_dump(mode="json")[name] for name in ("method", "objective")},
+                **{k: v for k, v in fingerprints.items() if k != "code"},
+            },
+            planner=planner,
+            # A recorded batch has places for tokens, none for numbers of rows.
+            record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
+        )
     trained = time.perf_counter()
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"
@@ -254,44 +252,6 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     return record
 
 
-def _take_aim(
-    job: Job,
-    model: CausalLM,
-    prepared: Prepared,
-    run: RunDir,
-    label: str,
-    fingerprints: Mapping[str, str],
-    rejects: Rejects,
-    tokenizer: Tokenizer,
-    on_event: OnEvent,
-) -> Aim:
-    """What the run minimises, on which examples, and how it is validated."""
-    if kind_of_rows(job.objective) == "answers":
-        from tunesmith.methods.objectives import make_objective
-
-        objective = make_objective(job.objective_spec)
-        return Aim(
-            objective, _training_rows(job, rejects, prepared, tokenizer), _validation_loss(model, prepared)
-        )
-    from tunesmith.training.loop import choose_budget
-
-    kept = {name: value for name, value in fingerprints.items() if name != "code"}
-    return take_aim(
-        job,
-        model,
-        prepared,
-        make_batch=make_training_batch(job, model.device),
-        cache=run.root / "reference.safetensors",
-        identity=hash_json(
-            {**kept, "method": job.model_dump(mode="json")["method"], "dtype": str(model.dtype)}
-        ),
-        budget_tokens=choose_budget(job.train, model.device),
-        on_progress=lambda done, total: on_event(
-            Event("progress", label, "the reference", done=done, total=total)
-        ),
-    )
-
-
 def _time_phases(run: RunDir, marks: Sequence[float]) -> dict[str, float]:
     """Seconds by phase, as frameworks' workers tell them; what came before the first mark, the parent adds.
 
@@ -316,45 +276,13 @@ def _measure_memory(device: torch.device) -> dict[str, int]:
     return peaks
 
 
-def _training_rows(job: Job, rejects: Rejects, prepared: Prepared, tokenizer: Tokenizer) -> Any:
-    """Prepared examples, or a stream over sources too large to hold."""
-    if not job.data.streaming:
-        return prepared.examples("train")
-    from tunesmith.training.order import StreamOrder
-
-    stream = open_stream(job.data, tokenizer=tokenizer, seed=job.train.seed, rejects=rejects)
-    fingerprint = fingerprint_data(job, prepared)["stream_sha256"]
-    return StreamOrder(stream, batch_rows=job.train.batch_rows, fingerprint=fingerprint)
-
-
 def _first_rows(task: TrainTask, job: Job, prepared: Prepared, tokenizer: Tokenizer) -> Sequence[TokenRow]:
     """Rows of the first optimizer step. Bad rows of a stream are left to the training itself to report."""
     from tunesmith.training.order import order_rows
 
-    rows = _training_rows(job, Rejects(None, collect=task.skip_bad_rows), prepared, tokenizer)
+    rows = list_training_rows(job, Rejects(None, collect=task.skip_bad_rows), prepared, tokenizer)
     order = order_rows(rows, batch_rows=job.train.batch_rows, seed=job.train.seed)
     return flatten(next(order.steps_from(None)).rows)
-
-
-def fingerprint_data(job: Job, prepared: Prepared) -> dict[str, str]:
-    """What decides the rows of a run: the prepared ones', and of streamed ones their sources'."""
-    found = prepared.fingerprints
-    return found | {"stream_sha256": _fingerprint_stream(job, found)} if job.data.streaming else found
-
-
-def _fingerprint_stream(job: Job, fingerprints: Mapping[str, str]) -> str:
-    """Hash of what decides streamed rows. Files too large to hold are known by size and both ends."""
-    parts: list[str] = []
-    for source, _ in find_stream_sources(job.data):
-        parts += [source.name, str(source.revision)]
-        for path in source.files:
-            with path.open("rb") as handle:
-                head = handle.read(1 << 20)
-                handle.seek(max(0, path.stat().st_size - (1 << 20)))
-                tail = handle.read()
-            parts.append(f"{path.name}:{path.stat().st_size}:{hash_bytes(head + tail)}")
-    kept = {name: fingerprints[name] for name in ("template_sha256", "tokenizer_sha256")}
-    return hash_json({"sources": parts, "data": job.data.model_dump(mode="json"), **kept})
 
 
 def _costs(outcome: TrainOutcome, wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
@@ -379,15 +307,6 @@ def resolve_learning_rate(job: Job, model_folder: Path) -> float:
         family=str(config.get("model_type", "")),
         objective=job.objective_spec.name,
     )
-
-
-def _validation_loss(model: CausalLM, prepared: Prepared) -> Any:
-    from tunesmith.eval.nll import score_rows, summarize_scores
-
-    if "validation" not in prepared.splits:
-        return None
-    rows = prepared.rows("validation")
-    return lambda: summarize_scores(score_rows(model, rows))["nll"]
 
 
 def _report_steps(label: str, on_event: OnEvent, ends: list[float]) -> Any:
@@ -433,25 +352,3 @@ def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run:
     except OSError as error:
         raise as_rundir_error(error, run.root) from None
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def fingerprint_run(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
-    """Hashes of what a training rests on: data, base model, our code."""
-    return {
-        **fingerprint_data(job, prepared),
-        "model": fingerprint_model(Path(task.model_folder), task.revision),
-        "code": hash_code(),
-    }
-
-
-def fingerprint_model(folder: Path, revision: str | None) -> str:
-    """SHA-256 over the weights and configuration of a model folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if sum(path.stat().st_size for path in files) <= MAX_HASHED_BYTES:
-        parts = [hash_file(path) for path in [*files, folder / "config.json"]]
-    else:
-        parts = [f"{path.name}:{path.stat().st_size}" for path in files] + [
-            str(revision),
-            hash_file(folder / "config.json"),
-        ]
-    return hash_text("\n".join(parts))
