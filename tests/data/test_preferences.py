@@ -1,13 +1,15 @@
 """Preference rows of every shape become pairs and labelled answers; bad ones end in one line with their place."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.types import Message, Origin
 from tunesmith.data.formats import RawRow, detect_format, parse_row, shape_of
-from tunesmith.data.preferences import unpair
+from tunesmith.data.preferences import SHAPES, rows_of_shape, unpair
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
@@ -242,6 +244,19 @@ def test_a_bad_labelled_row_ends_in_one_line_with_its_place(row, finding):
     with pytest.raises(DataError) as caught:
         parse(row, "labelled")
     assert str(caught.value).startswith(f"train.jsonl:17: {finding}")
+
+
+def test_the_examples_in_the_documentation_are_what_they_say():
+    page = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text()
+    found = set()
+    for line in page[page.index("## Preferences") :].splitlines():
+        if line.startswith("| ") and (example := re.search(r"`(\{.*?\})`[;:, |]", line)):
+            shape = line.split("|")[1].strip() or "pairs"
+            row, rows = json.loads(example.group(1)), rows_of_shape(shape)
+            assert shape_of(row, rows) == shape
+            assert parse(row, rows).messages[-1].role == "assistant"
+            found.add(shape)
+    assert found == set(SHAPES)
 
 
 def test_keys_of_no_preference_are_told_with_the_shapes_there_are():
