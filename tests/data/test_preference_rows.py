@@ -419,6 +419,15 @@ def test_equal_pairs_are_trained_once_and_flipped_ones_are_told(prepare, write_l
     assert "train: 2 pairs also stand there the other way round" in report.warnings
 
 
+def test_a_given_split_that_shares_prompts_with_train_is_told(prepare, write_lines):
+    held_out = write_lines(
+        line("cat" * 9 + "?", "anything else", "or not"), line("why?", "so", "no"), name="v.jsonl"
+    )
+    lines = [line(f"{s * 9}?", f"the {s}", f"no {s}") for s in SUBJECTS]
+    report = prepare(write_lines(*lines), "pairs", split={"validation": str(held_out), "test": 0.0}).report
+    assert "validation: 1 of 2 rows have a prompt that train has, too" in report.warnings
+
+
 # --- check and preview ------------------------------------------------------------------------------------------------
 
 

@@ -165,6 +165,9 @@ def test_a_column_named_label_makes_no_preference_of_rows_whose_answers_are_lear
     assert shape_of({**row, "chosen": True}) == "messages"
     assert shape_of({"text": "4", "label": True}) == "text"
     assert shape_of({**row, "label": "yes"}, "labelled") == "messages_labelled"
+    assert shape_of({"prompt": "2+2?", "label": True}) is None
+    assert shape_of({"prompt": "2+2?", "label": True}, "labelled") == "labelled"
+    assert shape_of({"prompt": "2+2?", **row, "label": True}) == "messages_labelled"
 
 
 def pair_of(chosen, rejected, **more):
@@ -238,6 +241,8 @@ def test_a_bad_pair_ends_in_one_line_with_its_place(row, finding):
         ({"messages": [USER, FOUR, FOUR], "label": True}, "message 3 is from 'assistant' after 'assistant'"),
         ({"prompt": "2+2?", "completion": "", "label": True}, "completion: the answer is empty"),
         ({"prompt": "2+2?", "completion": None, "label": True}, "no 'completion'"),
+        ({"prompt": "2+2?", "label": True}, "no 'completion'"),
+        ({"prompt": "2+2?", "completion": "4", "label": "y" * 99}, f"label is a string ('{'y' * 39});"),
     ],
 )
 def test_a_bad_labelled_row_ends_in_one_line_with_its_place(row, finding):

@@ -112,6 +112,6 @@ def make_training_batch(job: Job, device: torch.device) -> Any:
 def training_lengths(job: Job, prepared: Prepared) -> Sequence[int]:
     """Tokens of every training row. Those of a stream are not known: a typical step with one row of the longest."""
     if not job.data.streaming:
-        return prepared.rows("train").lengths
+        return prepared.examples("train").lengths
     longest = job.data.max_tokens
     return [longest, *[max(1, longest // 2)] * (job.train.batch_rows - 1)]
