@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 import tunesmith
+from tunesmith.api.opening import open_base
+from tunesmith.api.trainable import load_job_tokenizer, training_lengths
 from tunesmith.core.errors import DataError, JobError
+from tunesmith.data.prepare import prepare_data
 from tunesmith.data.preview import LabelledPreview, PairPreview
+from tunesmith.job.load import job_from
 
 WORDS = "river stone lamp green quiet seven table cloud paper bread horse winter".split()
 
@@ -70,3 +74,13 @@ def test_pairs_are_refused_without_an_objective_for_them(make_job: Any) -> None:
 def test_preferences_are_not_streamed(make_job: Any) -> None:
     with pytest.raises(JobError, match=r"data\.streaming is of objective sft; dpo reads its rows whole"):
         tunesmith.check(make_job("dpo", streaming=True, split={"validation": 0.0, "test": 0.0}))
+
+
+def test_a_plan_counts_pairs_with_the_tokens_of_both_rows(make_job: Any, tmp_path: Path) -> None:
+    job = job_from(make_job("dpo"))
+    tokenizer = load_job_tokenizer(job, open_base(job).folder)
+    prepared = prepare_data(job, tokenizer=tokenizer, folder=tmp_path / "prepared", rows="pairs")
+    lengths = training_lengths(job, prepared)
+    rows = prepared.rows("train").lengths
+    assert list(lengths) == [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert len(lengths) == 10
