@@ -15,8 +15,8 @@ from tunesmith.cli.main import app
 from tunesmith.cli.progress import _Bars, watch
 from tunesmith.cli.show import print_check, print_comparison, print_previews
 from tunesmith.core.events import Event
-from tunesmith.data.checks import CheckReport, Overlap, SplitFacts
-from tunesmith.data.preview import RowPreview, Segment
+from tunesmith.data.checks import CheckReport, Overlap, PreferenceFacts, SplitFacts
+from tunesmith.data.preview import LabelledPreview, PairPreview, RowPreview, Segment
 
 TEXT = "rows.jsonl:100: [INST] and tunesmith[hub], \\[/bold]"
 
@@ -109,3 +109,54 @@ def test_what_check_finds_in_three_splits_is_a_line_each_at_80_columns(
     assert shown.count("1024 / 4096") == 3
     for line in ("whose stop token is not trained ", "also in train: near duplicates "):
         assert line in shown
+
+
+def test_what_check_finds_in_pairs_and_labels_is_a_line_each_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    splits = ("train", "validation", "test")
+    for kind, sides in (("pairs", ("chosen", "rejected")), ("labelled", ("desirable", "undesirable"))):
+        facts = PreferenceFacts(
+            kind=kind,
+            num_examples=123_456,
+            num_prompts=123_456,
+            num_answers=dict.fromkeys(sides, 61_728),
+            answer_tokens={side: {"50": 1234, "100": 4096} for side in sides},
+            num_chosen_longer=61_728,
+            num_conflicts=12,
+        )
+        report = CheckReport(
+            splits=dict.fromkeys(splits, SplitFacts()), preferences=dict.fromkeys(splits, facts)
+        )
+        print_check(report)
+        shown = capsys.readouterr().out
+        assert shown.count("1234 / 4096") == 6
+        assert shown.count("61,728 (50%)") == (3 if kind == "pairs" else 6)
+        for line in (*(f"{side}, half / longest " for side in sides), "contradicting each other "):
+            assert line in shown
+
+
+def test_a_pair_is_shown_with_its_prompt_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def answer(text: str) -> RowPreview:
+        return RowPreview("t.jsonl:1", "a", 2, 2, (Segment(text, "trained"), Segment("<end>", "stop")))
+
+    pair = PairPreview("t.jsonl:1", 9, (Segment("2+2?", "masked"),), answer("4"), answer("5"))
+    labelled = LabelledPreview("t.jsonl:2", "a", 3, 1, (Segment("4", "trained"),), label=False)
+    print_previews([pair, labelled])
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert shown[2:] == [
+        "t.jsonl:1 a pair of 9 tokens; the prompt of both answers:",
+        "2+2?",
+        "chosen 2 trained",
+        "4<end>",
+        "rejected 2 trained",
+        "5<end>",
+        "",
+        "t.jsonl:2 3 tokens, 1 trained, label false",
+        "4",
+    ]

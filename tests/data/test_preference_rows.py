@@ -15,10 +15,11 @@ from tunesmith.data.split import Likeness, hash_conversation
 from tunesmith.data.survey import check
 from tunesmith.data.template import NAMED
 
+NONE = {"validation": 0.0, "test": 0.0}
 SUBJECTS = "cat dog log mat hen fox owl bat ant bee cow elk".split()
 REWRITES = (
-    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
-    "<|im_start|>assistant\n(earlier)<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ '(earlier)' if m.role == 'assistant' and not loop.last else m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -224,10 +225,16 @@ def test_a_flipped_label_or_pair_is_other_data(prepare, write_lines):
     found = []
     for number, flip in enumerate((False, True)):
         lines = [good(f"{s * 9}?", f"the {s}", (s == "cat") != flip) for s in SUBJECTS]
-        found.append(prepare(write_lines(*lines), "labelled", name=f"l{number}").fingerprints["train_sha256"])
+        found.append(
+            prepare(write_lines(*lines), "labelled", name=f"l{number}", split=NONE).fingerprints[
+                "train_sha256"
+            ]
+        )
         sides = [("yes", "no"), ("no", "yes")][number]
         lines = [line(f"{s * 9}?", *(f"{side} {s}" for side in sides)) for s in SUBJECTS]
-        found.append(prepare(write_lines(*lines), "pairs", name=f"p{number}").fingerprints["train_sha256"])
+        found.append(
+            prepare(write_lines(*lines), "pairs", name=f"p{number}", split=NONE).fingerprints["train_sha256"]
+        )
     assert len(set(found)) == 4
 
 
@@ -252,12 +259,12 @@ def test_a_pair_with_a_side_too_long_goes_as_a_whole(prepare, write_lines, longe
     sides = (long, "short") if longer == "chosen" else ("short", long)
     lines = [line(f"{s * 9}?", f"the {s}", f"no {s}") for s in SUBJECTS]
     path = write_lines(*lines, line("why on earth?", *sides))
-    prepared = prepare(path, "pairs", max_tokens=64, split={"validation": 0.0, "test": 0.0})
+    prepared = prepare(path, "pairs", max_tokens=64, split=NONE)
     assert len(prepared.examples("train")) == 12
     facts = prepared.report.splits["train"]
     assert (facts.num_dropped, facts.num_conversations, facts.num_rows) == (2, 12, 24)
-    # 100 words and "short", each with its end token.
-    assert facts.num_lost_targets > 100
+    whole = prepare(path, "pairs", name="whole", split=NONE).examples("train")
+    assert facts.num_lost_targets == sum(row.num_targets for row in whole[12].rows)
     assert any(
         "2 rows are longer than max_tokens, or the other of their pair is" in w
         for w in prepared.report.warnings
@@ -270,9 +277,7 @@ def test_cutting_cuts_each_side_and_leaves_out_what_it_makes_equal(prepare, writ
     same = " ".join(["cat"] * 100)
     lines = [line(f"{s * 9}?", f"{s} {same}", f"no {s}") for s in SUBJECTS]
     path = write_lines(*lines, line("why on earth?", same + " yes", same + " no"))
-    prepared = prepare(
-        path, "pairs", max_tokens=64, too_long="truncate", split={"validation": 0.0, "test": 0.0}
-    )
+    prepared = prepare(path, "pairs", max_tokens=64, too_long="truncate", split=NONE)
     pairs = prepared.examples("train")
     assert len(pairs) == 12
     assert all(len(pair.rows[0].ids) == 64 > len(pair.rows[1].ids) for pair in pairs)
@@ -283,9 +288,7 @@ def test_cutting_cuts_each_side_and_leaves_out_what_it_makes_equal(prepare, writ
 def test_a_cut_row_keeps_its_label(prepare, write_lines):
     long = " ".join(["cat"] * 100)
     path = write_lines(*[good(f"{s * 9}?", f"{s} {long}", s == "owl") for s in SUBJECTS])
-    prepared = prepare(
-        path, "labelled", max_tokens=64, too_long="truncate", split={"validation": 0.0, "test": 0.0}
-    )
+    prepared = prepare(path, "labelled", max_tokens=64, too_long="truncate", split=NONE)
     assert [row.numbers["desirable"] for row in prepared.rows("train")] == [
         float(s == "owl") for s in SUBJECTS
     ]
@@ -409,11 +412,20 @@ def test_the_hash_of_a_row_follows_its_other_side_and_its_label(make_pair, chat)
 def test_equal_pairs_are_trained_once_and_flipped_ones_are_told(prepare, write_lines):
     lines = [line(f"{s * 9}?", f"the {s}", f"no {s}") for s in SUBJECTS]
     path = write_lines(*lines, lines[0], line("catcatcatcatcatcatcatcatcat?", "no cat", "the cat"))
-    report = prepare(path, "pairs", split={"validation": 0.0, "test": 0.0}).report
+    report = prepare(path, "pairs", split=NONE).report
     assert report.splits["train"].num_exact_duplicates == 1
     assert report.preferences["train"].num_examples == 13
     assert report.preferences["train"].num_conflicts == 2
     assert "train: 2 pairs also stand there the other way round" in report.warnings
+
+
+def test_a_given_split_that_shares_prompts_with_train_is_told(prepare, write_lines):
+    held_out = write_lines(
+        line("cat" * 9 + "?", "anything else", "or not"), line("why?", "so", "no"), name="v.jsonl"
+    )
+    lines = [line(f"{s * 9}?", f"the {s}", f"no {s}") for s in SUBJECTS]
+    report = prepare(write_lines(*lines), "pairs", split={"validation": str(held_out), "test": 0.0}).report
+    assert "validation: 1 of 2 rows have a prompt that train has, too" in report.warnings
 
 
 # --- check and preview ------------------------------------------------------------------------------------------------
@@ -421,7 +433,7 @@ def test_equal_pairs_are_trained_once_and_flipped_ones_are_told(prepare, write_l
 
 def test_check_counts_sides_and_tells_of_length_bias(write_lines, make_job, chat_tokenizer):
     lines = [line(f"{n * 7919} {n * 104729}?", "a b c d e" if n < 30 else "a", "a b") for n in range(40)]
-    job = make_job(train=str(write_lines(*lines)), split={"validation": 0.0, "test": 0.0})
+    job = make_job(train=str(write_lines(*lines)), split=NONE)
     report = check(job, tokenizer=chat_tokenizer, rows="pairs")
     facts = report.preferences["train"]
     assert (facts.kind, facts.num_examples, facts.num_prompts) == ("pairs", 40, 40)
@@ -443,7 +455,7 @@ def test_check_counts_sides_and_tells_of_length_bias(write_lines, make_job, chat
 )
 def test_check_tells_of_labels_out_of_balance(write_lines, make_job, chat_tokenizer, num_good, message):
     lines = [good(f"{s * 9}?", f"the {s}", n < num_good) for n, s in enumerate(SUBJECTS)]
-    job = make_job(train=str(write_lines(*lines)), split={"validation": 0.0, "test": 0.0})
+    job = make_job(train=str(write_lines(*lines)), split=NONE)
     report = check(job, tokenizer=chat_tokenizer, rows="labelled")
     assert report.preferences["train"].num_answers == {"desirable": num_good, "undesirable": 12 - num_good}
     told = [f.message for f in report.findings if f.code in ("one_label", "unbalanced_labels")]
@@ -453,7 +465,7 @@ def test_check_tells_of_labels_out_of_balance(write_lines, make_job, chat_tokeni
 def test_check_tells_of_an_answer_with_both_labels(write_lines, make_job, chat_tokenizer):
     lines = [good(f"{s * 9}?", f"the {s}", True) for s in SUBJECTS]
     lines.append(good("catcatcatcatcatcatcatcatcat?", "the cat", False))
-    job = make_job(train=str(write_lines(*lines)), split={"validation": 0.0, "test": 0.0})
+    job = make_job(train=str(write_lines(*lines)), split=NONE)
     report = check(job, tokenizer=chat_tokenizer, rows="labelled")
     assert "train: 2 rows give one answer to one prompt both labels" in report.warnings
 

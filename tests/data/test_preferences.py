@@ -1,13 +1,15 @@
 """Preference rows of every shape become pairs and labelled answers; bad ones end in one line with their place."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.types import Message, Origin
 from tunesmith.data.formats import RawRow, detect_format, parse_row, shape_of
-from tunesmith.data.preferences import unpair
+from tunesmith.data.preferences import SHAPES, rows_of_shape, unpair
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
@@ -163,6 +165,9 @@ def test_a_column_named_label_makes_no_preference_of_rows_whose_answers_are_lear
     assert shape_of({**row, "chosen": True}) == "messages"
     assert shape_of({"text": "4", "label": True}) == "text"
     assert shape_of({**row, "label": "yes"}, "labelled") == "messages_labelled"
+    assert shape_of({"prompt": "2+2?", "label": True}) is None
+    assert shape_of({"prompt": "2+2?", "label": True}, "labelled") == "labelled"
+    assert shape_of({"prompt": "2+2?", **row, "label": True}) == "messages_labelled"
 
 
 def pair_of(chosen, rejected, **more):
@@ -236,12 +241,27 @@ def test_a_bad_pair_ends_in_one_line_with_its_place(row, finding):
         ({"messages": [USER, FOUR, FOUR], "label": True}, "message 3 is from 'assistant' after 'assistant'"),
         ({"prompt": "2+2?", "completion": "", "label": True}, "completion: the answer is empty"),
         ({"prompt": "2+2?", "completion": None, "label": True}, "no 'completion'"),
+        ({"prompt": "2+2?", "label": True}, "no 'completion'"),
+        ({"prompt": "2+2?", "completion": "4", "label": "y" * 99}, f"label is a string ('{'y' * 39});"),
     ],
 )
 def test_a_bad_labelled_row_ends_in_one_line_with_its_place(row, finding):
     with pytest.raises(DataError) as caught:
         parse(row, "labelled")
     assert str(caught.value).startswith(f"train.jsonl:17: {finding}")
+
+
+def test_the_examples_in_the_documentation_are_what_they_say():
+    page = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text()
+    found = set()
+    for line in page[page.index("## Preferences") :].splitlines():
+        if line.startswith("| ") and (example := re.search(r"`(\{.*?\})`[;:, |]", line)):
+            shape = line.split("|")[1].strip() or "pairs"
+            row, rows = json.loads(example.group(1)), rows_of_shape(shape)
+            assert shape_of(row, rows) == shape
+            assert parse(row, rows).messages[-1].role == "assistant"
+            found.add(shape)
+    assert found == set(SHAPES)
 
 
 def test_keys_of_no_preference_are_told_with_the_shapes_there_are():

@@ -121,7 +121,7 @@ def compiles(job: Job, num_values: int, num_tokens: float) -> bool:
 def _count_tokens(job: Job, prepared: Prepared) -> float:
     if job.data.streaming:
         return (job.train.steps or 0) * job.train.batch_rows * job.data.max_tokens / 2
-    lengths = prepared.rows("train").lengths
+    lengths = prepared.examples("train").lengths
     share = job.train.epochs
     if job.train.steps is not None:
         share = job.train.steps * job.train.batch_rows / max(1, len(lengths))

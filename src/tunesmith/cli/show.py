@@ -198,7 +198,7 @@ def _tabulate_preferences(report: CheckReport) -> Table:
         if not in_pairs:
             add(side, lambda facts, side=side: _share(facts.num_answers[side], facts.num_examples))
         add(
-            f"{side} tokens, half / longest",
+            f"{side}, half / longest",
             lambda facts, side=side: _spread(facts.answer_tokens[side]),
         )
     if in_pairs:

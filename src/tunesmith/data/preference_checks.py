@@ -79,6 +79,10 @@ def find_in_preferences(report: CheckReport) -> list[Finding]:
             found.append(Finding("note", "unpaired", text, source.num_rows, source.split))
     for name, facts in report.preferences.items():
         found += _find_in_split(name, facts)
+        # Splits that are cut never share a prompt; those that are given may.
+        if (overlap := report.overlap.get(name)) and overlap.num_same_question:
+            text = f"{name}: {overlap.num_same_question} of {overlap.num_rows} rows have a prompt that train has, too"
+            found.append(Finding("warning", "overlap_prompt", text, overlap.num_same_question, name))
     return found
 
 

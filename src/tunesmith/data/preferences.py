@@ -95,16 +95,20 @@ def shape_of_preference(row: Mapping[str, Any], rows: RowKind) -> PreferenceName
     rows: what is looked for. Where preferences are, a side or a label may be missing or of the wrong type, which the
     parser then says; where answers are, a column named `label` may mean anything, and only true and false tell of KTO.
     """
+    bases = [key for key in _BASES if key in row]
     sides = [key for key in _PAIRS if key in row]
-    base = next((shapes for key, shapes in _BASES.items() if key in row), None)
     if len(sides) == 2 or (sides and rows != "answers"):
-        if base is not None:
-            return base[0]
+        if bases:
+            return _BASES[bases[0]][0]
         return "hh_pairs" if isinstance(row[sides[0]], str) else "conversation_pairs"
-    told = [key for key in _LABELS if key in row]
-    if base is None or not told or ("prompt" in row and "completion" not in row):
+    labels = [row[key] for key in _LABELS if key in row]
+    if not labels or (rows == "answers" and not isinstance(labels[0], bool)):
         return None
-    return base[1] if rows != "answers" or isinstance(row[told[0]], bool) else None
+    # A prompt beside messages repeats what they begin with.
+    whole = [key for key in bases if key != "prompt" or "completion" in row]
+    if rows != "answers":
+        whole = whole or bases
+    return _BASES[whole[0]][1] if whole else None
 
 
 def parse_preference(row: Mapping[str, Any], origin: Origin, shape: PreferenceName) -> Conversation:
@@ -161,7 +165,7 @@ def _read_question(row: Mapping[str, Any], origin: Origin, shape: PreferenceName
         return _read_turns(row, "prompt", origin)
     prompt = take_text(row, "prompt", origin)
     if not prompt.strip():
-        raise fail_row(origin, "the prompt is empty", "both answers are to a prompt")
+        raise fail_row(origin, "the prompt is empty", "an answer is to a prompt")
     return prompt
 
 
@@ -226,14 +230,13 @@ def _count_shared(chosen: Sequence[Message], rejected: Sequence[Message], origin
     if shared in (len(chosen), len(rejected)):
         short = _PAIRS[shared == len(rejected)]
         raise fail_row(origin, f"{short} is only the beginning of the other", "both answer the same prompt")
-    if (
-        role := next((s[shared].role for s in (chosen, rejected) if s[shared].role != "assistant"), None)
-    ) is not None:
-        raise fail_row(
-            origin,
-            f"chosen and rejected differ first in message {shared + 1}, which is from {role!r}",
-            "both answer the same prompt",
-        )
+    for turn in (chosen[shared], rejected[shared]):
+        if turn.role != "assistant":
+            raise fail_row(
+                origin,
+                f"chosen and rejected differ first in message {shared + 1}, which is from {turn.role!r}",
+                "both answer the same prompt",
+            )
     return shared
 
 
@@ -272,7 +275,7 @@ def _read_label(row: Mapping[str, Any], origin: Origin) -> bool:
     key = next((key for key in _LABELS if key in row), "label")
     value = row.get(key)
     if not isinstance(value, bool):
-        shown = f" ({value!r})" if isinstance(value, str | int | float) else ""
+        shown = f" ({value!r:.40})" if isinstance(value, str | int | float) else ""
         raise fail_row(origin, f"{key} is {name_type(value)}{shown}", f"{key} is true (good) or false (bad)")
     return value
 

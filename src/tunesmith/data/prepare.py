@@ -14,10 +14,7 @@ Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one.
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, overload
@@ -28,31 +25,29 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from tunesmith.core.errors import DataError
-from tunesmith.core.fingerprint import hash_row, hash_rows
+from tunesmith.core.fingerprint import hash_rows
 from tunesmith.core.jsonl import dump_json, read_json, read_jsonl, write_bytes_atomic, write_json, write_jsonl
 from tunesmith.core.rundir import as_rundir_error
-from tunesmith.core.types import Conversation, Message, Origin, TokenRow
+from tunesmith.core.types import Conversation, Origin, TokenRow
 from tunesmith.data.checks import (
     CheckReport,
     SplitFacts,
-    count_rows,
     find_findings,
     find_special_tokens,
-    measure_lengths,
     measure_overlaps,
     sort_findings,
 )
 from tunesmith.data.collect import Rejects, collect_splits
+from tunesmith.data.conversation_json import conversation_from_json, conversation_to_json
+from tunesmith.data.fitting import RenderedSplit, render_split
 from tunesmith.data.preference_checks import find_in_preferences, measure_preferences
 from tunesmith.data.render import Renderer
 from tunesmith.data.row_pairs import RowPairs
-from tunesmith.data.split import Likeness, hash_conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.objective import RowKind
 from tunesmith.job.spec import DataSpec
 
 SPLITS = ("train", "validation", "test")
-_BATCH = 256
 
 
 class HasData(Protocol):
@@ -60,16 +55,6 @@ class HasData(Protocol):
 
     @property
     def data(self) -> DataSpec: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedSplit:
-    """A split in memory: token rows, the conversation number of each, the conversations with rows, their clusters."""
-
-    rows: list[TokenRow]
-    numbers: list[int]
-    conversations: list[Conversation]
-    clusters: list[str]
 
 
 class TokenRows(Sequence[TokenRow]):
@@ -157,7 +142,7 @@ class Prepared:
         path = self._path(split, "conversations.jsonl")
         return self._once(
             ("conversations", split),
-            lambda: [_conversation_from_json(value) for _, value in read_jsonl(path)],
+            lambda: [conversation_from_json(value) for _, value in read_jsonl(path)],
         )
 
     def clusters(self, split: str) -> list[str]:
@@ -277,7 +262,7 @@ def read_splits(
     rendered: dict[str, RenderedSplit] = {}
     for name, conversations in collected.splits.items():
         facts = report.splits.setdefault(name, SplitFacts())
-        rendered[name] = _render_split(conversations, renderer, data, facts, rejects, likeness)
+        rendered[name] = render_split(conversations, renderer, data, facts, rejects, likeness)
         if not rendered[name].rows:
             raise DataError(
                 f"data, split {name}",
@@ -307,96 +292,6 @@ def conclude(report: CheckReport, renderer: Renderer, rejects: Rejects) -> None:
         source.num_rejected for source in report.sources
     )
     report.findings = sort_findings([*find_findings(report, renderer), *find_in_preferences(report)])
-
-
-def _render_split(
-    conversations: Sequence[Conversation],
-    renderer: Renderer,
-    data: DataSpec,
-    facts: SplitFacts,
-    rejects: Rejects,
-    likeness: Likeness,
-) -> RenderedSplit:
-    """Token rows of a split within `max_tokens`; conversations that lose all rows are left out."""
-    kept: list[TokenRow] = []
-    numbers: list[int] = []
-    used: list[Conversation] = []
-    lengths: Counter[int] = Counter()
-    for start in range(0, len(conversations), _BATCH):
-        batch = conversations[start : start + _BATCH]
-        for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
-            lengths.update(len(row.ids) for row in rows)
-            fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
-            if conversation.rejected and fitting and not _is_whole(fitting, facts, renderer):
-                continue
-            if fitting:
-                kept += fitting
-                numbers += [len(used)] * len(fitting)
-                used.append(conversation)
-    facts.num_conversations = len(used)
-    facts.length_percentiles = measure_lengths(lengths)
-    count_rows(facts, kept, stop_ids=renderer.stop_ids)
-    return RenderedSplit(kept, numbers, used, [likeness.cluster_of(c) for c in used])
-
-
-def _is_whole(pair: Sequence[TokenRow], facts: SplitFacts, renderer: Renderer) -> bool:
-    """Whether what fits of a pair is both rows, and still two different ones. A row that loses its other is dropped."""
-    if len(pair) == 1:
-        facts.num_dropped += 1
-        facts.num_lost_targets += pair[0].num_targets
-        return False
-    if pair[0].ids == pair[1].ids:
-        renderer.counts["pairs_equal_once_cut"] += 1
-        return False
-    return True
-
-
-def _render_batch(
-    batch: Sequence[Conversation], renderer: Renderer, rejects: Rejects
-) -> list[list[TokenRow]]:
-    try:
-        return renderer.render_conversations(batch)
-    except DataError:
-        if not rejects.collect:
-            raise
-    rows: list[list[TokenRow]] = []
-    for conversation in batch:
-        try:
-            rows.append(renderer.render_conversation(conversation))
-        except DataError as error:
-            rejects.add(conversation.origin, describe_conversation(conversation), error)
-            rows.append([])
-    return rows
-
-
-def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
-    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted."""
-    if len(row.ids) > data.max_tokens:
-        if data.too_long == "refuse":
-            raise DataError(
-                row.origin.place,
-                f"{len(row.ids)} tokens",
-                rule=f"data.max_tokens is {data.max_tokens}",
-                cure="Raise it, or set data.too_long to drop or truncate",
-            )
-        if data.too_long == "drop":
-            facts.num_dropped += 1
-            facts.num_lost_targets += row.num_targets
-            return None
-        row = _cut_row(row, data.max_tokens, facts)
-    if not any(row.mask):
-        facts.num_without_targets += 1
-        return None
-    return row
-
-
-def _cut_row(row: TokenRow, max_tokens: int, facts: SplitFacts) -> TokenRow:
-    ids, mask = list(row.ids[:max_tokens]), list(row.mask[:max_tokens])
-    facts.num_truncated += 1
-    facts.num_lost_targets += row.num_targets - sum(mask)
-    # Bytes of the kept part in proportion to its tokens: the cut may fall inside a character.
-    num_bytes = round(row.num_answer_bytes * sum(mask) / max(1, row.num_targets))
-    return TokenRow(ids, mask, row.origin, hash_row(ids, mask), num_bytes, row.numbers)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -430,46 +325,9 @@ def _write_split(folder: Path, name: str, split: RenderedSplit) -> None:
         for row, number in zip(split.rows, split.numbers, strict=True)
     ]
     write_jsonl(_split_path(folder, name, "rows.jsonl"), facts)
-    conversations = (_conversation_to_json(c) for c in split.conversations)
+    conversations = (conversation_to_json(c) for c in split.conversations)
     write_jsonl(_split_path(folder, name, "conversations.jsonl"), conversations)
 
 
 def _join(parts: Iterable[Sequence[int]], dtype: Any) -> npt.NDArray[Any]:
     return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
-
-
-def _conversation_to_json(conversation: Conversation) -> dict[str, Any]:
-    return {
-        "hash": hash_conversation(conversation),
-        "kind": conversation.kind,
-        "messages": _messages_to_json(conversation.messages),
-        **({"rejected": _messages_to_json(conversation.rejected)} if conversation.rejected else {}),
-        **({"label": conversation.label} if conversation.label is not None else {}),
-        "tools": [dict(tool) for tool in conversation.tools],
-        "extra": dict(conversation.extra),
-        "origin": dataclasses.asdict(conversation.origin),
-    }
-
-
-def _messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [
-        {"role": m.role, "content": m.content, "weight": m.weight, "extra": dict(m.extra)} for m in messages
-    ]
-
-
-def describe_conversation(conversation: Conversation) -> dict[str, Any]:
-    """The row of a conversation, for people: what a template refused, after its shape was read."""
-    value = _conversation_to_json(conversation)
-    return {key: value[key] for key in value if key not in ("hash", "origin")}
-
-
-def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:
-    return Conversation(
-        messages=tuple(Message(**item) for item in value["messages"]),
-        origin=Origin(**value["origin"]),
-        kind=value["kind"],
-        tools=tuple(value["tools"]),
-        extra=value["extra"],
-        rejected=tuple(Message(**item) for item in value.get("rejected", ())),
-        label=value.get("label"),
-    )

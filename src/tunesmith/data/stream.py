@@ -16,7 +16,8 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.types import Conversation, TokenRow
 from tunesmith.data.checks import SourceFacts, SplitFacts
 from tunesmith.data.collect import Rejects, check_stream_splits, read_conversations
-from tunesmith.data.prepare import describe_conversation, fit_row
+from tunesmith.data.conversation_json import describe_conversation
+from tunesmith.data.fitting import fit_row
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import Source, find_sources
 from tunesmith.data.split import hash_conversation

@@ -19,7 +19,8 @@ from tunesmith.data.checks import (
     question_of,
 )
 from tunesmith.data.collect import Rejects
-from tunesmith.data.prepare import HasData, RenderedSplit, conclude, read_splits
+from tunesmith.data.fitting import RenderedSplit
+from tunesmith.data.prepare import HasData, conclude, read_splits
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import NearIndex, hash_conversation
 from tunesmith.data.stream import open_stream
