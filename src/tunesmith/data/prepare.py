@@ -9,14 +9,14 @@ prepared/
   validation.*                   the same
   sealed/test.*                  the same: hand over the folder without it, and no trainer can see a test row
 
-Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one.
+Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one. Of prompts, rows have no target.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ from tunesmith.data.checks import (
 )
 from tunesmith.data.collect import Rejects, collect_splits
 from tunesmith.data.preference_checks import find_in_preferences, measure_preferences
+from tunesmith.data.prompts import Prompt, make_prompt
 from tunesmith.data.render import Renderer
 from tunesmith.data.row_pairs import RowPairs
 from tunesmith.data.split import Likeness, hash_conversation
@@ -136,7 +137,7 @@ class Prepared:
 
     @property
     def kind(self) -> RowKind:
-        """What the conversations are: answers, pairs, or labelled answers."""
+        """What the conversations are: answers, pairs, labelled answers, or prompts."""
         return self._index.get("rows", "answers")
 
     @cached_property
@@ -151,6 +152,11 @@ class Prepared:
         """What `train.batch_rows` counts: the token rows of a split, or its pairs, each a `RowGroup` of chosen and
         rejected."""
         return RowPairs(self.rows(split)) if self.kind == "pairs" else self.rows(split)
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """What the model is to answer, one for each row of a split that was prepared for it."""
+        rows, asked = self.rows(split), self.conversations(split)
+        return [make_prompt(row, asked[n]) for row, n in zip(rows, self.conversation_numbers(split), strict=True)]
 
     def conversations(self, split: str) -> list[Conversation]:
         """The conversations that have rows in a split."""
@@ -248,7 +254,7 @@ def prepare_data(
         collected.write()
         fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
         for name, split in rendered.items():
-            fingerprints[f"{name}_sha256"] = hash_rows(_identify(row) for row in split.rows)
+            fingerprints[f"{name}_sha256"] = hash_rows(_identify_rows(split))
             if name in splits:
                 _write_split(root, name, split)
         write_json(root / "checks.json", report.to_json())
@@ -260,8 +266,15 @@ def prepare_data(
     return Prepared(root)
 
 
+def _identify_rows(split: RenderedSplit) -> Iterator[str]:
+    """What a fingerprint holds of each row: its tokens, a label where it has one, and what rewards know of a prompt."""
+    for row, number in zip(split.rows, split.numbers, strict=True):
+        asked = split.conversations[number]
+        known = dump_json([asked.truth, asked.columns]) if asked.is_prompt else ""
+        yield _identify(row) + known
+
+
 def _identify(row: TokenRow) -> str:
-    """What a fingerprint holds of a row: its tokens, and a label where it has one."""
     return f"{row.row_id}{dump_json(dict(row.numbers))}" if row.numbers else row.row_id
 
 
@@ -285,7 +298,7 @@ def read_splits(
                 rule=f"a split has at least one row of at most {data.max_tokens} tokens",
                 cure="Raise data.max_tokens, or give more rows",
             )
-        if kind != "answers":
+        if kind in ("pairs", "labelled"):
             split = rendered[name]
             report.preferences[name] = measure_preferences(kind, split.rows, split.conversations)
         facts.num_clusters = len({likeness.cluster_of(c) for c in conversations})
@@ -326,7 +339,8 @@ def _render_split(
         batch = conversations[start : start + _BATCH]
         for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
             lengths.update(len(row.ids) for row in rows)
-            fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
+            fits = (fit_row(row, data, facts, is_prompt=conversation.is_prompt) for row in rows)
+            fitting = [row for row in fits if row is not None]
             if conversation.rejected and fitting and not _is_whole(fitting, facts, renderer):
                 continue
             if fitting:
@@ -369,8 +383,13 @@ def _render_batch(
     return rows
 
 
-def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
-    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted."""
+def fit_row(
+    row: TokenRow, data: DataSpec, facts: SplitFacts, *, is_prompt: bool = False
+) -> TokenRow | None:
+    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted.
+
+    is_prompt: the row needs no target, and is not to be cut: without its end it asks nothing.
+    """
     if len(row.ids) > data.max_tokens:
         if data.too_long == "refuse":
             raise DataError(
@@ -383,8 +402,15 @@ def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None
             facts.num_dropped += 1
             facts.num_lost_targets += row.num_targets
             return None
+        if is_prompt:
+            raise DataError(
+                row.origin.place,
+                f"a prompt of {len(row.ids)} tokens, with data.too_long: truncate",
+                rule="a prompt without its end asks nothing",
+                cure="Set data.too_long to drop, or raise data.max_tokens",
+            )
         row = _cut_row(row, data.max_tokens, facts)
-    if not any(row.mask):
+    if not any(row.mask) and not is_prompt:
         facts.num_without_targets += 1
         return None
     return row
@@ -445,6 +471,7 @@ def _conversation_to_json(conversation: Conversation) -> dict[str, Any]:
         "messages": _messages_to_json(conversation.messages),
         **({"rejected": _messages_to_json(conversation.rejected)} if conversation.rejected else {}),
         **({"label": conversation.label} if conversation.label is not None else {}),
+        **({"columns": conversation.columns, "truth": conversation.truth} if conversation.is_prompt else {}),
         "tools": [dict(tool) for tool in conversation.tools],
         "extra": dict(conversation.extra),
         "origin": dataclasses.asdict(conversation.origin),
@@ -472,4 +499,6 @@ def _conversation_from_json(value: Mapping[str, Any]) -> Conversation:
         extra=value["extra"],
         rejected=tuple(Message(**item) for item in value.get("rejected", ())),
         label=value.get("label"),
+        columns=value.get("columns"),
+        truth=value.get("truth"),
     )
