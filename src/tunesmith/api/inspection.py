@@ -13,7 +13,7 @@ from tunesmith.comparing.plan import plan_arms
 from tunesmith.data.checks import CheckReport
 from tunesmith.data.collect import Rejects
 from tunesmith.data.prepare import prepare_data
-from tunesmith.data.preview import PairPreview, RowPreview, preview_rows
+from tunesmith.data.preview import PairPreview, RowPreview, preview_prompts, preview_rows
 from tunesmith.data.survey import check as check_data
 from tunesmith.data.survey import first_rows
 from tunesmith.job.load import job_from
@@ -46,7 +46,7 @@ def preview(
     on_bad_row: Literal["refuse", "skip"] = "refuse",
 ) -> list[RowPreview | PairPreview]:
     """The first rows of a split as they are trained: text in pieces, each trained, masked or stop. Of a pair the prompt
-    once."""
+    once; of a prompt its truth, too."""
     job = job if isinstance(job, Job) else job_from(job)
     tokenizer = load_job_tokenizer(job, open_base(job).folder)
     if job.data.streaming and split == "train":
@@ -57,4 +57,6 @@ def preview(
         prepared = prepare_data(
             job, tokenizer=tokenizer, folder=folder, on_bad_row=on_bad_row, rows=kind_of_rows(job.objective)
         )
+        if prepared.kind == "prompts":
+            return preview_prompts(prepared.prompts(split)[:rows], tokenizer)
         return preview_rows(prepared.examples(split)[:rows], tokenizer)

@@ -17,7 +17,7 @@ from tunesmith.core.quantities import format_bytes, format_count, format_gib, fo
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.checks import CheckReport, PreferenceFacts, SplitFacts
-from tunesmith.data.preview import LabelledPreview, PairPreview, RowPreview, Segment
+from tunesmith.data.preview import LabelledPreview, PairPreview, PromptPreview, RowPreview, Segment
 
 if TYPE_CHECKING:
     from tunesmith.api.planning import Planned
@@ -273,6 +273,12 @@ def print_previews(previews: Sequence[RowPreview | PairPreview]) -> None:
             for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
                 console.print(style_text((side, "bold"), f" {answer.num_targets} trained"))
                 console.print(_colour(answer.segments))
+            continue
+        if isinstance(item, PromptPreview):
+            console.print(style_text("\n", (item.place, "bold"), f" a prompt of {item.num_tokens} tokens"))
+            console.print(_colour(item.segments))
+            truth = (" none", "dim") if item.truth is None else f" {item.truth}"
+            console.print(style_text(("truth", "bold"), truth))
             continue
         facts = f" {item.num_tokens} tokens, {item.num_targets} trained"
         if isinstance(item, LabelledPreview):

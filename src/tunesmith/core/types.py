@@ -42,6 +42,8 @@ class Conversation:
 
     rejected: of a pair, where `messages` is the chosen conversation, the other one; both begin with the same prompt.
     label:    of a labelled row, whether its answer is good.
+    columns:  of a prompt that the model answers itself, where `messages` ends with the question, its other columns.
+    truth:    of such a prompt, the right answer, where there is one.
     """
 
     messages: tuple[Message, ...]
@@ -51,10 +53,18 @@ class Conversation:
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
+    columns: Mapping[str, Any] | None = None
+    truth: str | None = None
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.columns is not None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
         """What the answer is given to: all before the last turn, of a preference all before the first trained one."""
+        if self.is_prompt:
+            return self.messages
         if not self.rejected and self.label is None:
             return self.messages[:-1]
         first = next(n for n, m in enumerate(self.messages) if m.role == "assistant" and m.weight > 0)
@@ -68,6 +78,8 @@ class Conversation:
     @property
     def answer(self) -> str:
         """Text of the last assistant turn: the truth when this row is a test row."""
+        if self.is_prompt:
+            return self.truth or ""
         return self.messages[-1].content
 
 

@@ -158,7 +158,7 @@ def count_rows(facts: SplitFacts, rows: Iterable[TokenRow], *, stop_ids: Sequenc
         facts.num_tokens += len(row.ids)
         facts.num_targets += row.num_targets
         facts.num_answer_bytes += row.num_answer_bytes
-        if not (row.mask[-1] and row.ids[-1] in stops):
+        if any(row.mask) and not (row.mask[-1] and row.ids[-1] in stops):
             facts.num_without_stop += 1
 
 
@@ -228,6 +228,10 @@ _RENDER_FINDINGS: dict[str, tuple[Literal["error", "warning", "note"], str]] = {
     "pairs_equal_once_cut": (
         "warning",
         "{n} pairs are the same tokens once cut to max_tokens and were left out",
+    ),
+    "prompts_without_truth": (
+        "note",
+        "{n} prompts have no truth: no answer, solution or ground_truth that is text or a number",
     ),
     "eos_added_after_answer": (
         "note",

@@ -84,7 +84,7 @@ def read_conversations(
         _refuse_other_kind(source, found, kind)
         for raw in itertools.chain(head, rows):
             try:
-                conversation = parse_row(raw, cast("FormatName", found))
+                conversation = parse_row(raw, cast("FormatName", found), kind)
             except DataError as error:
                 if not rejects.collect:
                     raise
@@ -109,6 +109,7 @@ _KINDS: dict[RowKind, tuple[str, str, str]] = {
         "this objective learns from pairs of a chosen and a rejected answer",
     ),
     "labelled": ("answers with a label", "kto", "objective kto learns from answers with a label"),
+    "prompts": ("prompts", "grpo or ppo, with rewards", "this objective answers prompts"),
 }
 # Preferences that are answers, too, once their shape is named.
 _AS_ANSWERS = {
@@ -122,7 +123,9 @@ _AS_ANSWERS = {
 
 def _refuse_other_kind(source: Source, shape: str, kind: RowKind) -> None:
     """Raise DataError if rows of a shape are not what the objective learns from, nor can be made of them."""
-    found = rows_of_shape(shape)
+    found: RowKind = "prompts" if shape == "prompts" else rows_of_shape(shape)
+    if (found, kind) == ("answers", "prompts") and shape != "text":
+        return
     if found == kind or (found, kind) == ("pairs", "labelled"):
         return
     what, objectives, _ = _KINDS[found]

@@ -11,13 +11,14 @@ from tunesmith.data.split import hash_conversation
 
 
 def conversation_to_json(conversation: Conversation) -> dict[str, Any]:
-    """Everything of a conversation, and its hash; the other side and the label only where there are any."""
+    """Everything of a conversation, and its hash; other side, label and columns only where there are any."""
     return {
         "hash": hash_conversation(conversation),
         "kind": conversation.kind,
         "messages": _messages_to_json(conversation.messages),
         **({"rejected": _messages_to_json(conversation.rejected)} if conversation.rejected else {}),
         **({"label": conversation.label} if conversation.label is not None else {}),
+        **({"columns": conversation.columns, "truth": conversation.truth} if conversation.is_prompt else {}),
         "tools": [dict(tool) for tool in conversation.tools],
         "extra": dict(conversation.extra),
         "origin": dataclasses.asdict(conversation.origin),
@@ -33,6 +34,8 @@ def conversation_from_json(value: Mapping[str, Any]) -> Conversation:
         extra=value["extra"],
         rejected=tuple(Message(**item) for item in value.get("rejected", ())),
         label=value.get("label"),
+        columns=value.get("columns"),
+        truth=value.get("truth"),
     )
 
 

@@ -46,7 +46,8 @@ def render_split(
         batch = conversations[start : start + _BATCH]
         for conversation, rows in zip(batch, _render_batch(batch, renderer, rejects), strict=True):
             lengths.update(len(row.ids) for row in rows)
-            fitting = [row for row in (fit_row(row, data, facts) for row in rows) if row is not None]
+            fits = (fit_row(row, data, facts, is_prompt=conversation.is_prompt) for row in rows)
+            fitting = [row for row in fits if row is not None]
             if conversation.rejected and fitting and not _is_whole(fitting, facts, renderer):
                 continue
             if fitting:
@@ -89,8 +90,11 @@ def _render_batch(
     return rows
 
 
-def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None:
-    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted."""
+def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts, *, is_prompt: bool = False) -> TokenRow | None:
+    """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted.
+
+    is_prompt: the row needs no target, and is not to be cut: without its end it asks nothing.
+    """
     if len(row.ids) > data.max_tokens:
         if data.too_long == "refuse":
             raise DataError(
@@ -103,8 +107,15 @@ def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts) -> TokenRow | None
             facts.num_dropped += 1
             facts.num_lost_targets += row.num_targets
             return None
+        if is_prompt:
+            raise DataError(
+                row.origin.place,
+                f"a prompt of {len(row.ids)} tokens, with data.too_long: truncate",
+                rule="a prompt without its end asks nothing",
+                cure="Set data.too_long to drop, or raise data.max_tokens",
+            )
         row = _cut_row(row, data.max_tokens, facts)
-    if not any(row.mask):
+    if not any(row.mask) and not is_prompt:
         facts.num_without_targets += 1
         return None
     return row

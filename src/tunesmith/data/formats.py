@@ -1,6 +1,6 @@
 """The shapes of rows that people have, detected per source and parsed strictly into `Conversation`.
 
-Those of preferences are in `preferences.py`; of answers there are five:
+Those of preferences are in `preferences.py`, of prompts in `prompts.py`; of answers there are five:
 
     messages            {"messages": [{"role", "content", "weight"?, "tool_calls"?...}], "tools"?}
     prompt_completion   {"prompt", "completion"}: strings are raw text, lists of messages are a chat
@@ -21,6 +21,8 @@ from tunesmith.core.errors import DataError
 from tunesmith.core.types import Conversation, Message, Origin
 from tunesmith.data.preferences import SHAPES as PREFERENCE_SHAPES
 from tunesmith.data.preferences import PreferenceName, parse_preference, rows_of_shape, shape_of_preference
+from tunesmith.data.prompts import SHAPES as PROMPT_SHAPES
+from tunesmith.data.prompts import PromptName, parse_prompt, shape_of_prompt
 from tunesmith.data.turns import (
     fail_row,
     finish_chat,
@@ -34,7 +36,7 @@ from tunesmith.data.turns import (
 from tunesmith.job.objective import RowKind
 
 AnswerName = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
-FormatName = AnswerName | PreferenceName
+FormatName = AnswerName | PreferenceName | PromptName
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,9 @@ def detect_format(
     rows: what is looked for; shapes of another kind are told as what they are.
     """
     found: FormatName | None = None
-    known = _SHAPES if rows == "answers" else PREFERENCE_SHAPES
+    known: Mapping[Any, str] = PREFERENCE_SHAPES
+    if rows in ("answers", "prompts"):
+        known = _SHAPES if rows == "answers" else PROMPT_SHAPES
     for row in values:
         shape = shape_of(row, rows)
         if shape is None or (found is not None and shape != found):
@@ -72,6 +76,8 @@ def detect_format(
 
 def shape_of(row: Mapping[str, Any], rows: RowKind = "answers") -> FormatName | None:
     """The shape that a row's keys tell, None for none of ours."""
+    if rows == "prompts":
+        return shape_of_prompt(row)
     if (shape := shape_of_preference(row, rows)) is not None:
         return shape
     if "messages" in row:
@@ -94,10 +100,15 @@ _SHAPES: dict[AnswerName, str] = {
 }
 
 
-def parse_row(raw: RawRow, fmt: FormatName) -> Conversation:
-    """One row as a checked `Conversation`. Raises DataError naming the row's place."""
+def parse_row(raw: RawRow, fmt: FormatName, rows: RowKind = "answers") -> Conversation:
+    """One row as a checked `Conversation`. Raises DataError naming the row's place.
+
+    rows: of "prompts" the last answer is cut off and is the truth.
+    """
     if _holds_nul(raw.value):
         raise fail_row(raw.origin, "contains a NUL character", "rows are text")
+    if rows == "prompts":
+        return parse_prompt(raw.value, raw.origin, cast("PromptName", fmt))
     if rows_of_shape(fmt) != "answers":
         return parse_preference(raw.value, raw.origin, cast("PreferenceName", fmt))
     return _PARSERS[cast("AnswerName", fmt)](raw.value, raw.origin)

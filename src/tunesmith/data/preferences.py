@@ -38,6 +38,7 @@ from tunesmith.data.turns import (
     finish_chat,
     name_type,
     parse_turn,
+    refuse_chat_columns,
     take_extra,
     take_instruction,
     take_list,
@@ -284,14 +285,7 @@ def _read_label(row: Mapping[str, Any], origin: Origin) -> bool:
 
 
 def _raw_text(prompt: str, answer: str, row: Mapping[str, Any], origin: Origin) -> Conversation:
-    for key in ("system", "tools"):
-        if row.get(key):
-            raise fail_row(
-                origin,
-                f"{key} beside a prompt that is raw text",
-                f"{key} is of a chat",
-                f"Write the prompt as messages{OR_SKIP}",
-            )
+    refuse_chat_columns(row, origin)
     messages = (Message("user", prompt), Message("assistant", answer))
     return Conversation(messages, origin, kind="completion", extra=take_extra(row))
 

@@ -9,12 +9,12 @@ prepared/
   validation.*                   the same
   sealed/test.*                  the same: hand over the folder without it, and no trainer can see a test row
 
-Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one.
+Of pairs, rows 2p and 2p + 1 are the chosen and the rejected one. Of prompts, rows have no target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, overload
@@ -41,6 +41,7 @@ from tunesmith.data.collect import Rejects, collect_splits
 from tunesmith.data.conversation_json import conversation_from_json, conversation_to_json
 from tunesmith.data.fitting import RenderedSplit, render_split
 from tunesmith.data.preference_checks import find_in_preferences, measure_preferences
+from tunesmith.data.prompts import Prompt, make_prompt
 from tunesmith.data.render import Renderer
 from tunesmith.data.row_pairs import RowPairs
 from tunesmith.data.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ class Prepared:
 
     @property
     def kind(self) -> RowKind:
-        """What the conversations are: answers, pairs, or labelled answers."""
+        """What the conversations are: answers, pairs, labelled answers, or prompts."""
         return self._index.get("rows", "answers")
 
     @cached_property
@@ -136,6 +137,13 @@ class Prepared:
         """What `train.batch_rows` counts: the token rows of a split, or its pairs, each a `RowGroup` of chosen and
         rejected."""
         return RowPairs(self.rows(split)) if self.kind == "pairs" else self.rows(split)
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """What the model is to answer, one for each row of a split that was prepared for it."""
+        rows, asked = self.rows(split), self.conversations(split)
+        return [
+            make_prompt(row, asked[n]) for row, n in zip(rows, self.conversation_numbers(split), strict=True)
+        ]
 
     def conversations(self, split: str) -> list[Conversation]:
         """The conversations that have rows in a split."""
@@ -233,7 +241,7 @@ def prepare_data(
         collected.write()
         fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
         for name, split in rendered.items():
-            fingerprints[f"{name}_sha256"] = hash_rows(_identify(row) for row in split.rows)
+            fingerprints[f"{name}_sha256"] = hash_rows(_identify_rows(split))
             if name in splits:
                 _write_split(root, name, split)
         write_json(root / "checks.json", report.to_json())
@@ -245,8 +253,15 @@ def prepare_data(
     return Prepared(root)
 
 
+def _identify_rows(split: RenderedSplit) -> Iterator[str]:
+    """What a fingerprint holds of each row: its tokens, a label where it has one, and what rewards know of a prompt."""
+    for row, number in zip(split.rows, split.numbers, strict=True):
+        asked = split.conversations[number]
+        known = dump_json([asked.truth, asked.columns]) if asked.is_prompt else ""
+        yield _identify(row) + known
+
+
 def _identify(row: TokenRow) -> str:
-    """What a fingerprint holds of a row: its tokens, and a label where it has one."""
     return f"{row.row_id}{dump_json(dict(row.numbers))}" if row.numbers else row.row_id
 
 
@@ -270,7 +285,7 @@ def read_splits(
                 rule=f"a split has at least one row of at most {data.max_tokens} tokens",
                 cure="Raise data.max_tokens, or give more rows",
             )
-        if kind != "answers":
+        if kind in ("pairs", "labelled"):
             split = rendered[name]
             report.preferences[name] = measure_preferences(kind, split.rows, split.conversations)
         facts.num_clusters = len({likeness.cluster_of(c) for c in conversations})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from tunesmith.core.types import RowGroup, TokenRow
+from tunesmith.data.prompts import Prompt
 from tunesmith.data.tokenizer import Tokenizer
 
 SegmentKind = Literal["masked", "trained", "stop"]
@@ -41,6 +42,13 @@ class LabelledPreview(RowPreview):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptPreview(RowPreview):
+    """A prompt that the model answers itself, with the right answer where there is one, safe to print."""
+
+    truth: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class PairPreview:
     """A pair: the prompt that both rows begin with, and of each row what follows."""
 
@@ -58,6 +66,19 @@ def preview_rows(
         preview_pair(example, tokenizer) if isinstance(example, RowGroup) else preview_row(example, tokenizer)
         for example in examples
     ]
+
+
+def preview_prompts(prompts: Iterable[Prompt], tokenizer: Tokenizer) -> list[RowPreview | PairPreview]:
+    found: list[RowPreview | PairPreview] = []
+    for prompt in prompts:
+        row = preview_row(
+            TokenRow(prompt.ids, [0] * len(prompt.ids), prompt.origin, prompt.row_id), tokenizer
+        )
+        truth = None if prompt.truth is None else make_printable(prompt.truth)
+        found.append(
+            PromptPreview(row.place, row.row_id, row.num_tokens, row.num_targets, row.segments, truth=truth)
+        )
+    return found
 
 
 def preview_pair(pair: RowGroup, tokenizer: Tokenizer) -> PairPreview:

@@ -27,7 +27,7 @@ class Renderer(TextRenderer):
     """Renders conversations to tokens with one tokenizer and one chat template."""
 
     def render_conversation(self, conversation: Conversation) -> list[TokenRow]:
-        """Token rows of one conversation, of a pair the chosen row and the rejected one.
+        """Token rows of one conversation, of a pair the chosen row and the rejected one, of a prompt its ids.
 
         Raises DataError naming the row if it cannot be rendered exactly."""
         return self.render_conversations([conversation])[0]
@@ -43,6 +43,8 @@ class Renderer(TextRenderer):
 
     def _gather(self, conversation: Conversation, sides: list[list[TokenRow]]) -> list[TokenRow]:
         """The rows of a conversation from those of its sides."""
+        if conversation.is_prompt:
+            return [self._ask(conversation)]
         if not conversation.rejected and conversation.label is None:
             return sides[0]
         if any(len(rows) != 1 for rows in sides):
@@ -63,6 +65,22 @@ class Renderer(TextRenderer):
             )
         assert _prompt_ids(chosen) == _prompt_ids(rejected), conversation.origin.place
         return rows
+
+    def _ask(self, conversation: Conversation) -> TokenRow:
+        """A prompt that the model answers itself: nothing of it is a target."""
+        place = conversation.origin.place
+        try:
+            ids = self.render_question(conversation)
+        except DataError as error:
+            raise DataError(place, error.finding, rule=error.rule, cure=error.cure) from None
+        if not ids:
+            raise DataError(
+                place, "the prompt has no tokens", rule="an answer follows a token", cure=SKIP_CURE
+            )
+        if conversation.truth is None:
+            self.counts["prompts_without_truth"] += 1
+        mask = [0] * len(ids)
+        return TokenRow(ids, mask, conversation.origin, hash_row(ids, mask))
 
     def _render_answers(self, conversations: Sequence[Conversation]) -> list[list[TokenRow]]:
         texts = [self.render_texts(conversation) for conversation in conversations]
@@ -91,7 +109,8 @@ class Renderer(TextRenderer):
     def render_question(self, conversation: Conversation) -> list[int]:
         """Ids of everything before a conversation's last answer: the prompt of a test row of any kind."""
         if conversation.kind == "chat":
-            return self.render_prompt(conversation.messages[:-1], conversation.tools)
+            asked = conversation.messages if conversation.is_prompt else conversation.messages[:-1]
+            return self.render_prompt(asked, conversation.tools)
         question = "" if conversation.kind == "text" else conversation.messages[0].content
         question = self._drop_second_bos(question)
         ids = [*self.tokenizer.bos_before(question), *self.tokenizer.encode(question)]
@@ -170,7 +189,9 @@ class Renderer(TextRenderer):
 
 
 def _list_sides(conversation: Conversation) -> list[Conversation]:
-    """A conversation, or a pair's two: each renders like one whose answers are learned."""
+    """A conversation, or a pair's two: each renders like one whose answers are learned. A prompt has none."""
+    if conversation.is_prompt:
+        return []
     if not conversation.rejected:
         return [conversation]
     return [

@@ -25,7 +25,7 @@ _FEW_WORDS = 8
 
 
 def hash_conversation(conversation: Conversation) -> str:
-    """16 hex digits over what a row says: equal for equal rows wherever they stand."""
+    """16 hex digits over what a row says: equal for equal rows wherever they stand. Of a prompt, over what it asks."""
     said: list[Any] = [
         conversation.kind,
         _list_turns(conversation.messages),
@@ -151,7 +151,7 @@ class Likeness:
         self._group = dict(zip(unique, union.name_each(list(unique)), strict=True))
         first: dict[str, int] = {}
         for number, conversation in enumerate(unique.values()):
-            if conversation.rejected or conversation.label is not None:
+            if conversation.rejected or conversation.label is not None or conversation.is_prompt:
                 prompt = text_of(message for message in conversation.prompt if message.role != "system")
                 union.join(first.setdefault(" ".join(prompt.lower().split()), number), number)
         self._family = dict(zip(unique, union.name_each(list(unique)), strict=True))

@@ -237,15 +237,7 @@ def finish_chat(messages: list[Message], row: Mapping[str, Any], origin: Origin)
     """Rules that hold for a chat whatever its shape on disk."""
     if not messages:
         raise fail_row(origin, "no messages", "a row has at least a question and an answer")
-    systems = [number for number, message in enumerate(messages, 1) if message.role == "system"]
-    if len(systems) > 1:
-        raise fail_row(
-            origin,
-            f"two system messages ({systems[0]} and {systems[1]})",
-            "a row has at most one, at its start",
-        )
-    if systems and systems[0] != 1:
-        raise fail_row(origin, f"the system message is number {systems[0]}", "a system message comes first")
+    check_systems(messages, origin)
     if not any(message.role == "assistant" for message in messages):
         raise fail_row(origin, "no assistant turn", "SFT learns from an assistant answer")
     if messages[-1].role != "assistant":
@@ -260,13 +252,7 @@ def finish_chat(messages: list[Message], row: Mapping[str, Any], origin: Origin)
             raise fail_row(
                 origin, f"the answer in message {number} is empty", "an answer has text or a tool call"
             )
-    first = messages[1] if systems and len(messages) > 1 else messages[0]
-    if first.role != "user":
-        raise fail_row(
-            origin,
-            f"the conversation opens with {first.role!r}",
-            "after an optional system message a user speaks",
-        )
+    check_opening(messages, origin)
     if not any(message.role == "assistant" and message.weight > 0 for message in messages):
         raise fail_row(origin, "every assistant turn has weight 0", "a training row has something to learn")
     return Conversation(
@@ -275,3 +261,39 @@ def finish_chat(messages: list[Message], row: Mapping[str, Any], origin: Origin)
         tools=parse_tools(row.get("tools"), origin),
         extra=take_extra(row),
     )
+
+
+def check_systems(messages: Sequence[Message], origin: Origin) -> None:
+    """Raise DataError unless there is at most one system message, at the start."""
+    systems = [number for number, message in enumerate(messages, 1) if message.role == "system"]
+    if len(systems) > 1:
+        raise fail_row(
+            origin,
+            f"two system messages ({systems[0]} and {systems[1]})",
+            "a row has at most one, at its start",
+        )
+    if systems and systems[0] != 1:
+        raise fail_row(origin, f"the system message is number {systems[0]}", "a system message comes first")
+
+
+def check_opening(messages: Sequence[Message], origin: Origin) -> None:
+    """Raise DataError unless a user speaks first, after the system message."""
+    first = messages[1] if messages[0].role == "system" and len(messages) > 1 else messages[0]
+    if first.role != "user":
+        raise fail_row(
+            origin,
+            f"the conversation opens with {first.role!r}",
+            "after an optional system message a user speaks",
+        )
+
+
+def refuse_chat_columns(row: Mapping[str, Any], origin: Origin) -> None:
+    """Raise DataError if a row whose prompt is raw text has what only a chat can have."""
+    for key in ("system", "tools"):
+        if row.get(key):
+            raise fail_row(
+                origin,
+                f"{key} beside a prompt that is raw text",
+                f"{key} is of a chat",
+                f"Write the prompt as messages{OR_SKIP}",
+            )

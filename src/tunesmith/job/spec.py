@@ -60,6 +60,7 @@ class SourceSpec(Spec):
         "messages",
         "prompt_completion",
         "alpaca",
+        "prompts",
         "sharegpt",
         "text",
         "pairs",
