@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.aim import Aim, Setting
 from tunesmith.api.fingerprints import fingerprint_data
-from tunesmith.api.trainable import make_training_batch
+from tunesmith.api.prompt_aim import open_prompt_aim
 from tunesmith.core.errors import RunDirError
-from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import hash_json, hash_rows
-from tunesmith.core.rundir import RunDir, as_rundir_error
+from tunesmith.core.rundir import as_rundir_error
 from tunesmith.core.types import Example, TokenRow
 from tunesmith.data.batch import plan_micro_batches
 from tunesmith.data.collect import Rejects
@@ -25,56 +24,17 @@ from tunesmith.job.spec import Job
 
 if TYPE_CHECKING:
     from tunesmith.methods.objective import Objective
-    from tunesmith.models.causal_lm import CausalLM
-
-
-class Aim(NamedTuple):
-    """rows: examples of the training split, or a source of rows. evaluate: mean loss over the validation split; None
-    without one."""
-
-    objective: Objective
-    rows: Any
-    evaluate: Callable[[], float] | None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an aim is made from.
-
-    model:    as training finds it.
-    identity: hash of what else than rows decides what the model says of them (weights, precision).
-    rejects:  where bad rows of a stream go.
-    """
-
-    job: Job
-    model: CausalLM
-    prepared: Prepared
-    tokenizer: Tokenizer
-    run: RunDir
-    label: str
-    identity: str
-    rejects: Rejects
-    on_event: OnEvent
-
-    @property
-    def budget_tokens(self) -> int:
-        """Of a forward pass without gradients."""
-        from tunesmith.training.loop import choose_budget
-
-        return choose_budget(self.job.train, self.model.device)
-
-    def make_batch(self, examples: Sequence[Example], device: Any) -> Any:
-        return make_training_batch(self.job, device)(examples, device)
-
-    def report(self, text: str, done: int, total: int) -> None:
-        self.on_event(Event("progress", self.label, text, done=done, total=total))
 
 
 @contextmanager
 def open_aim(setting: Setting) -> Generator[Aim]:
     """What a job's objective minimises, on which rows, and how it is validated."""
     kind = kind_of_rows(setting.job.objective)
-    yield _aim_at_answers(setting) if kind == "answers" else _aim_at_examples(setting)
+    if kind == "prompts":
+        with open_prompt_aim(setting) as aim:
+            yield aim
+    else:
+        yield _aim_at_answers(setting) if kind == "answers" else _aim_at_examples(setting)
 
 
 def _aim_at_answers(setting: Setting) -> Aim:

@@ -116,7 +116,7 @@ def take_first_steps(task: TrainTask, on_event: OnEvent, way: Way) -> ParityReco
             result = stepper.take(rows, step=number + 1, learning_rate=rate)
             steps.append(
                 ParityStep(
-                    examples=tuple(list_examples(step.rows, seen)),
+                    examples=tuple(list_examples(flatten(step.rows), seen)),
                     loss=result.loss,
                     grad_norm=result.grad_norm,
                     learning_rates=(rate,) * len(groups),

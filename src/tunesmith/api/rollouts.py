@@ -20,7 +20,7 @@ from tunesmith.job.spec import SamplingSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.data.render import Renderer
     from tunesmith.methods.frozen import FrozenStart
     from tunesmith.models.causal_lm import CausalLM
 
@@ -32,30 +32,31 @@ Measure = Callable[[Any], Mapping[str, "Tensor"]]
 class Sampler:
     """Samples and weighs the answers of a rollout.
 
-    judge:      answers -> what each is worth.
-    make_batch: (rows, device) -> batch, as training makes it.
-    frozen:     the reference; None where the objective asks for none.
+    judge:       answers -> what each is worth.
+    make_batch:  (rows, device) -> batch, as training makes it.
+    frozen:      the reference; None where the objective asks for none.
+    on_progress: called with (answers sampled, answers in all).
     """
 
     spec: GrpoSpec | PpoSpec
     model: CausalLM
     prompts: Sequence[Prompt]
     judge: Callable[[Sequence[Answer]], Sequence[float]]
-    tokenizer: Tokenizer
-    stop_ids: Sequence[int]
+    renderer: Renderer
     make_batch: Callable[[Sequence[TokenRow], Any], Any]
     frozen: FrozenStart | None
     seed: int
     budget_tokens: int
+    on_progress: Callable[[int, int], None] = lambda done, total: None
 
     def collect(self, numbers: Sequence[int], epoch: int) -> list[TokenRow]:
         """Rows of `spec.samples` answers to each prompt, with what `policy_objectives` needs of them."""
         was_training = self.model.training
         self.model.train(False)
         try:
-            answers = self.answer(numbers, samples=self.spec.samples, name=str(epoch))
+            answers, sampled = self.answer(numbers, samples=self.spec.samples, name=str(epoch))
             rewards = self.judge(answers)
-            rows = [_make_row(answer) for answer in answers]
+            rows = [_make_row(answer.prompt, ids) for answer, ids in zip(answers, sampled, strict=True)]
             known = self._measure(rows)
         finally:
             self.model.train(was_training)
@@ -69,10 +70,16 @@ class Sampler:
             for row, facts, more, reward in zip(rows, known, advantages, rewards, strict=True)
         ]
 
+    def reward_of_greedy(self, most: int) -> float:
+        """Mean reward of greedy answers to the first prompts, at most so many."""
+        answers, _ = self.answer(range(min(most, len(self.prompts))), samples=1, name="", greedy=True)
+        return float(np.mean(self.judge(answers)))
+
     def answer(
         self, numbers: Sequence[int], *, samples: int, name: str, greedy: bool = False
-    ) -> list[Answer]:
-        """Answers to prompts, those to one prompt together. What is drawn follows from seed, `name` and the prompt."""
+    ) -> tuple[list[Answer], list[list[int]]]:
+        """Answers to prompts, those to one prompt together, and their tokens with the one that stopped each. What is
+        drawn follows from seed, `name` and the prompt's number."""
         from tunesmith.infer.generate import generate
 
         wanted = [(number, sample) for number in numbers for sample in range(samples)]
@@ -80,19 +87,23 @@ class Sampler:
             self.model,
             [self.prompts[number].ids for number, _ in wanted],
             max_new_tokens=self.spec.max_new_tokens,
-            stop_ids=self.stop_ids,
+            stop_ids=self.renderer.stop_ids,
             sampling=SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
             keys=[f"{name}/{number}/{sample}" for number, sample in wanted],
+            on_progress=self.on_progress,
         )
-        return [
+        sampled = [one.ids if one.stop_id is None else [*one.ids, one.stop_id] for one in found]
+        answers = [
             Answer(
                 prompt=self.prompts[number],
-                text=self.tokenizer.decode(one.ids),
-                ids=one.ids if one.stop_id is None else [*one.ids, one.stop_id],
+                text=self.renderer.tokenizer.decode(one.ids),
+                num_tokens=len(ids),
                 finished=one.finished,
+                ids=one.ids,
             )
-            for (number, _), one in zip(wanted, found, strict=True)
+            for (number, _), one, ids in zip(wanted, found, sampled, strict=True)
         ]
+        return answers, sampled
 
     # --- what sampling knew -------------------------------------------------------------------------------------------
 
@@ -198,8 +209,7 @@ def _gap(facts: Mapping[str, list[float]]) -> Any:
     return np.asarray(facts[OLD], dtype=np.float64) - np.asarray(facts[TOKEN_REFERENCE], dtype=np.float64)
 
 
-def _make_row(answer: Answer) -> TokenRow:
-    prompt = answer.prompt
-    ids = [*prompt.ids, *answer.ids]
-    mask = [0] * len(prompt.ids) + [1] * len(answer.ids)
+def _make_row(prompt: Prompt, sampled: Sequence[int]) -> TokenRow:
+    ids = [*prompt.ids, *sampled]
+    mask = [0] * len(prompt.ids) + [1] * len(sampled)
     return TokenRow(ids, mask, prompt.origin, hash_row(ids, mask))

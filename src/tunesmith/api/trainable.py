@@ -48,9 +48,9 @@ def load_trainable(
     from tunesmith.models.load import load_model
     from tunesmith.models.lora import add_lora
 
-    method, scores = job.method_spec, job.objective_spec.name == "reward"
+    method, objective = job.method_spec, job.objective_spec.name
     # A reward model may go on from another one.
-    classifier = scores and load_config(folder).is_classifier
+    classifier = objective == "reward" and load_config(folder).is_classifier
     if isinstance(method, LoraSpec):
         model = load_model(
             folder,
@@ -78,7 +78,7 @@ def load_trainable(
             own_decoder=own_decoder,
             classifier=classifier,
         )
-    if scores and model.score is None:
+    if objective in ("reward", "ppo") and model.score is None:
         model.add_score()
     if method.qat_spec:
         from tunesmith.models.quantize import fake_quantize_model

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tunesmith.api.aim import Setting
 from tunesmith.api.fingerprints import fingerprint_data, fingerprint_run
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
-from tunesmith.api.objectives import Setting, list_training_rows, open_aim
+from tunesmith.api.objectives import list_training_rows, open_aim
 from tunesmith.api.opening import note_long_rows, open_job, open_run
 from tunesmith.api.tasks import TrainTask
 from tunesmith.api.trainable import (
@@ -190,6 +191,8 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     loaded = time.perf_counter()
     set_up_segments(model, job, prepared, device)
     planner, warning = make_planner(model, job, training_lengths(job, prepared), device)
+    if kind_of_rows(job.objective) == "prompts":
+        planner = None  # what a step weighs is not known before answers are sampled
     if warning:
         warnings.append(warning)
         on_event(Event("warning", task.label, text=warning))
@@ -337,7 +340,7 @@ def _save(model: CausalLM, job: Job, task: TrainTask, tokenizer: Tokenizer, run:
     from tunesmith.models.weights import save_classifier, save_model
 
     try:
-        if model.score is not None:
+        if job.objective_spec.name == "reward":
             # Whole, whatever was trained: readers of sequence classifiers know of no adapter.
             merge(model)
             save_classifier(model, run.model, source_folder=Path(task.model_folder), pad_id=tokenizer.pad_id)
