@@ -42,7 +42,8 @@ class Conversation:
 
     rejected: of a pair, where `messages` is the chosen conversation, the other one; both begin with the same prompt.
     label:    of a labelled row, whether its answer is good.
-    columns:  of a prompt that the model answers itself, where `messages` ends with the question, the row's other columns.
+    columns:  of a prompt that the model answers itself, where `messages` ends with the question, the row's other
+              columns.
     truth:    of such a prompt, the right answer, where there is one.
     """
 

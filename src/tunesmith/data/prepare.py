@@ -156,7 +156,9 @@ class Prepared:
     def prompts(self, split: str) -> list[Prompt]:
         """What the model is to answer, one for each row of a split that was prepared for it."""
         rows, asked = self.rows(split), self.conversations(split)
-        return [make_prompt(row, asked[n]) for row, n in zip(rows, self.conversation_numbers(split), strict=True)]
+        return [
+            make_prompt(row, asked[n]) for row, n in zip(rows, self.conversation_numbers(split), strict=True)
+        ]
 
     def conversations(self, split: str) -> list[Conversation]:
         """The conversations that have rows in a split."""
@@ -383,9 +385,7 @@ def _render_batch(
     return rows
 
 
-def fit_row(
-    row: TokenRow, data: DataSpec, facts: SplitFacts, *, is_prompt: bool = False
-) -> TokenRow | None:
+def fit_row(row: TokenRow, data: DataSpec, facts: SplitFacts, *, is_prompt: bool = False) -> TokenRow | None:
     """A row within `max_tokens`, cut if the job says so, or None; what is lost is counted.
 
     is_prompt: the row needs no target, and is not to be cut: without its end it asks nothing.

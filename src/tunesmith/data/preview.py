@@ -71,7 +71,9 @@ def preview_rows(
 def preview_prompts(prompts: Iterable[Prompt], tokenizer: Tokenizer) -> list[RowPreview | PairPreview]:
     found: list[RowPreview | PairPreview] = []
     for prompt in prompts:
-        row = preview_row(TokenRow(prompt.ids, [0] * len(prompt.ids), prompt.origin, prompt.row_id), tokenizer)
+        row = preview_row(
+            TokenRow(prompt.ids, [0] * len(prompt.ids), prompt.origin, prompt.row_id), tokenizer
+        )
         truth = None if prompt.truth is None else make_printable(prompt.truth)
         found.append(
             PromptPreview(row.place, row.row_id, row.num_tokens, row.num_targets, row.segments, truth=truth)

@@ -61,6 +61,23 @@ class Prompt:
     row_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model has answered.
+
+    text:       without the stop token.
+    num_tokens: sampled, the stop token among them.
+    finished:   it stopped by itself, before the limit.
+    ids:        its tokens, without the stop token.
+    """
+
+    prompt: Prompt
+    text: str
+    num_tokens: int
+    finished: bool
+    ids: Sequence[int] = ()
+
+
 def make_prompt(row: TokenRow, conversation: Conversation) -> Prompt:
     """The prompt of a token row and the conversation that it was rendered from."""
     messages = conversation.messages
@@ -96,7 +113,12 @@ def parse_prompt(row: Mapping[str, Any], origin: Origin, shape: PromptName) -> C
     if isinstance(asked, str):
         refuse_chat_columns(row, origin)
         return Conversation(
-            (Message("user", asked),), origin, "completion", extra=take_extra(row), truth=truth, columns=columns
+            (Message("user", asked),),
+            origin,
+            "completion",
+            extra=take_extra(row),
+            truth=truth,
+            columns=columns,
         )
     if (system := take_text(row, "system", origin, default="")) and shape != "alpaca":
         asked = [Message("system", system), *asked]

@@ -74,7 +74,9 @@ class Renderer(TextRenderer):
         except DataError as error:
             raise DataError(place, error.finding, rule=error.rule, cure=error.cure) from None
         if not ids:
-            raise DataError(place, "the prompt has no tokens", rule="an answer follows a token", cure=SKIP_CURE)
+            raise DataError(
+                place, "the prompt has no tokens", rule="an answer follows a token", cure=SKIP_CURE
+            )
         if conversation.truth is None:
             self.counts["prompts_without_truth"] += 1
         mask = [0] * len(ids)
