@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.api.rewards import check_rewards
 from tunesmith.comparing.plan import PlannedArm, job_of_arm
 from tunesmith.core.errors import JobError, ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.frameworks.environments import require_environment
 from tunesmith.frameworks.ports import find_port
+from tunesmith.job.objective import RolloutSpec
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
 from tunesmith.models.adapter_config import check_lora
@@ -39,6 +41,8 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
     Raises ModelError, and SetupError for what this machine lacks.
     """
     base = open_base(job)
+    if isinstance(job.objective_spec, RolloutSpec):
+        check_rewards(job.objective_spec.terms)
     check_trackers(job.train.trackers)
     if job.train.precision == "fp16":
         from tunesmith.api.devices import pick_device, pick_dtype

@@ -22,6 +22,7 @@ from tunesmith.core.jsonl import write_json
 from tunesmith.core.parity import Example, Parameter, ParameterGroup, ParityRecord, ParityStep
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
+from tunesmith.data.examples import flatten
 from tunesmith.data.prepare import load_prepared
 from tunesmith.job.spec import FullSpec, Job, TrainSpec
 from tunesmith.methods.sft import sft_loss

@@ -61,6 +61,23 @@ class Prompt:
     row_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model has answered.
+
+    text:       without the stop token.
+    num_tokens: sampled, the stop token among them.
+    finished:   it stopped by itself, before the limit.
+    ids:        its tokens, without the stop token.
+    """
+
+    prompt: Prompt
+    text: str
+    num_tokens: int
+    finished: bool
+    ids: Sequence[int] = ()
+
+
 def make_prompt(row: TokenRow, conversation: Conversation) -> Prompt:
     """The prompt of a token row and the conversation that it was rendered from."""
     messages = conversation.messages

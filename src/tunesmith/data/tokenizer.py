@@ -181,7 +181,7 @@ class Tokenizer:
         backend: Any = self._backend
         backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
         self._has_new_tokens = True
-        for name in ("vocab_size", "added_tokens", "sha256"):
+        for name in ("vocab_size", "added_tokens", "sha256", "vocabulary_sha256"):
             self.__dict__.pop(name, None)
         return [int(backend.token_to_id(token)) for token in tokens]
 
@@ -192,6 +192,12 @@ class Tokenizer:
         for value in (self.bos_token, self.eos_token, self.chat_template, *map(str, self.eos_ids)):
             digest.update(b"\x00" + (value or "").encode())
         return digest.hexdigest()
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        """SHA-256 over tokens and their ids: equal when equal ids are equal tokens."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer as the base model has it, so that other software reads what it knows."""

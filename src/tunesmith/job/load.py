@@ -23,7 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tunesmith.core.errors import JobError
 from tunesmith.job.combinations import check_in_backward, check_optimizer
-from tunesmith.job.objective import OBJECTIVES
+from tunesmith.job.objective import OBJECTIVES, VERIFIERS
 from tunesmith.job.spec import Job
 
 MAX_JOB_BYTES = 1 << 20
@@ -385,7 +385,23 @@ def resolve_paths(job: Job, folder: Path) -> Job:
                 raise JobError(".".join(map(str, key)), "is empty", cure="Name a file or folder")
             node[key[-1]] = _resolve(node[key[-1]], folder)
             _refuse_missing_file(key, node[key[-1]])
+    _resolve_rewards(values.get("objective"), folder)
     return Job.model_validate(values)
+
+
+def _resolve_rewards(objective: Any, folder: Path) -> None:
+    """Sources of rewards, `rewards.py:name` among them, and their schemas."""
+    rewards = objective.get("rewards", []) if isinstance(objective, dict) else []
+    for number, term in enumerate(rewards):
+        whole = {"source": term} if isinstance(term, str) else term
+        file, colon, name = whole["source"].rpartition(":")
+        if file.endswith(".py"):
+            whole["source"] = _resolve(file, folder) + colon + name
+        elif whole["source"] not in VERIFIERS:
+            whole["source"] = _resolve(whole["source"], folder)
+        if whole.get("schema_file"):
+            whole["schema_file"] = _resolve(whole["schema_file"], folder)
+        rewards[number] = whole["source"] if isinstance(term, str) else whole
 
 
 def _refuse_missing_file(key: Location, value: Any) -> None:

@@ -92,6 +92,16 @@ class RewardSpec(Spec):
     """Weight of the squared sum of a pair's scores, which keeps scores around zero."""
 
 
+# Rewards that come with us, and the setting that each needs.
+VERIFIERS: dict[str, str | None] = {
+    "exact_match": None,
+    "json_valid": None,
+    "json_schema": "schema_file",
+    "regex": "pattern",
+    "length": "characters",
+}
+
+
 class RewardTerm(Spec):
     """One reward of a sampled answer. A bare string is `{source: ...}`."""
 
