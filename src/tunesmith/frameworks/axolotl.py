@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
-from tunesmith.frameworks.trainer import SCHEDULES, can_trainer, expected_settings
+from tunesmith.frameworks.trainer import SCHEDULES, can_trainer, expected_settings, quantization_settings
 from tunesmith.job.spec import FullSpec, Job
 
 # Whatever of Axolotl's would choose rows, padding, kernels or precision by itself, or leave files.
@@ -23,7 +23,6 @@ _OWN: dict[str, Any] = {
     "sequence_len": 1,
     "val_set_size": 0.0,
     "load_in_8bit": False,
-    "load_in_4bit": False,
     "resize_token_embeddings_to_32x": False,
     "shrink_embeddings": False,
     "tf32": False,
@@ -126,11 +125,13 @@ def _warmup(handoff: Handoff) -> dict[str, float | None]:
 
 
 def _lora_arguments(handoff: Handoff) -> dict[str, Any]:
-    lora = handoff.lora
+    lora, quantization = handoff.lora, quantization_settings(handoff)
     if lora is None:
-        return {"adapter": None}
+        return {"adapter": None, "load_in_4bit": False}
     return {
-        "adapter": "lora",
+        "adapter": "qlora" if quantization else "lora",
+        "load_in_4bit": quantization is not None,
+        "bnb_config_kwargs": quantization,
         "lora_r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,

@@ -47,6 +47,8 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "New tokens": _lora(new_tokens=["<order>"]),
     },
     "Stored base": {
+        "nf4 base, scales in fp32": {"method": {"name": "qlora", "double_quant": False}},
+        "nf4 base, DoRA": {"method": {"name": "qlora", "dora": True}},
         "int8 base": _lora(base="int8"),
         "fp8 base": _lora(base="fp8"),
         "nf4 base, products in fp8": {"method": {"name": "qlora", "compute": "fp8"}},

@@ -51,9 +51,12 @@ def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | N
         )
     if isinstance(method, FullSpec):
         return None
-    if method.storage != "full":
-        finding = f"{title}'s {method.storage} base is not the one that we store"
-        return Reason("base", finding, "Use method: lora on a full base")
+    if method.storage == "int8":
+        finding = f"{title}'s int8 layers round what they multiply, too; ours round the weights alone"
+        return Reason("base", finding, "Use base: nf4 or full")
+    if method.storage == "fp8" or method.compute == "fp8":
+        key = "base" if method.storage == "fp8" else "compute"
+        return Reason(key, f"{title} multiplies no frozen weights in fp8 as ours does", f"Leave {key} out")
     if method.new_tokens:
         return Reason("new_tokens", f"{title} is handed no new tokens yet", "Remove method.new_tokens")
     if method.modules_to_save:
@@ -65,6 +68,24 @@ def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | N
         finding = f"{title} also decays DoRA's magnitudes"
         return Reason("dora", finding, "Set train.weight_decay: 0, or leave dora out")
     return None
+
+
+def quantization_settings(handoff: Handoff) -> dict[str, Any] | None:
+    """Arguments for `transformers.BitsAndBytesConfig`: bitsandbytes then stores the bytes that we do. None leaves the
+    base as it is. That blocks have 64 values is no argument: the worker looks."""
+    if handoff.base == "full":
+        return None
+    return {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": handoff.double_quant,
+        "bnb_4bit_compute_dtype": DTYPES[handoff.precision],
+        "bnb_4bit_quant_storage": "uint8",
+        # The head, by the two names that it has.
+        "llm_int8_skip_modules": ["lm_head", "embed_out"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
 
 
 def lora_settings(handoff: Handoff) -> dict[str, Any] | None:

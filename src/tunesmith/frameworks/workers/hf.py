@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from capture import IGNORED, Capture, saved_name
+from frozen import check_base, count_values, keep_layout
 from raw_rows import keep_order, write_made
 from safetensors.torch import load_file
 from validation import measure_loss
@@ -115,6 +116,8 @@ class _Watcher(transformers.TrainerCallback):
         rows = sum(map(len, self.order[0]))
         if len(trainer.train_dataset) != rows:
             raise Failure(f"trains on {len(trainer.train_dataset)} rows, and was handed {rows}")
+        check_base(trainer.model, handoff)
+        keep_layout(trainer.model)
         if self.capture:
             self.capture.parameters()
         if handoff["lora"]:
@@ -180,7 +183,7 @@ class _Watcher(transformers.TrainerCallback):
             "train_tokens": self.tokens,
             "target_tokens": self.targets,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
-            "total_parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "total_parameters": count_values(self.trainer.model),
             "micro_rows": self.trainer.args.per_device_train_batch_size,
             "best_step": self.best[1] if kept_best else None,
             "validation_loss": self.best[0] if kept_best else self.validation_loss,
