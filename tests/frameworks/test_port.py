@@ -84,7 +84,8 @@ def test_a_handoff_of_another_kind_is_refused_by_field() -> None:
         ({"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"method": {"name": "lora", "new_tokens": ["<x>"]}}, "new_tokens"),
         ({"method": {"name": "lora", "dora": True}, "train": {"weight_decay": 0.1}}, "dora"),
-        ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        ({"method": "full", "train": {"optimizer": "muon"}}, "train.optimizer"),
         (
             {"method": "full", "train": {"optimizer_in_backward": True, "clip_norm": None}},
             "train.optimizer_in_backward",
@@ -107,7 +108,7 @@ def test_what_trl_cannot_express_is_a_reason(settings: dict[str, Any], key: str)
         {},
         {"method": {"name": "lora", "rslora": True, "dropout": 0.1, "targets": ["q_proj"]}},
         {"method": {"name": "lora", "dora": True}},
-        {"method": "qlora"},
+        {"method": "qlora", "train": {"optimizer": "adamw-8bit"}},
         {"method": {"name": "qlora", "double_quant": False, "dora": True}},
         {"method": "full", "train": {"clip_norm": None, "schedule": "linear", "weight_decay": 0.1}},
     ],
@@ -153,6 +154,20 @@ def test_what_may_not_be_altered_is_written_beside_what_is_said(name: str) -> No
     assert settings["expected"]["arguments"]["gradient_accumulation_steps"] == 4
     assert settings["expected"]["lora"]["lora_alpha"] == 16.0
     assert settings_of(dataclasses.replace(HANDOFF, lora=None), name)["expected"]["lora"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "key"),
+    [("trl", "sft", "optim"), ("llamafactory", "arguments", "optim"), ("axolotl", "arguments", "optimizer"),
+     ("unsloth", "sft", "optim")],
+)  # fmt: skip
+def test_8_bit_adamw_is_bitsandbytes(name: str, part: str, key: str) -> None:
+    told = [
+        settings_of(dataclasses.replace(HANDOFF, optimizer=optimizer), name)[part][key]
+        for optimizer in ("adamw", "adamw-8bit")
+    ]
+
+    assert told == ["adamw_torch_fused", "adamw_8bit"]
 
 
 @pytest.mark.parametrize("name", [name for name in PORTS if name != "unsloth"])

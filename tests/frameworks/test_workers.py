@@ -74,6 +74,14 @@ def test_names_are_those_that_are_saved(capture: Any, name: str, saved: str) -> 
     assert capture.saved_name(name) == saved
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, "adamw-8bit"), (32, "adamw")])
+def test_bitsandbytes_optimizer_is_told_by_its_bits(capture: Any, bits: int, kind: str) -> None:
+    bitsandbytes, torch = (importlib.import_module(name) for name in ("bitsandbytes", "torch"))
+    optimizer = bitsandbytes.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], optim_bits=bits)
+
+    assert capture.describe_group(optimizer.param_groups[0], {}, optimizer)["kind"] == kind
+
+
 def test_each_epoch_has_its_own_order_however_often_it_is_read(hf: Any) -> None:
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
     order = hf._Order(trainer, [[[0, 1], [2]], [[2, 0], [1]]])
@@ -238,11 +246,14 @@ def test_validation_leaves_a_base_as_training_needs_it(frozen: Any) -> None:
     torch = importlib.import_module("torch")
     model = make_base()
     frozen.keep_layout(model)
-    x = torch.randn(2, 256)
+    x = torch.randn(2, 256, requires_grad=True)
     before = model.down_proj(x)
     with torch.no_grad():
-        assert torch.equal(model.down_proj.eval()(x), before)
-    assert torch.equal(model.down_proj.train()(x), before)
+        assert torch.equal(model.down_proj.eval()(x.detach()), before)
+    after = model.down_proj.train()(x)
+    assert torch.equal(after, before)
+    after.sum().backward()
+    assert x.grad is not None
 
 
 def test_adapters_that_were_cast_are_fp32_again_and_that_is_told(frozen: Any) -> None:

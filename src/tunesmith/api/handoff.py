@@ -56,6 +56,8 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
         for epoch in range(1, math.ceil(total_steps / len(order[0])))
     ]
     write_json(run.handoff / "order.json", order)
+    # Its adapter's `can` refuses all others.
+    assert job.train.optimizer in ("adamw", "adamw-8bit")
     every, stored = job.train.evaluate_every, load_config(Path(task.model_folder)).dtype
     rate = resolve_learning_rate(job, Path(task.model_folder))
     handoff = Handoff(

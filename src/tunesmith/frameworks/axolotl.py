@@ -7,7 +7,13 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
-from tunesmith.frameworks.trainer import SCHEDULES, can_trainer, expected_settings, quantization_settings
+from tunesmith.frameworks.trainer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    can_trainer,
+    expected_settings,
+    quantization_settings,
+)
 from tunesmith.job.spec import FullSpec, Job
 
 # Whatever of Axolotl's would choose rows, padding, kernels or precision by itself, or leave files.
@@ -35,7 +41,6 @@ _OWN: dict[str, Any] = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
     "trust_remote_code": False,
-    "optimizer": "adamw_torch_fused",
     "use_eaft": False,
     "dataloader_num_workers": 0,
     "dataloader_drop_last": False,
@@ -100,6 +105,7 @@ def _train_arguments(handoff: Handoff) -> dict[str, Any]:
         "num_epochs": 1,
         "max_steps": handoff.total_steps,
         **_warmup(handoff),
+        "optimizer": OPTIMIZERS[handoff.optimizer],
         "learning_rate": handoff.learning_rate,
         "lr_scheduler": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": {},

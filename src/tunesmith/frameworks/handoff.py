@@ -86,7 +86,7 @@ class Handoff:
     warmup_steps: int
     learning_rate: float
     schedule: Literal["cosine", "linear", "constant"]
-    optimizer: str
+    optimizer: Literal["adamw", "adamw-8bit"]
     weight_decay: float
     beta1: float
     beta2: float

@@ -9,6 +9,8 @@ from tunesmith.frameworks.port import Reason
 from tunesmith.job.spec import FullSpec, Job, LoraSpec
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# Fused where it is safe and fast: the kernel that our own AdamW calls. In 8 bits bitsandbytes', whose levels ours has.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_8bit"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Of `trainer_settings`: what would change a weight on one device. Order and rows are the worker's.
 _DECIDING = (
@@ -30,9 +32,12 @@ def _can_train(job: Job, title: str) -> Reason | None:
         return Reason(
             "data.streaming", f"{title} is handed rows in files", "Read train without data.streaming"
         )
-    if train.optimizer != "adamw":
+    if train.optimizer not in OPTIMIZERS:
         cure = "Set train.optimizer: adamw"
         return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
+    if train.optimizer == "adamw-8bit" and isinstance(job.method_spec, FullSpec):
+        finding = f"{title} keeps the states of embeddings in fp32, ours are in 8 bits"
+        return Reason("train.optimizer", finding, "Train adapters, or set train.optimizer: adamw")
     if train.optimizer_in_backward:
         cure = "Leave train.optimizer_in_backward out"
         return Reason("train.optimizer_in_backward", f"{title} keeps gradients until the step's end", cure)
@@ -124,8 +129,7 @@ def trainer_settings(handoff: Handoff) -> dict[str, Any]:
         "lr_scheduler_type": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": None,
         "warmup_steps": handoff.warmup_steps,
-        # Fused where it is safe and fast: the kernel that our own AdamW calls.
-        "optim": "adamw_torch_fused",
+        "optim": OPTIMIZERS[handoff.optimizer],
         "optim_args": None,
         "weight_decay": handoff.weight_decay,
         "adam_beta1": handoff.beta1,

@@ -115,6 +115,10 @@ def hash_row(ids: list[int], mask: list[int]) -> str:
 
 def describe_group(group: dict, names: dict[int, str], optimizer) -> dict:
     kind = type(optimizer).__name__.lower()
+    if (
+        getattr(getattr(optimizer, "args", None), "optim_bits", 32) == 8
+    ):  # bitsandbytes has one class for both
+        kind = "adamw8bit"
     beta1, beta2 = group.get("betas", (0.0, 0.0))
     return {
         "kind": {"adamw8bit": "adamw-8bit"}.get(kind, kind),

@@ -38,7 +38,7 @@ def _tell(stored: tuple | None) -> str:
 
 def keep_layout(model) -> None:
     """On CPUs with bf16 instructions bitsandbytes (0.50) packs a weight anew in its first forward pass for evaluation,
-    for products in bf16, and leaves it so: training goes on with other products and wrong gradients."""
+    for products in bf16 without a gradient, and leaves it so: training after a validation would be another."""
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False

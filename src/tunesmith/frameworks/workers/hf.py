@@ -118,6 +118,11 @@ class _Watcher(transformers.TrainerCallback):
             raise Failure(f"trains on {len(trainer.train_dataset)} rows, and was handed {rows}")
         check_base(trainer.model, handoff)
         keep_layout(trainer.model)
+        if handoff["optimizer"] == "adamw-8bit" and handoff["device"] == "cpu":
+            self.run.warn(
+                "bitsandbytes on a CPU rounds 8-bit states to 65,536 steps before it looks for the nearest level, so "
+                "that small second moments are lost: its curve leaves ours"
+            )
         if self.capture:
             self.capture.parameters()
         if handoff["lora"]:
@@ -332,6 +337,9 @@ def describe(trainer) -> dict:
     found = {"arguments": trainer.args.to_dict()}
     for name, config in getattr(trainer.model, "peft_config", {}).items():
         found[f"peft {name}"] = config.to_dict()
+    quantization = getattr(trainer.model.config, "quantization_config", None)
+    if hasattr(quantization, "to_dict"):
+        found["quantization"] = quantization.to_dict()
     # Sets, enums and paths have no JSON; what they hold does.
     return json.loads(
         json.dumps(found, default=lambda item: sorted(item) if isinstance(item, set) else str(item))

@@ -25,7 +25,9 @@ def work(run: Run) -> None:
     chosen = {"dtype": getattr(torch, settings["weights"]), "attn_implementation": "sdpa"}
     if settings["quantization"]:
         chosen["quantization_config"] = transformers.BitsAndBytesConfig(**settings["quantization"])
-        chosen["device_map"] = {"": handoff["device"]}
+        chosen["device_map"] = {
+            "": 0 if handoff["device"] == "cuda" else "cpu"
+        }  # accelerate asks for a number
     model = transformers.AutoModelForCausalLM.from_pretrained(handoff["model"], **chosen)
     if raw := handoff.get("raw"):
         rows = raw_rows.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
