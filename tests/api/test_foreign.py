@@ -196,11 +196,9 @@ def test_a_framework_that_is_not_installed_is_named_with_its_command(
 
 
 def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path) -> None:
-    text = (
-        "compare.arms, lora-trl-rank8: train.optimizer: TRL has no adamw-8bit that computes as ours does; .*"
-    )
+    text = "compare.arms, lora-trl-rank8: train.memory_limit: TRL cannot be held to one; .*"
     bad = job([arm("trl", name="lora-trl-rank8")])
-    bad["train"]["optimizer"] = "adamw-8bit"
+    bad["train"]["memory_limit"] = "10GiB"
 
     with pytest.raises(JobError, match=text):
         tunesmith.compare(bad, out=tmp_path / "out")

@@ -16,6 +16,7 @@ from tunesmith.frameworks.adding import add_environment
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.timeout(300)]
 
+METHODS = ("lora", "qlora", "full")
 TRL_PYTHON = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"
 
 
@@ -33,13 +34,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
-    arms = [
-        {"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")
-    ]
+    arms = [{"method": method, "framework": name} for method in METHODS for name in ("tunesmith", "trl")]
     return compare_arms(arms, tmp_path_factory.mktemp("compare"), home)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
     theirs, ours = read_parity(compared, f"{method}-trl")
 
@@ -60,12 +59,12 @@ def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
     assert theirs.state_dtypes == ours.state_dtypes == ("float32",)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_gate_passes(compared: Path, method: str) -> None:
     assert read_gates(compared, f"{method}-trl") == ["PASS"] * 6
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method: str) -> None:
     theirs, ours = read_steps(compared, f"{method}-trl"), read_steps(compared, method)
 
@@ -127,7 +126,7 @@ def test_nothing_is_trained_twice(compared: Path, home: Path, tmp_path: Path) ->
         patch.setenv("TUNESMITH_HOME", str(home))
         tunesmith.compare(job, out=again / "out")
 
-    assert len(before) == 4
+    assert len(before) == 2 * len(METHODS)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

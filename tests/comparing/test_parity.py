@@ -41,7 +41,7 @@ def write_record(
         Parameter("a", (8, 100), "float32", 0.1),
         Parameter("b", (100, 8), "float32", 0.0),
     )
-    return ParityRecord("x", {"x": "1.0"}, "float32", steps, parameters, groups, ("float32",))
+    return ParityRecord("x", {"x": "1.0"}, "float32", steps, parameters, groups, ("float32",), {})
 
 
 def find(parity: Parity, name: str) -> Gate:

@@ -24,7 +24,8 @@ LORA = Lora(
 )  # fmt: skip
 HANDOFF = Handoff(
     label="lora-trl seed 3", model="/base", stored_dtype="bfloat16", rows="/rows.jsonl",
-    validation="/validation.jsonl", order="/run/handoff/order.json", lora=LORA, batch_rows=16, micro_rows=4,
+    validation="/validation.jsonl", order="/run/handoff/order.json", lora=LORA,
+    base="full", double_quant=True, batch_rows=16, micro_rows=4,
     total_steps=120, warmup_steps=6, learning_rate=3e-4, schedule="constant", optimizer="adamw",
     weight_decay=0.01, beta1=0.8, beta2=0.95, epsilon=1e-7, clip_norm=0.5, seed=3, precision="bf16",
     device="cuda", compile=False, evaluate_every=0, keep_best=True, scratch="/run/framework",
@@ -37,12 +38,16 @@ def settings_of(handoff: Handoff, framework: str = "trl") -> dict[str, Any]:
     return json.loads(PORTS[framework].translate(handoff).files[f"{framework}.json"])
 
 
+QLORA = dataclasses.replace(HANDOFF, base="nf4")
+
+
+@pytest.mark.parametrize(("method", "handoff"), [("lora", HANDOFF), ("qlora", QLORA)])
 @pytest.mark.parametrize("name", PORTS)
-def test_a_framework_is_told_every_number_of_the_job(name: str) -> None:
-    translation = PORTS[name].translate(HANDOFF)
+def test_a_framework_is_told_every_number_of_the_job(name: str, method: str, handoff: Handoff) -> None:
+    translation = PORTS[name].translate(handoff)
 
     assert dict(translation.files) == {
-        f"{name}.json": (GOLDEN / f"{name}-lora.json").read_text(encoding="utf-8")
+        f"{name}.json": (GOLDEN / f"{name}-{method}.json").read_text(encoding="utf-8")
     }
     worker, file = translation.argv
     assert Path(worker).is_file()
@@ -72,13 +77,15 @@ def test_a_handoff_of_another_kind_is_refused_by_field() -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"method": "qlora"}, "base"),
         ({"method": {"name": "lora", "base": "int8"}}, "base"),
+        ({"method": {"name": "lora", "base": "fp8"}}, "base"),
+        ({"method": {"name": "qlora", "compute": "fp8"}}, "compute"),
         ({"method": {"name": "full", "qat": "int4"}}, "qat"),
         ({"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"method": {"name": "lora", "new_tokens": ["<x>"]}}, "new_tokens"),
         ({"method": {"name": "lora", "dora": True}, "train": {"weight_decay": 0.1}}, "dora"),
-        ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, "train.optimizer"),
+        ({"method": "full", "train": {"optimizer": "muon"}}, "train.optimizer"),
         (
             {"method": "full", "train": {"optimizer_in_backward": True, "clip_norm": None}},
             "train.optimizer_in_backward",
@@ -101,6 +108,8 @@ def test_what_trl_cannot_express_is_a_reason(settings: dict[str, Any], key: str)
         {},
         {"method": {"name": "lora", "rslora": True, "dropout": 0.1, "targets": ["q_proj"]}},
         {"method": {"name": "lora", "dora": True}},
+        {"method": "qlora", "train": {"optimizer": "adamw-8bit"}},
+        {"method": {"name": "qlora", "double_quant": False, "dora": True}},
         {"method": "full", "train": {"clip_norm": None, "schedule": "linear", "weight_decay": 0.1}},
     ],
 )
@@ -120,9 +129,10 @@ def test_every_framework_that_an_arm_can_name_has_an_adapter() -> None:
     [
         ("axolotl", {"method": "full", "train": {"precision": "bf16"}}, "train.precision"),
         ("axolotl", {"method": {"name": "lora", "alpha": 12.5}}, "alpha"),
-        ("axolotl", {"method": "qlora"}, "base"),
+        ("axolotl", {"method": {"name": "qlora", "alpha": 12.5}}, "alpha"),
         ("llamafactory", {"method": {"name": "lora", "modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ("unsloth", {"method": {"name": "lora", "base": "int8"}}, "base"),
+        ("unsloth", {"method": {"name": "qlora", "double_quant": False}}, "double_quant"),
     ],
 )
 def test_what_another_framework_cannot_express_is_a_reason(
@@ -144,6 +154,32 @@ def test_what_may_not_be_altered_is_written_beside_what_is_said(name: str) -> No
     assert settings["expected"]["arguments"]["gradient_accumulation_steps"] == 4
     assert settings["expected"]["lora"]["lora_alpha"] == 16.0
     assert settings_of(dataclasses.replace(HANDOFF, lora=None), name)["expected"]["lora"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "key"),
+    [("trl", "sft", "optim"), ("llamafactory", "arguments", "optim"), ("axolotl", "arguments", "optimizer"),
+     ("unsloth", "sft", "optim")],
+)  # fmt: skip
+def test_8_bit_adamw_is_bitsandbytes(name: str, part: str, key: str) -> None:
+    told = [
+        settings_of(dataclasses.replace(HANDOFF, optimizer=optimizer), name)[part][key]
+        for optimizer in ("adamw", "adamw-8bit")
+    ]
+
+    assert told == ["adamw_torch_fused", "adamw_8bit"]
+
+
+@pytest.mark.parametrize("name", [name for name in PORTS if name != "unsloth"])
+def test_how_scales_of_an_nf4_base_are_stored_follows_the_job(name: str) -> None:
+    told = [
+        PORTS[name].translate(dataclasses.replace(QLORA, double_quant=doubly)).files[f"{name}.json"]
+        for doubly in (True, False)
+    ]
+    changed = [(a, b) for a, b in zip(*(text.splitlines() for text in told), strict=True) if a != b]
+
+    assert [a.strip().rstrip(",") for a, _ in changed][:1] == ['"double_quant": true']
+    assert len(changed) == 2
 
 
 def test_axolotl_is_told_of_one_warm_up_step_as_a_share() -> None:
