@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from left_running import list_left, mark_processes
+from script_framework import BEGIN, Script, add_environment
 
 import tunesmith
 from tunesmith import api
@@ -21,21 +21,10 @@ from tunesmith.core.errors import ArmFailed, JobError, SetupError
 from tunesmith.core.events import Event
 from tunesmith.core.frameworks import FrameworkPages
 from tunesmith.core.jsonl import read_json
-from tunesmith.core.records import EnvironmentRecord
 from tunesmith.frameworks import process
-from tunesmith.frameworks.environments import open_environment
-from tunesmith.frameworks.handoff import Handoff
-from tunesmith.frameworks.port import Reason, Translation
 from tunesmith.frameworks.ports import PORTS
-from tunesmith.job.spec import Job
 
-# Real scripts, run by a real interpreter: each begins well.
-BEGIN = """\
-import json, os, sys
-task = json.load(open(sys.argv[1]))
-print(json.dumps({"kind": "progress", "task": task["label"], "text": "loading"}), flush=True)
-print("what a framework says of itself", file=sys.stderr)
-"""
+# Real scripts, run by a real interpreter.
 CRASHES = BEGIN + "os.abort()\n"
 LEAVES_NOTHING = BEGIN
 WAITS = BEGIN + "import time; time.sleep(600)\n"
@@ -80,31 +69,6 @@ sys.exit(1)
 LEAVES_NONSENSE = (
     BEGIN + 'open(task["parity"], "w").write(json.dumps({"schema": 1, "framework": "unsloth"}))\n'
 )
-
-
-@dataclasses.dataclass
-class Script:
-    """A framework whose worker is a script."""
-
-    name: str
-    text: str
-
-    def can(self, job: Job) -> Reason | None:
-        return None
-
-    def translate(self, handoff: Handoff) -> Translation:
-        files = {"task.json": json.dumps(handoff.to_json()), "worker.py": self.text}
-        return Translation(files, (f"{handoff.scratch}/worker.py", f"{handoff.scratch}/task.json"))
-
-
-def add_environment(name: str, *, python: str = sys.executable) -> None:
-    record = EnvironmentRecord(
-        framework=name, origin="added", python=python, slot="", python_version="3", torch="0", build="cpu",
-        lock_sha256="", installer="", versions={}, created="", wall_seconds=0.0, size_bytes=0,
-    )  # fmt: skip
-    environment = open_environment(name)
-    with environment.own():
-        environment.write(record)
 
 
 def job(arms: list[Any], **more: Any) -> dict[str, Any]:

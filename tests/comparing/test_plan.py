@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.comparing.plan import ChosenRate, choose_rate, plan_arms, plan_trials
+from tunesmith.comparing.plan import ChosenRate, choose_rate, order_trainings, plan_arms, plan_trials
 from tunesmith.core.errors import JobError
 from tunesmith.job.load import job_from
 from tunesmith.job.spec import Job, LoraSpec, TuneSpec
@@ -252,8 +252,8 @@ def test_quantised_arms_that_would_mislead_are_refused(arm: Any, finding: str) -
 
 def test_every_seed_is_a_round_whose_order_is_drawn_from_it() -> None:
     names = [f"arm{number}" for number in range(6)]
-    job = make_job([{"method": "lora", "name": name, "epochs": i + 1} for i, name in enumerate(names)])
-    order = [(arm.name, seed) for arm, seed in order_trainings(plan_arms(job))]
+    arms = plan_arms(job([{"method": "lora", "name": name, "epochs": i + 1} for i, name in enumerate(names)]))
+    order = [(arm.name, seed) for arm, seed in order_trainings(arms)]
 
     rounds = [[name for name, seed in order if seed == wanted] for wanted in (0, 1, 2)]
     assert [seed for _, seed in order] == [0] * 6 + [1] * 6 + [2] * 6
@@ -266,7 +266,7 @@ def test_an_arm_keeps_its_place_when_others_join_and_only_trainings_have_one() -
     few = ["lora", "full", "zero-shot"]
     wide = [*few, "rag", "lora+rag", {"method": "lora", "framework": "trl"}]
     orders = [
-        [(arm.name, seed) for arm, seed in order_trainings(plan_arms(make_job(arms)))] for arms in (few, wide)
+        [(arm.name, seed) for arm, seed in order_trainings(plan_arms(job(arms)))] for arms in (few, wide)
     ]
     assert sorted({name for name, _ in orders[1]}) == ["full", "lora", "lora-trl"]
     assert [place for place in orders[1] if place in orders[0]] == orders[0]
