@@ -16,6 +16,7 @@ from script_framework import BEGIN, Script, add_environment
 import tunesmith
 from tunesmith import api
 from tunesmith.api.foreign import run_foreign
+from tunesmith.api.pool import _has_gpu
 from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
 from tunesmith.core.errors import ArmFailed, JobError, SetupError
 from tunesmith.core.events import Event
@@ -259,6 +260,17 @@ def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path)
     )
     bad = job([arm("trl", name="lora-trl-rank8")])
     bad["train"]["optimizer"] = "adamw-8bit"
+
+    with pytest.raises(JobError, match=text):
+        tunesmith.compare(bad, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "prepared").exists()
+
+
+@pytest.mark.skipif(_has_gpu(), reason="what a CPU stands in the way of")
+def test_what_a_framework_cannot_do_on_this_machine_is_told_before_anything_runs(tmp_path: Path) -> None:
+    text = "compare.arms, lora-axolotl: train.precision: Axolotl has no bf16 on a CPU; .* Set train.precision: fp32"
+    bad = job([arm("axolotl")])
+    bad["train"]["precision"] = "bf16"
 
     with pytest.raises(JobError, match=text):
         tunesmith.compare(bad, out=tmp_path / "out")

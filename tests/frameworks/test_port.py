@@ -14,7 +14,13 @@ from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.records import StepRecord
 from tunesmith.frameworks.catalog import FRAMEWORKS
 from tunesmith.frameworks.handoff import Handoff, Lora, RawRows
-from tunesmith.frameworks.port import FrameworkRecord, NativePort, collect_parity, collect_training
+from tunesmith.frameworks.port import (
+    FrameworkRecord,
+    HardwarePort,
+    NativePort,
+    collect_parity,
+    collect_training,
+)
 from tunesmith.frameworks.ports import PORTS, find_port
 from tunesmith.job.load import job_from
 from tunesmith.job.spec import Framework
@@ -136,6 +142,34 @@ def test_what_another_framework_cannot_express_is_a_reason(
 
     assert reason is not None
     assert reason.key == key
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "device", "precision", "refused"),
+    [
+        ("axolotl", "lora", "cpu", "bf16", "Axolotl has no bf16 on a CPU"),
+        ("axolotl", "lora", "cpu", "fp32", ""),
+        ("axolotl", "lora", "cuda", "bf16", ""),
+        (
+            "axolotl",
+            "full",
+            "cuda",
+            "bf16",
+            "Axolotl keeps the weights that it trains in bf16, ours are fp32",
+        ),
+        ("axolotl", "full", "cuda", "fp32", ""),
+        ("unsloth", "lora", "cuda", "fp32", "Unsloth computes in 16 bits on a GPU, whatever it is told"),
+        ("unsloth", "lora", "cpu", "fp32", ""),
+    ],
+)
+def test_what_hardware_stands_in_the_way_of_is_a_reason(
+    name: str, method: str, device: str, precision: str, refused: str
+) -> None:
+    port, job = find_port(name), job_from({"model": "m", "data": {"train": "d"}, "method": method})
+    assert port.can(job) is None
+    assert isinstance(port, HardwarePort)
+    reason = port.can_on(job, device=device, precision=precision)
+    assert (reason.finding if reason else "") == refused
 
 
 @pytest.mark.parametrize("name", ["llamafactory", "axolotl", "unsloth"])

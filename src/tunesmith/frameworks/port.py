@@ -87,6 +87,15 @@ class Port(Protocol):
 
 
 @runtime_checkable
+class HardwarePort(Port, Protocol):
+    """A framework that cannot do on some hardware what it can on other."""
+
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """As `can`, with what `auto` means on this machine: `cpu` or `cuda`, and `fp32`, `bf16` or `fp16`."""
+        ...
+
+
+@runtime_checkable
 class NativePort(Port, Protocol):
     """A framework whose own preprocessing can be told what a job says (`compare.track: native`)."""
 

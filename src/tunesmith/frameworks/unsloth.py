@@ -27,6 +27,13 @@ class Unsloth:
         """See `Port`."""
         return can_trainer(job, title="Unsloth")
 
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """See `HardwarePort`."""
+        if device == "cuda" and precision == "fp32":
+            finding = "Unsloth computes in 16 bits on a GPU, whatever it is told"
+            return Reason("train.precision", finding, "Set train.precision: bf16")
+        return None
+
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
         # TRL's chunked loss would stand in the way of Unsloth's own.
