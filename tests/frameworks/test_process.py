@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -105,6 +106,12 @@ def test_a_silent_worker_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
+def test_a_worker_that_only_prints_is_ended_too(tmp_path: Path) -> None:
+    code = "import sys, time\nwhile True: print('still here', file=sys.stderr); time.sleep(.05)"
+    with pytest.raises(ArmFailed, match="silent for too long"):
+        run(code, tmp_path / "log.txt", idle_seconds=0.5)
+
+
 def test_stopping_lets_the_worker_save_first(tmp_path: Path) -> None:
     stop = threading.Event()
     saved = tmp_path / "saved"
@@ -193,6 +200,20 @@ def test_all_of_a_worker_is_killed_with_whoever_started_it(tmp_path: Path) -> No
     while any(map(is_alive, pids)):
         assert time.monotonic() < waited, "something is left running"
         time.sleep(0.05)
+
+
+def test_also_with_one_that_ended_before_it_heard_of_the_worker(tmp_path: Path) -> None:
+    # What was said and never read resets the socket in place of ending it.
+    pid_file = tmp_path / "pid"
+    code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    mine, theirs = socket.socketpair()
+    number = str(theirs.fileno())
+    command = [sys.executable, "-I", "-S", str(process._SUPERVISE), number, sys.executable, "-c", code]
+    with theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as supervisor:
+        pid = read_pid(pid_file)
+        mine.close()
+        assert supervisor.wait(10) == 0
+    assert not is_alive(pid)
 
 
 def read_pid(file: Path) -> int:

@@ -26,6 +26,8 @@ from tunesmith.core.events import Event, OnEvent
 from tunesmith.frameworks.logs import MAX_LINE_BYTES, Lines, Log, clean_text
 
 GRACE_SECONDS = 60.0
+# Of `idle_seconds`: for a worker that says something, though nothing of its work.
+_EVENTLESS = 6
 MAX_TEXT = 1000
 _SUPERVISE = Path(__file__).with_name("supervise.py")
 # oneDNN keeps a compiled kernel per shape, 1,024 of them unless told otherwise: about 0.3 MB each.
@@ -60,7 +62,7 @@ def run_process(
     """Run one worker to its end, passing its events on.
 
     stop:         when set, the worker gets SIGTERM (it saves a checkpoint) and, after a grace period, SIGKILL.
-    idle_seconds: a worker silent for this long is ended.
+    idle_seconds: a worker silent for this long is ended; one that prints, but tells no event, after six times that.
     environ:      in place of this process's environment; thread counts are set in either.
     on_line:      for a program that is no worker: gets every line of both pipes, which all go to the log.
     Raises ArmFailed in one line when it ends badly (the line is the worker's own last error, or names the log), and
@@ -135,7 +137,7 @@ class _Reading:
         assert child.stderr is not None
         self._stdout, self._channel, self._log = child.stdout, channel, log
         self._on_event, self._on_line = on_event, on_line
-        self._pid, self._last_sign = 0, time.monotonic()
+        self._pid, self._last_sign, self._last_event = 0, time.monotonic(), time.monotonic()
         self._buffers: dict[IO[bytes] | socket.socket, Lines] = {
             source: Lines() for source in (child.stdout, child.stderr, channel)
         }
@@ -155,7 +157,8 @@ class _Reading:
                     if not self._read(key.fileobj):  # type: ignore[arg-type]
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
-                self.timed_out = self.timed_out or now - self._last_sign > idle_seconds
+                self.timed_out |= now - self._last_sign > idle_seconds
+                self.timed_out |= not self._on_line and now - self._last_event > _EVENTLESS * idle_seconds
                 if (stop.is_set() or self.timed_out) and ended_at is None:
                     ended_at = now
                     with contextlib.suppress(OSError):
@@ -198,6 +201,7 @@ class _Reading:
                 self._on_line(line.decode(errors="replace"))
         elif source is self._stdout:
             for event in _read_events(lines):
+                self._last_event = time.monotonic()
                 if event.kind == "failed":
                     self.failure = event.text
                 else:

@@ -53,8 +53,10 @@ def main(channel: int, argv: list[str]) -> None:
         signal.signal(number, kill)
 
     def obey() -> None:
-        while os.read(channel, 1):
-            _signal_group(child.pid, signal.SIGTERM)
+        # A parent that was killed before it read what was said resets the socket.
+        with contextlib.suppress(ConnectionError):
+            while os.read(channel, 1):
+                _signal_group(child.pid, signal.SIGTERM)
         kill()
 
     threading.Thread(target=obey, daemon=True).start()
