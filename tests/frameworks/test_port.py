@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from tunesmith.core.errors import ArmFailed, DataError
+from tunesmith.core.records import StepRecord
 from tunesmith.frameworks.catalog import FRAMEWORKS
 from tunesmith.frameworks.handoff import Handoff, Lora, RawRows
-from tunesmith.frameworks.port import FrameworkRecord, NativePort, collect_parity, collect_training
+from tunesmith.frameworks.port import (
+    FrameworkRecord,
+    HardwarePort,
+    NativePort,
+    collect_parity,
+    collect_training,
+)
 from tunesmith.frameworks.ports import PORTS, find_port
 from tunesmith.job.load import job_from
 from tunesmith.job.spec import Framework
@@ -146,6 +154,34 @@ def test_what_another_framework_cannot_express_is_a_reason(
     assert reason.key == key
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "device", "precision", "refused"),
+    [
+        ("axolotl", "lora", "cpu", "bf16", "Axolotl has no bf16 on a CPU"),
+        ("axolotl", "lora", "cpu", "fp32", ""),
+        ("axolotl", "lora", "cuda", "bf16", ""),
+        (
+            "axolotl",
+            "full",
+            "cuda",
+            "bf16",
+            "Axolotl keeps the weights that it trains in bf16, ours are fp32",
+        ),
+        ("axolotl", "full", "cuda", "fp32", ""),
+        ("unsloth", "lora", "cuda", "fp32", "Unsloth computes in 16 bits on a GPU, whatever it is told"),
+        ("unsloth", "lora", "cpu", "fp32", ""),
+    ],
+)
+def test_what_hardware_stands_in_the_way_of_is_a_reason(
+    name: str, method: str, device: str, precision: str, refused: str
+) -> None:
+    port, job = find_port(name), job_from({"model": "m", "data": {"train": "d"}, "method": method})
+    assert port.can(job) is None
+    assert isinstance(port, HardwarePort)
+    reason = port.can_on(job, device=device, precision=precision)
+    assert (reason.finding if reason else "") == refused
+
+
 @pytest.mark.parametrize("name", ["llamafactory", "axolotl", "unsloth"])
 def test_what_may_not_be_altered_is_written_beside_what_is_said(name: str) -> None:
     settings = settings_of(dataclasses.replace(HANDOFF, precision="fp32"), name)
@@ -205,6 +241,11 @@ RECORD = FrameworkRecord(
 )  # fmt: skip
 
 
+def step_line(step: int, **changes: Any) -> str:
+    record = StepRecord(step, 0.1, 2.0, 1.0, 1e-3, 30, 10, 0.5, 1000)
+    return json.dumps(record.to_json() | changes) + "\n"
+
+
 @pytest.fixture
 def handoff(tmp_path: Path) -> Handoff:
     """One whose worker left a good record and weights."""
@@ -212,8 +253,10 @@ def handoff(tmp_path: Path) -> Handoff:
         "record": str(tmp_path / "record.json"),
         "weights": str(tmp_path),
         "parity": str(tmp_path / "parity.json"),
+        "steps_file": str(tmp_path / "steps.jsonl"),
     }
     (tmp_path / "record.json").write_text(json.dumps(dataclasses.asdict(RECORD)))
+    (tmp_path / "steps.jsonl").write_text("".join(step_line(step) for step in range(1, 121)))
     (tmp_path / "adapter_model.safetensors").touch()
     return dataclasses.replace(HANDOFF, **left)
 
@@ -230,6 +273,13 @@ def test_a_good_record_is_collected(handoff: Handoff) -> None:
         ({"steps": "many"}, r"malformed record \(record\.json: steps: is 'many'\)"),
         ({"seconds": {"steps": "long"}}, r"malformed record \(record\.json: seconds\.steps: is 'long'\)"),
         ({"extra": 1}, "unknown field 'extra'"),
+        (
+            {"train_tokens": 10**300},
+            r"malformed record \(record\.json: train_tokens: is a number of 301 digits",
+        ),
+        ({"seconds": {"steps": 10**400}}, "a number of 401 digits"),
+        ({"seconds": {"steps": float("nan")}}, "NaN is not JSON"),
+        ({"steps": True}, "steps: is 'True'"),
     ],
 )
 def test_a_record_of_something_else_is_refused(
@@ -240,6 +290,84 @@ def test_a_record_of_something_else_is_refused(
     with pytest.raises(ArmFailed, match=finding) as caught:
         collect_training(handoff, framework="trl", log=Path("x.log"))
     assert "x.log" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("", "malformed record"),
+        ('{"framework": "trl", "steps"', "malformed record"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"framework": "trl", "framework": "ours"}', "appears twice"),
+        ("[]", "it is an object|is '\\[\\]'"),
+        ("9" * 5000, "thousands of digits"),
+        ("\x00", "NUL byte"),
+    ],
+    ids=["empty", "cut off", "deep", "twice", "a list", "digits", "NUL"],
+)
+def test_a_record_that_is_none_is_one_line(handoff: Handoff, text: str, finding: str) -> None:
+    Path(handoff.record).write_text(text)
+
+    with pytest.raises(ArmFailed, match=finding) as caught:
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+    assert len(str(caught.value)) < 1000
+
+
+def test_only_plain_files_of_sensible_size_are_read(handoff: Handoff, tmp_path: Path) -> None:
+    record, good = Path(handoff.record), tmp_path / "good.json"
+    record.rename(good)
+    record.symlink_to(good)
+    with pytest.raises(ArmFailed, match=r"something else than a plain file as its record \(record\.json\)"):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(ArmFailed, match="something else than a plain file"):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+    record.unlink()
+    with record.open("wb") as handle:
+        handle.truncate(10**9)
+    with pytest.raises(ArmFailed, match=r"left a record of 1\.00 GB \(record\.json\); it has at most"):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "finding"),
+    [
+        ([step_line(1)], "steps.jsonl: has 1 steps, and trl was asked for 120"),
+        ([step_line(1), step_line(3)], "steps.jsonl:2: step: is 3, and it is line 2"),
+        ([step_line(1, loss="low")], "steps.jsonl:1: loss: is 'low'"),
+        ([step_line(1, num_target_tokens=10**30)], "a number of 31 digits"),
+        ([step_line(1).replace("2.0", "NaN")], "NaN is not JSON"),
+        ([step_line(1)[:40]], "last line is cut off"),
+        (["7\n"], "is no step's record"),
+    ],
+)
+def test_a_malformed_log_of_steps_is_one_line(handoff: Handoff, lines: list[str], finding: str) -> None:
+    Path(handoff.steps_file).write_text("".join(lines))
+
+    with pytest.raises(ArmFailed, match=finding):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+
+def test_weights_that_are_a_link_are_no_result(handoff: Handoff, tmp_path: Path) -> None:
+    weights = Path(handoff.weights or "") / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ArmFailed, match=r"plain file among its weights"):
+        collect_training(handoff, framework="trl", log=Path("x.log"))
+
+
+def test_texts_of_a_record_do_nothing_to_a_terminal(handoff: Handoff) -> None:
+    said = {"warnings": ["\x1b[31mred\x1b[0m" + "x" * 10**6], "versions": {"\x1b[2Jtrl": "1\x00"}}
+    Path(handoff.record).write_text(json.dumps(dataclasses.asdict(RECORD) | said))
+    record = collect_training(handoff, framework="trl", log=Path("x.log"))
+
+    assert record.versions == {"trl": "1"}
+    assert record.warnings[0].startswith("redx")
+    assert len(record.warnings[0]) == 20_000
 
 
 def test_a_record_without_weights_is_no_result(handoff: Handoff) -> None:

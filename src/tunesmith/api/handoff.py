@@ -20,7 +20,7 @@ from tunesmith.core.fingerprint import describe_hardware
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
-from tunesmith.data.batch import plan_epoch
+from tunesmith.data.batch import plan_epochs
 from tunesmith.data.prepare import Prepared, load_prepared
 from tunesmith.frameworks.catalog import find_framework
 from tunesmith.frameworks.handoff import Handoff, Lora
@@ -49,12 +49,12 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     else:
         budget = choose_budget(job.train, device)
         micro_rows = choose_micro_rows(job.train.batch_rows, longest=max(lengths), budget=budget)
-    order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
-    total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))
-    order += [
-        plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=epoch)
-        for epoch in range(1, math.ceil(total_steps / len(order[0])))
-    ]
+    total_steps = count_steps(
+        epochs=job.train.epochs,
+        steps=job.train.steps,
+        steps_per_epoch=math.ceil(len(lengths) / job.train.batch_rows),
+    )
+    order = plan_epochs(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, steps=total_steps)
     write_json(run.handoff / "order.json", order)
     # Its adapter's `can` refuses all others.
     assert job.train.optimizer in ("adamw", "adamw-8bit")

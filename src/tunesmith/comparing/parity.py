@@ -135,7 +135,7 @@ def _find_spreads(both: Sequence[tuple[Parameter, Parameter]]) -> list[tuple[Par
     for x, y in both:
         if x.std is None or y.std is None or tuple(x.shape) != tuple(y.shape):
             continue
-        if x.std == 0 or y.std == 0 or not math.isfinite(y.std):
+        if x.std <= 0 or y.std <= 0 or not math.isfinite(y.std):
             odd += [(x, y)] if x.std != y.std else []
         else:
             drawn.append((x, y, math.log(y.std / x.std)))

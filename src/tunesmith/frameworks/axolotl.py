@@ -70,13 +70,18 @@ class Axolotl:
             return reason
         method = job.method_spec
         if isinstance(method, FullSpec):
-            if job.train.precision in ("bf16", "fp16"):
-                finding = f"Axolotl keeps the weights that it trains in {job.train.precision}, ours are fp32"
-                return Reason("train.precision", finding, "Set train.precision: fp32, or train adapters")
-        elif not method.scaling_alpha.is_integer():
+            return _can_train_whole(job.train.precision)
+        if not method.scaling_alpha.is_integer():
             finding = f"Axolotl's lora_alpha is a whole number, not {method.scaling_alpha}"
             return Reason("alpha", finding, "Choose a whole alpha")
         return None
+
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """See `HardwarePort`."""
+        if device == "cpu" and precision != "fp32":
+            finding = f"Axolotl has no {precision} on a CPU"
+            return Reason("train.precision", finding, "Set train.precision: fp32")
+        return _can_train_whole(precision) if isinstance(job.method_spec, FullSpec) else None
 
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
@@ -91,6 +96,13 @@ class Axolotl:
             argv=(str(WORKERS / "run_axolotl.py"), f"{handoff.scratch}/axolotl.json"),
             environ={"AXOLOTL_LOG_LEVEL": "WARNING"},
         )
+
+
+def _can_train_whole(precision: str) -> Reason | None:
+    if precision in ("bf16", "fp16"):
+        finding = f"Axolotl keeps the weights that it trains in {precision}, ours are fp32"
+        return Reason("train.precision", finding, "Set train.precision: fp32, or train adapters")
+    return None
 
 
 def _train_arguments(handoff: Handoff) -> dict[str, Any]:

@@ -33,6 +33,13 @@ class Unsloth:
             return Reason("double_quant", finding, "Leave method.double_quant out")
         return None
 
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """See `HardwarePort`."""
+        if device == "cuda" and precision == "fp32":
+            finding = "Unsloth computes in 16 bits on a GPU, whatever it is told"
+            return Reason("train.precision", finding, "Set train.precision: bf16")
+        return None
+
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
         # TRL's chunked loss would stand in the way of Unsloth's own.
