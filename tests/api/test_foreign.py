@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from left_running import list_left, mark_processes
+from script_framework import BEGIN, Script, add_environment
 
 import tunesmith
 from tunesmith import api
 from tunesmith.api.foreign import run_foreign
+from tunesmith.api.pool import _has_gpu
 from tunesmith.api.tasks import TrainTask, is_finished, read_tasks
 from tunesmith.core.errors import ArmFailed, JobError, SetupError
 from tunesmith.core.events import Event
 from tunesmith.core.frameworks import FrameworkPages
 from tunesmith.core.jsonl import read_json
-from tunesmith.core.records import EnvironmentRecord
-from tunesmith.frameworks.environments import open_environment
-from tunesmith.frameworks.handoff import Handoff
-from tunesmith.frameworks.port import Reason, Translation
+from tunesmith.frameworks import process
 from tunesmith.frameworks.ports import PORTS
-from tunesmith.job.spec import Job
 
-# Real scripts, run by a real interpreter: each begins well.
-BEGIN = """\
-import json, os, sys
-task = json.load(open(sys.argv[1]))
-print(json.dumps({"kind": "progress", "task": task["label"], "text": "loading"}), flush=True)
-print("what a framework says of itself", file=sys.stderr)
-"""
+# Real scripts, run by a real interpreter.
 CRASHES = BEGIN + "os.abort()\n"
 LEAVES_NOTHING = BEGIN
 WAITS = BEGIN + "import time; time.sleep(600)\n"
@@ -45,34 +38,38 @@ record = json.load(open(os.path.join(os.path.dirname(path), "..", "reference", "
 json.dump({**record, "framework": "axolotl"}, open(path, "w"))
 """
 )
+# Neither it nor its child, which is in a session of its own, ends when it is asked to.
+DEAF = (
+    BEGIN
+    + """\
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(json.dumps({"kind": "progress", "task": task["label"], "text": "deaf"}), flush=True)
+time.sleep(600)
+"""
+)
+ORPHAN = """\
+import subprocess
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+"""
+# As far as a process can tell: the disk itself stays as it is.
+FILLS_DISK = (
+    BEGIN
+    + """\
+os.makedirs(os.path.join(task["scratch"], "output"))
+for name in ("core", "output/checkpoint"):
+    open(os.path.join(task["scratch"], name), "wb").write(bytes(1 << 20))
+try:
+    os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+except OSError as error:
+    print(json.dumps({"kind": "failed", "text": f"OSError: {error}"}), flush=True)
+sys.exit(1)
+"""
+)
 LEAVES_NONSENSE = (
     BEGIN + 'open(task["parity"], "w").write(json.dumps({"schema": 1, "framework": "unsloth"}))\n'
 )
-
-
-@dataclasses.dataclass
-class Script:
-    """A framework whose worker is a script."""
-
-    name: str
-    text: str
-
-    def can(self, job: Job) -> Reason | None:
-        return None
-
-    def translate(self, handoff: Handoff) -> Translation:
-        files = {"task.json": json.dumps(handoff.to_json()), "worker.py": self.text}
-        return Translation(files, (f"{handoff.scratch}/worker.py", f"{handoff.scratch}/task.json"))
-
-
-def add_environment(name: str) -> None:
-    record = EnvironmentRecord(
-        framework=name, origin="added", python=sys.executable, slot="", python_version="3", torch="0", build="cpu",
-        lock_sha256="", installer="", versions={}, created="", wall_seconds=0.0, size_bytes=0,
-    )  # fmt: skip
-    environment = open_environment(name)
-    with environment.own():
-        environment.write(record)
 
 
 def job(arms: list[Any], **more: Any) -> dict[str, Any]:
@@ -155,27 +152,90 @@ def test_each_framework_has_a_page_with_the_end_of_its_log(said: tuple[Path, lis
     assert "what a framework says of itself" in report
 
 
-def test_an_interrupted_run_leaves_no_result_and_is_run_again(
-    said: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclasses.dataclass
+class Begun:
+    """The parity run of the arm of Axolotl, to be run again by another script. log: what it prints."""
+
+    task: TrainTask
+    file: Path
+    log: Path
+    patch: pytest.MonkeyPatch
+    mark: str
+    events: list[Event] = dataclasses.field(default_factory=list[Event])
+
+    def run(self, text: str, *, stop_at: str = "") -> None:
+        """Whole, or until a phase of this name is told."""
+        stop = threading.Event()
+
+        def take(event: Event) -> None:
+            self.events.append(event)
+            if event.text == stop_at:
+                stop.set()
+
+        self.patch.setitem(PORTS, "axolotl", Script("axolotl", text))
+        run_foreign(self.task, task_file=self.file, log=self.log, on_event=take, stop=stop, threads=1)
+
+
+@pytest.fixture
+def begun(said: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begun:
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
     add_environment("axolotl")
     file = said[0] / "arms" / "lora-axolotl" / "parity" / "parity" / "lora-axolotl-parity.tasks.json"
     (task,) = read_tasks(file)
     assert isinstance(task, TrainTask)
-    stop = threading.Event()
-    settings = {"task_file": file, "log": tmp_path / "x.log", "threads": 1}
+    return Begun(task, file, tmp_path / "x.log", monkeypatch, mark_processes(monkeypatch))
 
-    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", WAITS))
-    run_foreign(
-        task, on_event=lambda event: stop.set() if event.text == "loading" else None, stop=stop, **settings
+
+def test_an_interrupted_run_leaves_no_result_and_is_run_again(begun: Begun) -> None:
+    begun.run(WAITS, stop_at="loading")
+    assert not is_finished(begun.task)
+    assert list_left(begun.mark) == []
+
+    begun.run(LEAVES_ALL)
+    assert is_finished(begun.task)
+
+
+def test_one_that_ignores_being_asked_to_end_is_killed_with_its_children(begun: Begun) -> None:
+    begun.patch.setattr(process, "GRACE_SECONDS", 0.5)
+    begun.run(DEAF, stop_at="deaf")
+    assert list_left(begun.mark) == []
+
+
+def test_one_that_leaves_an_orphan_is_told_of_it_and_keeps_its_result(begun: Begun) -> None:
+    begun.run(LEAVES_ALL + ORPHAN)
+    assert is_finished(begun.task)
+    assert list_left(begun.mark) == []
+    (warning,) = [event.text for event in begun.events if event.kind == "warning"]
+    assert warning == f"left a process running, ended now. Its log: {begun.log}"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_what_it_filled_the_disk_with_is_deleted_when_it_fails(begun: Begun) -> None:
+    with pytest.raises(ArmFailed, match=r"axolotl failed, loading: OSError: .*No space left on device"):
+        begun.run(FILLS_DISK)
+    left = Path(begun.task.out) / "framework"
+    assert sorted(path.name for path in left.iterdir()) == ["task.json", "worker.py"]
+
+
+def test_what_it_prints_is_kept_as_plain_text(begun: Begun) -> None:
+    with pytest.raises(
+        ArmFailed, match=r"axolotl failed, loading: ended with exit code 3\. Its log: .*x\.log"
+    ):
+        begun.run(BEGIN + "os.write(2, b'\\x00\\x1b[31mred\\x1b[2J\\n'); sys.exit(3)\n")
+    assert begun.log.read_text(encoding="utf-8").endswith("\nred\n")
+
+
+def test_an_interpreter_that_broke_meanwhile_is_named(begun: Begun, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("no program")
+    broken.chmod(0o755)
+    add_environment("axolotl", python=str(broken))
+    finding = (
+        f"lora-axolotl parity: axolotl failed, starting: {broken} does not run (Exec format error). "
+        "Run: tunesmith frameworks doctor axolotl"
     )
-    assert stop.is_set()
-    assert not is_finished(task)
-
-    monkeypatch.setitem(PORTS, "axolotl", Script("axolotl", LEAVES_ALL))
-    run_foreign(task, on_event=lambda event: None, stop=threading.Event(), **settings)
-    assert is_finished(task)
+    with pytest.raises(ArmFailed, match=re.escape(finding)):
+        begun.run(LEAVES_ALL)
 
 
 def test_our_own_engine_leaves_the_same_record_for_reference(said: tuple[Path, list[Event]]) -> None:
@@ -196,11 +256,20 @@ def test_a_framework_that_is_not_installed_is_named_with_its_command(
 
 
 def test_what_a_framework_cannot_do_is_told_before_anything_runs(tmp_path: Path) -> None:
-    text = (
-        "compare.arms, lora-trl-rank8: train.optimizer: TRL has no adamw-8bit that computes as ours does; .*"
-    )
+    text = "compare.arms, lora-trl-rank8: train.memory_limit: TRL cannot be held to one; .*"
     bad = job([arm("trl", name="lora-trl-rank8")])
-    bad["train"]["optimizer"] = "adamw-8bit"
+    bad["train"]["memory_limit"] = "10GiB"
+
+    with pytest.raises(JobError, match=text):
+        tunesmith.compare(bad, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "prepared").exists()
+
+
+@pytest.mark.skipif(_has_gpu(), reason="what a CPU stands in the way of")
+def test_what_a_framework_cannot_do_on_this_machine_is_told_before_anything_runs(tmp_path: Path) -> None:
+    text = "compare.arms, lora-axolotl: train.precision: Axolotl has no bf16 on a CPU; .* Set train.precision: fp32"
+    bad = job([arm("axolotl")])
+    bad["train"]["precision"] = "bf16"
 
     with pytest.raises(JobError, match=text):
         tunesmith.compare(bad, out=tmp_path / "out")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,16 @@ from real_arms import compare_arms, read_gates, read_parity, read_steps
 
 import tunesmith
 from tunesmith import api
-from tunesmith.core.jsonl import read_json
+from tunesmith.core.jsonl import read_json, read_jsonl
+from tunesmith.core.rundir import RunDir
+from tunesmith.data.prepare import load_prepared
 from tunesmith.frameworks.adding import add_environment
+from tunesmith.job.resolve import resolve_model
+from tunesmith.job.spec import Job
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.timeout(300)]
 
+METHODS = ("lora", "qlora", "full")
 TRL_PYTHON = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"
 
 
@@ -33,13 +40,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
-    arms = [
-        {"method": method, "framework": name} for method in ("lora", "full") for name in ("tunesmith", "trl")
-    ]
+    arms = [{"method": method, "framework": name} for method in METHODS for name in ("tunesmith", "trl")]
     return compare_arms(arms, tmp_path_factory.mktemp("compare"), home)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
     theirs, ours = read_parity(compared, f"{method}-trl")
 
@@ -60,12 +65,12 @@ def test_the_first_steps_are_the_same(compared: Path, method: str) -> None:
     assert theirs.state_dtypes == ours.state_dtypes == ("float32",)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_gate_passes(compared: Path, method: str) -> None:
     assert read_gates(compared, f"{method}-trl") == ["PASS"] * 6
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_whole_training_is_the_same_and_judged_alike(compared: Path, method: str) -> None:
     theirs, ours = read_steps(compared, f"{method}-trl"), read_steps(compared, method)
 
@@ -117,6 +122,46 @@ def test_the_run_record_tells_who_trained_and_what_it_cost(compared: Path) -> No
     assert resolved["peft default"]["r"] == 4
 
 
+# What plain PEFT says of each test row: nats of its target tokens.
+SCORE = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, rows = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+for row in json.load(open(rows)):
+    ids = torch.tensor(row["ids"])
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1]
+    chosen = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    print(-float(chosen[torch.tensor(row["mask"])[1:].bool()].sum()))
+"""
+
+
+def test_plain_peft_loads_its_adapter_and_says_what_our_judge_says(compared: Path, tmp_path: Path) -> None:
+    arm = RunDir(compared).arm("lora-trl", 0)
+    answers = sorted((value for _, value in read_jsonl(arm.answers)), key=lambda answer: answer["row"])
+    rows = load_prepared(RunDir(compared).prepared).rows("test")
+    shown = [{"ids": list(rows[a["row"]].ids), "mask": list(map(int, rows[a["row"]].mask))} for a in answers]
+    (tmp_path / "rows.json").write_text(json.dumps(shown))
+    base = resolve_model(Job.model_validate(read_json(compared / "job.json")).model_spec).folder
+
+    argv = [str(TRL_PYTHON), "-c", SCORE, str(base), str(arm.adapter), str(tmp_path / "rows.json")]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run(argv, check=True, capture_output=True, text=True, env=environ).stdout.split()
+
+    assert len(said) == len(answers) > 0
+    assert list(map(float, said)) == pytest.approx([answer["nll"] for answer in answers], rel=1e-5)
+
+
+def test_the_tokens_of_every_step_of_the_training_itself_were_counted(compared: Path) -> None:
+    gate = read_json(compared / "gates.json")["arms"]["lora-trl"]["gates"][0]
+    steps = len(read_steps(compared, "lora-trl"))
+    assert gate["says"].endswith(f"as many target tokens in all {steps} steps of 1 training")
+
+
 def test_nothing_is_trained_twice(compared: Path, home: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(compared.parent, again)
@@ -127,7 +172,7 @@ def test_nothing_is_trained_twice(compared: Path, home: Path, tmp_path: Path) ->
         patch.setenv("TUNESMITH_HOME", str(home))
         tunesmith.compare(job, out=again / "out")
 
-    assert len(before) == 4
+    assert len(before) == 2 * len(METHODS)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import script_framework
+from left_running import list_left, mark_processes
+from script_framework import BEGIN
 
 JOB = """\
 model: tunesmith/tiny
@@ -121,3 +124,65 @@ def test_a_signal_ends_a_comparison_in_one_line_and_keeps_its_checkpoints(
     assert "Traceback" not in err
     assert list((arm / "checkpoints").glob("step-*"))
     assert not (arm / "run.json").exists()
+
+
+# A framework that waits for ever, and so does its child, in a session of its own.
+WAITS = (
+    BEGIN
+    + """\
+import subprocess, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open(os.path.join(task["scratch"], "ready"), "w").close()
+time.sleep(600)
+"""
+)
+COMPARE = """\
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from script_framework import Script, add_environment
+from tunesmith.cli.main import main
+from tunesmith.frameworks.ports import PORTS
+add_environment("axolotl")
+PORTS["axolotl"] = Script("axolotl", sys.argv.pop(1))
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_however_a_comparison_ends_nothing_of_its_frameworks_is_left_running(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    mark = mark_processes(monkeypatch)
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    arms = "compare.arms=[{method: lora, framework: axolotl}]"
+    command = [sys.executable, "-c", COMPARE, str(Path(script_framework.__file__).parent), WAITS, "compare"]
+    child = subprocess.Popen(
+        [
+            *command,
+            "job.yaml",
+            "--out",
+            str(tmp_path / "out"),
+            "--set",
+            arms,
+            "--set",
+            "train.precision=fp32",
+        ],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    waited = time.monotonic() + 150
+    while not list(tmp_path.glob("out/arms/*/parity/parity/framework/ready")):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < waited, "the framework was not started"
+        time.sleep(0.2)
+    child.send_signal(number)
+    child.wait(60)
+
+    assert list_left(mark) == []
+    _, err = child.communicate()
+    assert child.returncode == code
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert err.splitlines()[-1].startswith("error: compare: interrupted; what is finished")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from tunesmith.comparing.noise import NoiseFloor, measure_noise
 from tunesmith.comparing.parity import judge_parity
 from tunesmith.comparing.result import compare_run
+from tunesmith.comparing.token_gate import hold_trainings
 from tunesmith.comparing.warnings import list_warnings
 from tunesmith.core.comparison import Comparison, Gate, Parity
 from tunesmith.core.errors import ArmFailed, DataError
@@ -41,7 +44,7 @@ def write_record(
         Parameter("a", (8, 100), "float32", 0.1),
         Parameter("b", (100, 8), "float32", 0.0),
     )
-    return ParityRecord("x", {"x": "1.0"}, "float32", steps, parameters, groups, ("float32",))
+    return ParityRecord("x", {"x": "1.0"}, "float32", steps, parameters, groups, ("float32",), {})
 
 
 def find(parity: Parity, name: str) -> Gate:
@@ -288,3 +291,53 @@ def test_when_every_arm_did_other_work_the_reason_is_told(
     run_dir, job = write_example(tmp_path, num_rows=60, num_clusters=30, arms=["lora"])
     with pytest.raises(ArmFailed, match="parity failed: tokens"):
         compare_run(run_dir, job, parity={"lora": made_up("FAIL")})
+
+
+# --- the trainings themselves -----------------------------------------------------------------------------------------
+
+
+def test_target_tokens_of_every_step_and_seed_are_held_against_the_jobs() -> None:
+    gate = find(judge(write_record()), "tokens")
+    wanted = {0: [5, 7, 5], 1: [7, 5, 5]}
+
+    right = hold_trainings(gate, "x", wanted, wanted)
+    assert right.word == "PASS"
+    assert right.says == f"{gate.says}; as many target tokens in all 6 steps of 2 trainings"
+
+    other_order = hold_trainings(gate, "x", wanted, {0: [5, 7, 5], 1: [5, 7, 5]})
+    assert (other_order.word, other_order.figure, other_order.unit) == ("FAIL", 2, "steps")
+    assert other_order.says == (
+        "x: with seed 1, step 1 trained 5 tokens, its rows have 7 (and so in 1 more steps)"
+    )
+
+
+def test_what_failed_before_says_what_it_said() -> None:
+    failed = Gate("tokens", "FAIL", 3, 0, "rows", "x trained 3 more tokens")
+    assert hold_trainings(failed, "x", {0: [5]}, {0: [4]}) == failed
+
+
+@pytest.mark.parametrize("extreme", [-1, 0, 2**62, 1e308, -1e308, 5e-324])
+def test_no_number_in_a_record_makes_the_judge_stumble(extreme: float) -> None:
+    honest = json.loads(json.dumps(write_record().to_json()))
+    places = list(list_numbers(honest))
+    assert len(places) > 40
+    for path in places:
+        changed = json.loads(json.dumps(honest))
+        *way, last = path
+        item = changed
+        for key in way:
+            item = item[key]
+        item[last] = type(item[last])(extreme)
+        with contextlib.suppress(DataError):
+            parity = judge(ParityRecord.from_json(changed))
+            assert len(parity.gates) == 6
+
+
+def list_numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the numbers are in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if type(item) in (int, float):
+            yield (*path, key)
+        else:
+            yield from list_numbers(item, (*path, key))

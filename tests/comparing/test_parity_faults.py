@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cheating_framework import Ways, forge, train
-from faults import BENIGN, FAULTS, HIDDEN, Fault
+from faults import BASE_FAULTS, BENIGN, FAULTS, HIDDEN, Fault, store_as
 
 from tunesmith.comparing.noise import NoiseFloor, measure_noise
 from tunesmith.comparing.parity import GATES, judge_parity
@@ -25,19 +25,19 @@ pytestmark = [
 Honest = tuple[ParityRecord, NoiseFloor]
 
 
-def do_honestly(*, bf16: bool) -> Honest:
+def do_honestly(*, bf16: bool, **job: Any) -> Honest:
     """Our record, and the noise between honest ways of doing the job. A job in 16 bits also runs with products in 32
     and with another attention: what the precision itself costs does not show between regroupings of one kernel."""
-    ours = train(Ways(autocast=bf16))
+    ours = train(Ways(autocast=bf16, **job))
     others: list[dict[str, Any]] = [
         {"micro_rows": 1, "left": True, "multiple": 64},
         {"micro_rows": 8},
         {"micro_rows": 8, "packed": True},
         {"attention": "eager"},
     ]
-    records = [ours, *(train(Ways(autocast=bf16, **ways)) for ways in others)]
+    records = [ours, *(train(Ways(autocast=bf16, **job, **ways)) for ways in others)]
     if bf16:
-        records.append(train(Ways(autocast=False)))
+        records.append(train(Ways(autocast=False, **job)))
     return ours, measure_noise(records)
 
 
@@ -49,6 +49,16 @@ def honest() -> Honest:
 @pytest.fixture(scope="module")
 def honest_bf16() -> Honest:
     return do_honestly(bf16=True)
+
+
+@pytest.fixture(scope="module")
+def honest_nf4() -> Honest:
+    return do_honestly(bf16=False, store=store_as())
+
+
+@pytest.fixture(scope="module")
+def honest_nf4_bf16() -> Honest:
+    return do_honestly(bf16=True, store=store_as())
 
 
 def judge(honest: Honest, ways: dict[str, Any], *, bf16: bool = False) -> Parity:
@@ -105,6 +115,35 @@ def test_a_fault_is_caught_by_its_gates_and_told_in_words(name: str, honest: Hon
     assert set(fault.gates.split()) <= set(parity.failed), list_verdicts(parity)
     said = [gate.says for gate in parity.gates if gate.name in fault.gates.split()]
     assert any(WORDS.get(name, "") in sentence for sentence in said), said
+
+
+@pytest.mark.parametrize("name", BASE_FAULTS)
+def test_a_base_that_is_stored_otherwise_is_caught(name: str, honest_nf4: Honest) -> None:
+    fault = BASE_FAULTS[name]
+    parity = catch(fault, honest_nf4)
+    assert set(fault.gates.split()) <= set(parity.failed), list_verdicts(parity)
+    if name == "scales are quantised, too":
+        said = next(gate.says for gate in parity.gates if gate.name == "parameters")
+        assert "of 14 frozen matrices have other values (model.layers." in said
+
+
+@pytest.mark.parametrize("name", [name for name, fault in BASE_FAULTS.items() if "parameters" in fault.gates])
+def test_nor_does_the_noise_of_bfloat16_hide_a_base(name: str, honest_nf4_bf16: Honest) -> None:
+    """A first loss in bf16 does not tell whether scales are quantised; the base's own values do."""
+    parity = catch(BASE_FAULTS[name], honest_nf4_bf16, bf16=True)
+    assert "parameters" in parity.failed, list_verdicts(parity)
+
+
+def test_the_same_base_in_nf4_raises_no_alarm(honest_nf4: Honest) -> None:
+    parity = judge(honest_nf4, {"store": store_as(), "micro_rows": 3, "own_seed": 1})
+    assert [gate.word for gate in parity.gates] == ["PASS"] * len(GATES), list_verdicts(parity)
+
+
+def test_a_scale_in_a_hundred_that_a_gpu_rounds_otherwise_is_the_same_base(honest_nf4: Honest) -> None:
+    ours, noise = honest_nf4
+    base = ours.base or {}
+    turned = {name: (values[0] * 1.01, *values[1:]) for name, values in base.items()}
+    assert judge_parity(ours, replace(ours, base=turned), noise).failed == []
 
 
 @pytest.mark.parametrize("name", BENIGN)
@@ -174,6 +213,7 @@ def test_faults_are_many_and_each_gate_is_needed() -> None:
         (lambda r: replace(r, steps=(replace(r.steps[0], examples=None), *r.steps[1:])), "tokens"),
         (lambda r: replace(r, parameters=None), "parameters"),
         (lambda r: replace(r, parameters=tuple(replace(p, std=None) for p in r.parameters)), "parameters"),
+        (lambda r: replace(r, base=None), "parameters"),
         (lambda r: replace(r, steps=(replace(r.steps[0], loss=None), *r.steps[1:])), "loss"),
         (lambda r: replace(r, steps=(replace(r.steps[0], grad_norm=None), *r.steps[1:])), "gradient"),
         (lambda r: replace(r, steps=(*r.steps[:-1], replace(r.steps[-1], loss=None))), "curve"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.comparing.plan import ChosenRate, choose_rate, plan_arms, plan_trials
+from tunesmith.comparing.plan import ChosenRate, choose_rate, order_trainings, plan_arms, plan_trials
 from tunesmith.core.errors import JobError
 from tunesmith.job.load import job_from
 from tunesmith.job.spec import Job, LoraSpec, TuneSpec
@@ -248,3 +248,25 @@ def test_a_method_by_name_keeps_qat_only_where_it_can_be() -> None:
 def test_quantised_arms_that_would_mislead_are_refused(arm: Any, finding: str) -> None:
     with pytest.raises(JobError, match=rf"^compare\.arms\[0\]: {finding}"):
         plan_arms(job([arm]))
+
+
+def test_every_seed_is_a_round_whose_order_is_drawn_from_it() -> None:
+    names = [f"arm{number}" for number in range(6)]
+    arms = plan_arms(job([{"method": "lora", "name": name, "epochs": i + 1} for i, name in enumerate(names)]))
+    order = [(arm.name, seed) for arm, seed in order_trainings(arms)]
+
+    rounds = [[name for name, seed in order if seed == wanted] for wanted in (0, 1, 2)]
+    assert [seed for _, seed in order] == [0] * 6 + [1] * 6 + [2] * 6
+    assert all(sorted(each) == names for each in rounds)
+    assert len(set(map(tuple, rounds))) == 3
+    assert names not in rounds
+
+
+def test_an_arm_keeps_its_place_when_others_join_and_only_trainings_have_one() -> None:
+    few = ["lora", "full", "zero-shot"]
+    wide = [*few, "rag", "lora+rag", {"method": "lora", "framework": "trl"}]
+    orders = [
+        [(arm.name, seed) for arm, seed in order_trainings(plan_arms(job(arms)))] for arms in (few, wide)
+    ]
+    assert sorted({name for name, _ in orders[1]}) == ["full", "lora", "lora-trl"]
+    assert [place for place in orders[1] if place in orders[0]] == orders[0]

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
-from watcher import Watcher, plain_name
+from watcher import Watcher, plain_name, sample_base
 
 from tunesmith.core.parity import Parameter, ParityRecord
 
@@ -82,6 +82,7 @@ class Ways:
 
     attention: str = "sdpa"
     base_dtype: torch.dtype = torch.float32
+    store: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, weight: weight
     autocast: bool = False
     checkpointing: bool = False
     base_dropout: float = 0.0
@@ -149,6 +150,7 @@ def train_model(ways: Ways) -> tuple[ParityRecord, Any]:
         parameters=parameters,
         groups=watcher.list_groups(),
         state_dtypes=watcher.state_dtypes,
+        base=sample_base(model),
     )
     return record, model
 
@@ -186,6 +188,9 @@ def build_model(ways: Ways) -> tuple[Any, tuple[Parameter, ...]]:
         attention_dropout=ways.base_dropout, attn_implementation=ways.attention, use_cache=False,
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(ways.base_dtype)
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = ways.store(name, module.weight.data)
     torch.manual_seed(100 + ways.own_seed)
     lora = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": list(TARGETS), **ways.lora}
     model = get_peft_model(base, LoraConfig(**lora))

@@ -218,6 +218,42 @@ FAULTS: dict[str, Fault] = {
     "lies about its rows and first loss": Fault("gradient curve", {"edit_steps": swap_answers}, "examples"),
 }
 
+# --- jobs on an nf4 base, whose scales are not quantised again --------------------------------------------------------
+
+
+def store_as(
+    kind: str = "nf4", *, block: int = 64, doubly: bool = False, head: bool = False, skip: str = "nothing"
+) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What products see of a matrix that bitsandbytes keeps in 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def store(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if skip in name or (name == "lm_head" and not head):
+            return weight
+        return dequantize_4bit(
+            *quantize_4bit(weight, blocksize=block, compress_statistics=doubly, quant_type=kind)
+        )
+
+    return store
+
+
+def round_first(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return store_as()(name, weight.bfloat16().float())
+
+
+BASE_FAULTS: dict[str, Fault] = {
+    "base is not quantised": Fault("parameters loss", {"store": Ways().store}),
+    "base is fp4": Fault("parameters loss", {"store": store_as("fp4")}),
+    "blocks are of 128": Fault("parameters loss", {"store": store_as(block=128)}),
+    "blocks are of 32": Fault("parameters loss", {"store": store_as(block=32)}),
+    "scales are quantised, too": Fault("parameters loss", {"store": store_as(doubly=True)}),
+    "one kind of matrix is not quantised": Fault("parameters loss", {"store": store_as(skip="down_proj")}),
+    "one matrix is not quantised": Fault("parameters loss", {"store": store_as(skip="0.self_attn.k_proj")}),
+    "base is rounded to bfloat16 before it is quantised": Fault("parameters loss", {"store": round_first}),
+    "the head is quantised, too": Fault("loss", {"store": store_as(head=True)}),
+    "lies about its base": Fault("loss", {"store": store_as("fp4")}, "base"),
+}
+
 # No gate can see these: a record that is made up as a whole, and what has no effect within the steps that are recorded.
 HIDDEN: dict[str, Fault] = {
     "trains on the test rows and makes up the whole record": Fault(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from left_running import list_left, mark_processes
 from tiny_framework import Tiny, write_slow_source, write_torch, write_wheel
 
 from tunesmith.core.errors import RunDirError, SetupError
@@ -226,10 +227,8 @@ def test_a_stop_in_the_middle_of_a_step_leaves_the_old_environment_alone(
     assert tiny.slots() == [before.slot]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_command_in_one_line_with_nothing_half_made(
-    tiny: Tiny, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def cut_install(tiny: Tiny, tmp_path: Path, number: signal.Signals) -> tuple[int, str]:
+    """(exit code, stderr) of the command, which got a signal while it built a package."""
     sign = tmp_path / "building"
     tiny.lock(write_slow_source(tiny.wheels, "slow", "1.0", sign=sign))
     script = (
@@ -248,8 +247,17 @@ def test_a_signal_ends_the_command_in_one_line_with_nothing_half_made(
         _wait_for(sign)
         child.send_signal(number)
         told = child.communicate(timeout=60)[1]
+    return child.returncode, told
 
-    assert child.returncode == code
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_in_one_line_with_nothing_half_made(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    mark = mark_processes(monkeypatch)
+    found, told = cut_install(tiny, tmp_path, number)
+
+    assert found == code
     last = told.strip().splitlines()[-1]
     assert last == (
         "error: frameworks install tiny: interrupted; what was begun is deleted, "
@@ -257,6 +265,19 @@ def test_a_signal_ends_the_command_in_one_line_with_nothing_half_made(
     )
     assert tiny.slots() == []
     assert tiny.environment.read() is None
+    assert list_left(mark) == []
+
+
+def test_a_command_that_is_killed_leaves_no_environment_and_nothing_running(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = mark_processes(monkeypatch)
+    assert cut_install(tiny, tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
+
+    assert list_left(mark) == []
+    assert tiny.environment.read() is None
+    tiny.release("1.0")
+    assert install_framework("tiny").record.versions["tiny"] == "1.0"
 
 
 def test_a_folder_of_someone_else_is_not_touched(tiny: Tiny) -> None:

@@ -19,7 +19,7 @@ from tunesmith.job.spec import Job, LoraSpec, TrainSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
 # Every training has them, or they are about checkpoints, which are our engine's own.
-EVERYBODYS = {"rank", "double_quant", "batch_rows", "learning_rate", "seed", "save_every", "keep_checkpoints"}
+EVERYBODYS = {"rank", "batch_rows", "learning_rate", "seed", "save_every", "keep_checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_our_own_engine_trains_whatever_a_job_can_say(matrix: Matrix) -> None:
 def test_a_terminal_and_a_program_are_told_the_same(matrix: Matrix) -> None:
     found = json.loads(CliRunner().invoke(app, ["matrix", "--json"]).stdout)
     assert found == {"schema": 1, **matrix.public_json()}
-    row = next(row for row in found["features"] if row["title"] == "QLoRA")
-    assert row["setting"] == "method: qlora"
+    row = next(row for row in found["features"] if row["title"] == "int8 base")
+    assert row["setting"] == "method: {name: lora, base: int8}"
     assert row["answers"]["tunesmith"] == {"can": True, "finding": None, "cure": None}
     assert row["answers"]["trl"]["can"] is False
 

@@ -15,7 +15,9 @@ from tunesmith.core.jsonl import read_json
 pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(600)]
 
 HOME = Path(__file__).parents[2] / ".frameworks"
-ARMS = [(name, method) for name in ("llamafactory", "axolotl", "unsloth") for method in ("lora", "full")]
+ARMS = [
+    (name, method) for name in ("llamafactory", "axolotl", "unsloth") for method in ("lora", "qlora", "full")
+]
 
 
 def need(framework: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from test_port import HANDOFF
+from test_port import HANDOFF, QLORA
 
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import Reason, Translation
@@ -69,7 +69,7 @@ def test_nothing_said_in_another_way_is_no_alteration() -> None:
 
 
 def test_every_number_that_a_job_fixes_is_said_to_trl_or_is_the_workers() -> None:
-    said = {each.name for each in describe_saying(PORTS["trl"], HANDOFF, {}).fixed}
+    said = {each.name for each in describe_saying(PORTS["trl"], QLORA, {}).fixed}
     numbers = {
         field.name
         for field in dataclasses.fields(Handoff)

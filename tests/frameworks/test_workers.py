@@ -74,6 +74,14 @@ def test_names_are_those_that_are_saved(capture: Any, name: str, saved: str) -> 
     assert capture.saved_name(name) == saved
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, "adamw-8bit"), (32, "adamw")])
+def test_bitsandbytes_optimizer_is_told_by_its_bits(capture: Any, bits: int, kind: str) -> None:
+    bitsandbytes, torch = (importlib.import_module(name) for name in ("bitsandbytes", "torch"))
+    optimizer = bitsandbytes.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], optim_bits=bits)
+
+    assert capture.describe_group(optimizer.param_groups[0], {}, optimizer)["kind"] == kind
+
+
 def test_each_epoch_has_its_own_order_however_often_it_is_read(hf: Any) -> None:
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
     order = hf._Order(trainer, [[[0, 1], [2]], [[2, 0], [1]]])
@@ -154,6 +162,110 @@ def test_a_base_is_handed_in_another_dtype_without_a_copy_of_its_weights(
     config = json.loads((scratch / "base" / "config.json").read_text())
     assert config == {"hidden_size": 8, "dtype": "float32", "torch_dtype": "float32"}
     assert (scratch / "base" / "model.safetensors").resolve() == base / "model.safetensors"
+
+
+# --- a frozen base ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen(hf: Any) -> Any:
+    return importlib.import_module("frozen")
+
+
+def make_base(*, head: bool = False, **settings: Any) -> Any:
+    """A layer that bitsandbytes keeps in 4 bits, an adapter beside it, and a head that is as it is unless asked for."""
+    torch, nn = importlib.import_module("torch"), importlib.import_module("bitsandbytes").nn
+    torch.manual_seed(0)
+    told = {"quant_type": "nf4", "compress_statistics": True, "compute_dtype": torch.float32} | settings
+    model = torch.nn.Module()
+    model.weight_before = torch.randn(96, 256)
+    layers = {"down_proj": nn.Linear4bit(256, 96, bias=False, **told)}
+    layers["lm_head"] = (
+        nn.Linear4bit(256, 64, bias=False, **told) if head else torch.nn.Linear(256, 64, bias=False)
+    )
+    layers["down_proj"].weight = nn.Params4bit(model.weight_before, **layers["down_proj"].weight.__dict__)
+    for name, layer in layers.items():
+        model.add_module(name, layer.to("cpu").requires_grad_(False))
+    model.lora_A = torch.nn.Linear(256, 4, bias=False)
+    model.get_output_embeddings = lambda: model.lm_head
+    return model
+
+
+NF4 = {"base": "nf4", "double_quant": True, "precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, NF4),
+        ({"compress_statistics": False}, NF4 | {"double_quant": False}),
+        ({"quant_storage": "bfloat16"}, NF4),
+    ],
+)
+def test_a_base_that_is_stored_as_the_job_says_may_be_trained_on(
+    frozen: Any, settings: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    torch = importlib.import_module("torch")
+    if "quant_storage" in settings:
+        settings = {"quant_storage": getattr(torch, settings["quant_storage"])}
+    frozen.check_base(make_base(**settings), asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "finding"),
+    [
+        ({"quant_type": "fp4"}, NF4, "keeps down_proj in fp4, blocks of 64, quantised scales"),
+        ({"compress_statistics": False}, NF4, "keeps down_proj in nf4, blocks of 64, products in"),
+        ({}, NF4 | {"double_quant": False}, "where the job keeps it in nf4, blocks of 64, products in"),
+        ({}, NF4 | {"precision": "bf16"}, "where the job keeps it .* products in torch.bfloat16"),
+        ({}, NF4 | {"base": "full"}, "keeps down_proj in nf4.* where the job keeps it unquantised"),
+        ({"head": True}, NF4, "keeps lm_head in nf4.* where the job keeps it unquantised"),
+    ],
+)
+def test_a_base_that_is_stored_otherwise_is_not(
+    frozen: Any, settings: dict[str, Any], asked: dict[str, Any], finding: str
+) -> None:
+    with pytest.raises(frozen.Failure, match=finding):
+        frozen.check_base(make_base(**settings), asked)
+
+
+@pytest.mark.parametrize("doubly", [True, False])
+def test_values_of_a_base_are_those_that_our_engine_unpacks(frozen: Any, doubly: bool) -> None:
+    from tunesmith.models.quant import Nf4Matrix
+
+    model = make_base(compress_statistics=doubly)
+    found = frozen.sample_base(model)
+
+    ours = Nf4Matrix(model.weight_before, double_quant=doubly).dense(model.weight_before.dtype).flatten()
+    assert found["down_proj"] == ours[[n * (96 * 256 - 1) // 15 for n in range(16)]].tolist()
+    assert found.keys() == {"down_proj", "lm_head"}
+    assert frozen.count_values(model) == 96 * 256 + 64 * 256 + 4 * 256
+
+
+def test_validation_leaves_a_base_as_training_needs_it(frozen: Any) -> None:
+    torch = importlib.import_module("torch")
+    model = make_base()
+    frozen.keep_layout(model)
+    x = torch.randn(2, 256, requires_grad=True)
+    before = model.down_proj(x)
+    with torch.no_grad():
+        assert torch.equal(model.down_proj.eval()(x.detach()), before)
+    after = model.down_proj.train()(x)
+    assert torch.equal(after, before)
+    after.sum().backward()
+    assert x.grad is not None
+
+
+def test_adapters_that_were_cast_are_fp32_again_and_that_is_told(frozen: Any) -> None:
+    told: list[str] = []
+    run = SimpleNamespace(handoff=NF4, warn=told.append)
+    model = make_base()
+    model.lora_A.bfloat16()
+    frozen.keep_adapters_fp32(run, model)
+    frozen.keep_adapters_fp32(run, model)
+
+    assert str(model.lora_A.weight.dtype) == "torch.float32"
+    assert len(told) == 1
 
 
 # --- the native track -------------------------------------------------------------------------------------------------

@@ -119,6 +119,15 @@ def as_example(ids: torch.Tensor, labels: torch.Tensor, labelled_pads: int) -> E
     return Example(hash_row(ids.tolist(), trained), len(trained), sum(trained), labelled_pads)
 
 
+def sample_base(model: Any) -> dict[str, tuple[float, ...]]:
+    """Sixteen values of every frozen linear layer but the head."""
+    return {
+        plain_name(name): tuple(layer.weight.flatten()[:: layer.weight.numel() // 16][:16].float().tolist())
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and "lm_head" not in name
+    }
+
+
 def plain_name(name: str) -> str:
     """Without the prefixes that PEFT adds."""
     return name.removeprefix("base_model.model.").replace(".default", "").replace(".base_layer", "")

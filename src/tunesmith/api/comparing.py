@@ -9,23 +9,28 @@ from typing import Any, Literal
 
 from tunesmith.api.fingerprints import fingerprint_data, fingerprint_model
 from tunesmith.api.foreign import describe_framework
-from tunesmith.api.native import check_native, compare_native
+from tunesmith.api.gates import Gatekeeper
+from tunesmith.api.native import check_native
 from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import prepare, resolve_learning_rate
-from tunesmith.comparing.noise import measure_noise
-from tunesmith.comparing.parity import allow_other_tokens, judge_parity
-from tunesmith.comparing.plan import PlannedArm, choose_rate, job_of_arm, plan_arms, plan_trials
+from tunesmith.comparing.plan import (
+    PlannedArm,
+    choose_rate,
+    job_of_arm,
+    order_trainings,
+    plan_arms,
+    plan_trials,
+)
 from tunesmith.comparing.result import compare_run
 from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.comparison import Comparison, Parity
+from tunesmith.core.comparison import Comparison
 from tunesmith.core.errors import ArmFailed, DataError, JobError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import hash_file, hash_json
 from tunesmith.core.jsonl import read_json, write_json
-from tunesmith.core.parity import ParityRecord
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared
@@ -74,7 +79,8 @@ def compare(
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
-        parity = comparing.judge_first_steps([arm for arm in arms if arm.name not in failures])
+        keeper = Gatekeeper(run, job, prepared, base.folder)
+        parity = keeper.judge([arm for arm in arms if arm.name not in failures], failures)
         comparison = compare_run(run, job, failures=failures, parity=parity)
         write_pages(run, arms)
         render_report(run)
@@ -133,25 +139,6 @@ class _Comparing:
         self.on_event(Event("stage", text=text))
         failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
         return failures | _by_arm(failed, arms)
-
-    def judge_first_steps(self, arms: Sequence[PlannedArm]) -> dict[str, Parity]:
-        """Arm of another framework -> whether its first steps were ours."""
-        found: dict[str, Parity] = {}
-        for arm in arms:
-            shown, reference = (self.run.parity_run(arm.name, who) for who in ("parity", "reference"))
-            if arm.is_foreign:
-                theirs, ours = (
-                    ParityRecord.from_json(read_json(folder.parity), place=str(folder.parity))
-                    for folder in (shown, reference)
-                )
-                regrouped = [ParityRecord.from_json(value) for value in read_json(reference.regrouped)]
-                found[arm.name] = judge_parity(ours, theirs, measure_noise([ours, *regrouped]))
-                if self.job.compare.track == "native":
-                    compare_native(
-                        self.run, arm.name, arm.framework, self.job, self.prepared, self.base.folder
-                    )
-                    found[arm.name] = allow_other_tokens(found[arm.name])
-        return found
 
     # --- learning-rate search ---------------------------------------------------------------------------------------
 
@@ -221,7 +208,8 @@ class _Comparing:
     # --- training and judging ---------------------------------------------------------------------------------------
 
     def _plan_works(self, arms: Sequence[PlannedArm]) -> list[Work]:
-        """Trainings first, each seed its own process; then one judge process per arm, once its trainings are done.
+        """Trainings first, each seed its own process, in an order that favours no arm; then one judge process per arm,
+        once its trainings are done.
 
         Before a framework trains, it and our own engine show what they do in the first steps of the same job.
         """
@@ -238,9 +226,7 @@ class _Comparing:
                 self.run.arm(arm.name, seed).root,
                 shown.get(arm.name, frozenset[str]()),
             )
-            for arm in arms
-            if arm.trains
-            for seed in arm.seeds
+            for arm, seed in order_trainings(arms)
         ]
         for arm in sorted(arms, key=lambda arm: arm.trained_by is None):
             after = (

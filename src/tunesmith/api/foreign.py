@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.api.tasks import TrainTask, mark_finished, mark_started
-from tunesmith.core.errors import ArmFailed
+from tunesmith.core.errors import ArmFailed, ModelError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.jsonl import read_json, write_bytes_atomic, write_json
 from tunesmith.core.records import RunRecord
@@ -25,6 +25,9 @@ from tunesmith.frameworks.native import worker_command
 from tunesmith.frameworks.port import FrameworkRecord, collect_parity, collect_training
 from tunesmith.frameworks.ports import find_port
 from tunesmith.frameworks.process import ProcessUse, run_process
+from tunesmith.models.adapter_config import check_adapter
+from tunesmith.models.config import load_config
+from tunesmith.models.headers import check_model
 
 NATIVE_REMARK = "trained on what the framework's own preprocessing makes of the rows (compare.track: native)"
 
@@ -61,24 +64,58 @@ def run_foreign(
     run.framework.mkdir()
     for file, text in translation.files.items():
         write_bytes_atomic(run.framework / file, text.encode())
-    use = _run_worker(
-        [python, *translation.argv],
-        handoff,
-        name=name,
-        environ={**foreign_environ(name), **_first_gpu(os.environ), **translation.environ},
-        log=log,
-        on_event=on_event,
-        stop=stop,
-        threads=threads,
-    )
-    if stop.is_set():
-        return
-    if task.parity_steps:
-        collect_parity(handoff, framework=name, log=log)
-    else:
-        record = collect_training(handoff, framework=name, log=log)
-        write_json(run.record, _describe_run(record, handed["run"], handoff, use).to_json())
+    try:
+        use = _run_worker(
+            [python, *translation.argv],
+            handoff,
+            name=name,
+            environ={**foreign_environ(name), **_first_gpu(os.environ), **translation.environ},
+            log=log,
+            on_event=on_event,
+            stop=stop,
+            threads=threads,
+        )
+        if stop.is_set():
+            return
+        if task.parity_steps:
+            collect_parity(handoff, framework=name, log=log)
+        else:
+            record = _collect(handoff, run, name=name, log=log)
+            write_json(run.record, _describe_run(record, handed["run"], handoff, use).to_json())
+    except ArmFailed:
+        _discard(run, keep=translation.files)
+        raise
     mark_finished(task)
+
+
+def _collect(handoff: Handoff, run: RunDir, *, name: str, log: Path) -> FrameworkRecord:
+    """What a training left, its weights' names and shapes looked at: what is no adapter of this base, or cut off, is
+    told of the framework that left it and not of the judge."""
+    record = collect_training(handoff, framework=name, log=log)
+    if handoff.weights:
+        try:
+            if handoff.lora:
+                check_adapter(run.adapter, load_config(Path(handoff.model)))
+            else:
+                check_model(run.model)
+        except ModelError as error:
+            finding = f"{name} left weights that cannot be read ({error.place}: {error.finding})"
+            raise ArmFailed(handoff.label, finding, cure=f"Its log: {log}") from None
+    return record
+
+
+def _discard(run: RunDir, *, keep: Collection[str]) -> None:
+    """Delete what a failed framework left, but for what it was told and the log: it may have filled the disk, which the
+    other arms write to."""
+    for folder in (run.adapter, run.model):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in run.framework.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in keep:
+            path.unlink(missing_ok=True)
+    for file in (run.steps, run.parity):
+        file.unlink(missing_ok=True)
 
 
 def _first_gpu(environ: Mapping[str, str]) -> dict[str, str]:
@@ -119,6 +156,9 @@ def _run_worker(
     except ArmFailed as error:
         finding = f"{name} failed, {phase}: {error.finding}"
         raise ArmFailed(handoff.label, finding, cure=error.cure) from None
+    except OSError as error:
+        finding = f"{name} failed, {phase}: {error.filename or argv[0]} does not run ({error.strerror})"
+        raise ArmFailed(handoff.label, finding, cure=f"Run: tunesmith frameworks doctor {name}") from None
 
 
 def _describe_run(

@@ -21,7 +21,7 @@ from tunesmith.core.fingerprint import describe_hardware
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
-from tunesmith.data.batch import plan_epoch
+from tunesmith.data.batch import plan_epochs
 from tunesmith.data.prepare import Prepared, load_prepared
 from tunesmith.frameworks.catalog import find_framework
 from tunesmith.frameworks.handoff import Handoff, Lora
@@ -50,13 +50,15 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
     else:
         budget = choose_budget(job.train, device)
         micro_rows = choose_micro_rows(job.train.batch_rows, longest=max(lengths), budget=budget)
-    order = [plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=0)]
-    total_steps = count_steps(epochs=job.train.epochs, steps=job.train.steps, steps_per_epoch=len(order[0]))
-    order += [
-        plan_epoch(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, epoch=epoch)
-        for epoch in range(1, math.ceil(total_steps / len(order[0])))
-    ]
+    total_steps = count_steps(
+        epochs=job.train.epochs,
+        steps=job.train.steps,
+        steps_per_epoch=math.ceil(len(lengths) / job.train.batch_rows),
+    )
+    order = plan_epochs(len(lengths), batch_rows=job.train.batch_rows, seed=job.train.seed, steps=total_steps)
     write_json(run.handoff / "order.json", order)
+    # Its adapter's `can` refuses all others.
+    assert job.train.optimizer in ("adamw", "adamw-8bit")
     every, stored = job.train.evaluate_every, load_config(Path(task.model_folder)).dtype
     rate = resolve_learning_rate(job, Path(task.model_folder))
     handoff = Handoff(
@@ -69,6 +71,8 @@ def write_handoff(task: TrainTask, on_event: OnEvent) -> None:
         lora=_write_adapters(job, task, dtype, run.handoff / "adapter")
         if isinstance(job.method_spec, LoraSpec)
         else None,
+        base=_name_base(job),
+        double_quant=isinstance(job.method_spec, LoraSpec) and job.method_spec.double_quant,
         batch_rows=job.train.batch_rows,
         micro_rows=micro_rows,
         total_steps=total_steps,
@@ -112,6 +116,11 @@ def choose_micro_rows(batch_rows: int, *, longest: int, budget: int) -> int:
     """Rows per forward pass: most that divide a step evenly and, all padded to the longest row, fit the budget."""
     fitting = (n for n in range(1, batch_rows + 1) if batch_rows % n == 0 and n * longest <= budget)
     return max(fitting, default=1)
+
+
+def _name_base(job: Job) -> Literal["full", "nf4"]:
+    method = job.method_spec
+    return "nf4" if isinstance(method, LoraSpec) and method.storage == "nf4" else "full"
 
 
 def _name_weights(job: Job, run: RunDir) -> str:

@@ -10,7 +10,7 @@ from tunesmith.api.trainable import load_job_tokenizer
 from tunesmith.comparing.native import Rules, TheirRow, compare_rows
 from tunesmith.core.checked import read_checked
 from tunesmith.core.comparison import native_to_json
-from tunesmith.core.errors import ArmFailed, JobError
+from tunesmith.core.errors import JobError
 from tunesmith.core.jsonl import read_jsonl, write_json, write_jsonl
 from tunesmith.core.native import NativeTokens
 from tunesmith.core.rundir import RunDir
@@ -18,7 +18,7 @@ from tunesmith.core.types import Conversation
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import Renderer
 from tunesmith.frameworks.handoff import RawRows
-from tunesmith.frameworks.port import NativePort
+from tunesmith.frameworks.port import MAX_RECORD_BYTES, NativePort, check_left
 from tunesmith.frameworks.ports import find_port
 from tunesmith.job.spec import Job
 
@@ -108,9 +108,12 @@ def compare_native(
 
     Raises ArmFailed if it left no rows, DataError if they are malformed.
     """
-    path = run.parity_run(arm, "parity").made
-    if not path.is_file():
-        raise ArmFailed(arm, f"{framework} did not leave what its own preprocessing made of the rows")
+    folder = run.parity_run(arm, "parity")
+    path, log = folder.made, folder.root / f"{arm}-parity.log"
+    # Two numbers a token, of ten digits at most; twice that.
+    limit = MAX_RECORD_BYTES + 48 * sum(prepared.rows("train").lengths)
+    what = f"account of what {framework}'s preprocessing made of the rows"
+    check_left(path, what=what, label=arm, log=log, max_bytes=limit)
     lines = (
         read_checked(TheirRow, value, place=f"{path.name}:{number}") for number, value in read_jsonl(path)
     )

@@ -13,6 +13,7 @@ from tunesmith.core.errors import JobError, ModelError, RunDirError
 from tunesmith.core.rundir import RunDir, as_rundir_error
 from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.frameworks.environments import require_environment
+from tunesmith.frameworks.port import HardwarePort, Port, Reason
 from tunesmith.frameworks.ports import find_port
 from tunesmith.job.objective import RolloutSpec
 from tunesmith.job.resolve import ResolvedModel, resolve_model
@@ -68,7 +69,8 @@ def check_framework(name: str, job: Job, *, place: str) -> None:
 
     job: of one arm. place: the arm.
     """
-    if (reason := find_port(name).can(job)) is not None:
+    port = find_port(name)
+    if (reason := port.can(job) or _can_here(port, job)) is not None:
         raise JobError(
             f"{place}: {reason.key}",
             reason.finding,
@@ -76,6 +78,19 @@ def check_framework(name: str, job: Job, *, place: str) -> None:
             cure=reason.cure,
         )
     require_environment(name)
+
+
+def _can_here(port: Port, job: Job) -> Reason | None:
+    """What stands in a framework's way on this machine. torch is only asked where hardware has a say."""
+    if not isinstance(port, HardwarePort):
+        return None
+    from tunesmith.api.devices import pick_device, pick_dtype
+
+    device = pick_device()
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+        str(pick_dtype(job.train.precision, device)).removeprefix("torch.")
+    ]
+    return port.can_on(job, device=device.type, precision=precision)
 
 
 def check_quantize(spec: QuantizeSpec | None, base: ResolvedModel, *, place: str) -> None:

@@ -16,9 +16,9 @@ from tunesmith.core.rundir import RunDir
 from tunesmith.frameworks.catalog import FRAMEWORKS
 from tunesmith.frameworks.environments import require_environment
 from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.logs import clean_line, clean_text
 from tunesmith.frameworks.matrix import ask_all
 from tunesmith.frameworks.ports import PORTS
-from tunesmith.frameworks.process import clean_text
 from tunesmith.frameworks.saying import Saying, describe_saying
 
 MAX_LOG_LINES = 60
@@ -89,12 +89,10 @@ def _choose_log(run: RunDir, arm: PlannedArm) -> Path | None:
 
 
 def read_log_end(path: Path) -> str:
-    """The last lines, harmless: of a line that overwrites itself (progress bars) its last state, nothing that acts on a
-    terminal, no empty lines, long ones cut."""
+    """The last lines, harmless, without empty ones, long ones cut. Cleaned again: other versions wrote them too."""
     with path.open("rb") as handle:
         handle.seek(max(0, path.stat().st_size - 4 * MAX_LOG_LINES * MAX_LINE))
-        text = handle.read().decode(errors="replace")
-    lines = (clean_text(line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in text.split("\n"))
+        lines = (clean_line(line).rstrip() for line in handle.read().split(b"\n"))
     kept = [line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in lines if line]
     return "\n".join(kept[-MAX_LOG_LINES:])
 

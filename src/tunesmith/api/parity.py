@@ -35,6 +35,9 @@ from tunesmith.training.order import order_rows
 from tunesmith.training.schedule import count_steps, count_warmup_steps, learning_rate_at
 from tunesmith.training.step import Stepper
 
+# Values of each frozen matrix in a record.
+BASE_SAMPLES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -136,6 +139,7 @@ def take_first_steps(task: TrainTask, on_event: OnEvent, way: Way) -> ParityReco
         parameters=parameters,
         groups=groups,
         state_dtypes=state_dtypes,
+        base=_sample_base(model, job),
     )
 
 
@@ -180,6 +184,21 @@ def _list_parameters(model: CausalLM, job: Job) -> tuple[Parameter, ...]:
         Parameter(name, tuple(tensor.shape), _name(tensor), float(tensor.double().std(correction=0)))
         for name, tensor in named.items()
     )
+
+
+def _sample_base(model: CausalLM, job: Job) -> dict[str, tuple[float, ...]]:
+    """Values of each frozen matrix, at the places that a worker looks at."""
+    found = dict[str, tuple[float, ...]]()
+    if isinstance(job.method_spec, FullSpec):
+        return found
+    for projection in model.projections():
+        weight = projection.weight if projection.packed is None else projection.packed.dense(torch.float32)
+        assert weight is not None
+        for name, rows in projection.rows():
+            values = weight[rows].detach().flatten()
+            places = [n * (values.numel() - 1) // (BASE_SAMPLES - 1) for n in range(BASE_SAMPLES)]
+            found[name] = tuple(values[places].float().tolist())
+    return found
 
 
 def _list_groups(parameters: Sequence[Parameter], spec: TrainSpec) -> tuple[ParameterGroup, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.api.foreign import run_foreign
+from tunesmith.api.opening import writing_to
 from tunesmith.api.stopping import stop_on_signals
 from tunesmith.api.tasks import Task, TrainTask, is_finished, write_tasks
 from tunesmith.core.errors import Interrupted, TunesmithError
@@ -80,6 +81,12 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
 
 
 def _run_work(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
+    """Raises TunesmithError, also for a write that fails: on a disk that one arm fills the others may still fit."""
+    with writing_to(RunDir(work.folder)):
+        _run_processes(work, threads, stop, on_event)
+
+
+def _run_processes(work: Work, threads: int, stop: threading.Event, on_event: OnEvent) -> None:
     task_file = work.folder / f"{work.name.replace(' ', '-')}.tasks.json"
     write_tasks(task_file, work.tasks)
     log = work.folder / f"{work.name.replace(' ', '-')}.log"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 from tunesmith.comparing.noise import (
     NoiseFloor,
@@ -27,6 +28,9 @@ GATES = ("tokens", "parameters", "loss", "gradient", "curve", "optimizer")
 _BLIND = {"loss": 0.005, "gradient": 0.04, "curve": 0.02, "shift": 0.005}
 """Tolerances above which a gate would miss what it is there for, so that agreement says nothing: packed rows that see
 each other (0.5% of the loss), dropout (4.5% of the gradient), a learning rate 10% too high (0.5% of the curve)."""
+_OTHER_BASE = 5e-4
+"""What a frozen matrix's values may differ by. Whether scales of NF4 blocks are quantised is 0.15%, the least of all
+other ways to store a base."""
 
 
 def judge_parity(ours: ParityRecord, theirs: ParityRecord, noise: NoiseFloor) -> Parity:
@@ -63,9 +67,9 @@ def allow_other_tokens(parity: Parity) -> Parity:
 
 
 def judge_parameters(ours: ParityRecord, theirs: ParityRecord) -> Gate:
-    """Names, shapes, dtypes and initial spread of what is trained, and the precision of products.
+    """Names, shapes, dtypes and initial spread of what is trained, values of what is not, precision of products.
 
-    figure: parameters that differ. Initial values are drawn from other generators, so spreads agree only within what
+    figure: tensors that differ. Initial values are drawn from other generators, so spreads agree only within what
     a draw of that size varies by.
     """
     name = theirs.framework
@@ -90,14 +94,38 @@ def judge_parameters(ours: ParityRecord, theirs: ParityRecord) -> Gate:
     if spreads:
         x, y = spreads[0]
         parts.append(f"{_count(spreads)} of another initial spread ({x.name}: {y.std:.3g}, ours {x.std:.3g})")
-    differing = len(missing) + len(more) + len({x.name for x, _ in [*shapes, *dtypes, *spreads]})
+    frozen = compare_base(ours, theirs)
+    if others := {matrix: gap for matrix, gap in frozen.items() if gap > _OTHER_BASE}:
+        worst = max(others, key=lambda matrix: others[matrix])
+        parts.append(
+            f"{len(others)} of {len(frozen)} frozen matrices have other values ({worst}: by {others[worst]:.2%})"
+        )
+    differing = (
+        len(missing) + len(more) + len({x.name for x, _ in [*shapes, *dtypes, *spreads]}) + len(others)
+    )
     if parts:
         return Gate("parameters", "FAIL", differing, 0, "tensors", f"{name}: {'; '.join(parts)}")
     if any(x.std is None or y.std is None for x, y in both):
         return Gate("parameters", "UNVERIFIED", 0, 0, "tensors", f"{name}'s initial values could not be seen")
+    if theirs.base is None or ours.base is None or len(frozen) < len(ours.base):
+        return Gate("parameters", "UNVERIFIED", 0, 0, "tensors", f"{name}'s frozen base could not be seen")
     return Gate(
         "parameters", "PASS", 0, 0, "tensors", f"the same {len(a)} tensors of {_count_values(a)} values"
     )
+
+
+def compare_base(ours: ParityRecord, theirs: ParityRecord) -> dict[str, float]:
+    """For each frozen matrix that both saw: the median of its values' relative differences.
+
+    Not the largest: of doubly quantised scales a GPU may round one in some hundreds otherwise.
+    """
+    gaps = dict[str, float]()
+    for name, values in (ours.base or {}).items():
+        found = (theirs.base or {}).get(name, ())
+        if len(found) == len(values):
+            pairs = [(a, b) for a, b in zip(values, found, strict=True) if a or b]
+            gaps[name] = median([abs(a - b) / max(abs(a), abs(b)) for a, b in pairs] or [0.0])
+    return gaps
 
 
 def _find_spreads(both: Sequence[tuple[Parameter, Parameter]]) -> list[tuple[Parameter, Parameter]]:
@@ -107,7 +135,7 @@ def _find_spreads(both: Sequence[tuple[Parameter, Parameter]]) -> list[tuple[Par
     for x, y in both:
         if x.std is None or y.std is None or tuple(x.shape) != tuple(y.shape):
             continue
-        if x.std == 0 or y.std == 0 or not math.isfinite(y.std):
+        if x.std <= 0 or y.std <= 0 or not math.isfinite(y.std):
             odd += [(x, y)] if x.std != y.std else []
         else:
             drawn.append((x, y, math.log(y.std / x.std)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.core.errors import JobError
+from tunesmith.core.fingerprint import hash_json
 from tunesmith.job.combinations import check_in_backward, check_optimizer
 from tunesmith.job.spec import (
     PROMPTED,
@@ -108,6 +109,26 @@ def plan_arms(job: Job) -> list[PlannedArm]:
                 )
         arms.append(arm)
     return _share_training(arms)
+
+
+def order_trainings(arms: Sequence[PlannedArm]) -> list[tuple[PlannedArm, int]]:
+    """Every training as (arm, seed), in the order in which they are begun: a round for each seed, the arms of a round
+    in an order drawn from that seed.
+
+    A machine that grows slower (heat, other users) then slows all arms alike. An arm's place depends on its name, so
+    that it keeps it when the comparison goes on, or another arm joins.
+    """
+
+    def draw(arm: PlannedArm, seed: int) -> str:
+        return hash_json({"arm": arm.name, "seed": seed})
+
+    seeds = list(dict.fromkeys(seed for arm in arms if arm.trains for seed in arm.seeds))
+    return [
+        (arm, seed)
+        for seed in seeds
+        for arm in sorted(arms, key=lambda arm: draw(arm, seed))
+        if arm.trains and seed in arm.seeds
+    ]
 
 
 def job_of_arm(job: Job, arm: PlannedArm, *, seed: int) -> Job:

@@ -17,7 +17,7 @@ from tunesmith.comparing.arms import ArmFiles, block_unlike, check_comparable, r
 from tunesmith.comparing.costs import describe_arm
 from tunesmith.comparing.measures import describe_metric
 from tunesmith.comparing.pareto import find_dominated
-from tunesmith.comparing.plan import plan_arms
+from tunesmith.comparing.plan import order_trainings, plan_arms
 from tunesmith.comparing.stats import (
     FEW_CLUSTERS,
     MARGIN,
@@ -138,7 +138,7 @@ def judge_arms(
         metrics={name: infos[name] for name in _order_metrics(infos, metric)},
         table=Table([], [], []),
         warnings=[],
-        method=_describe_method(metric),
+        method=_describe_method(metric, arms),
         record=_collect_record(arms, job),
         parity={arm.plan.name: parity[arm.plan.name] for arm in arms if arm.plan.name in parity},
         native=dict(native or {}),
@@ -341,7 +341,7 @@ def _order_metrics(infos: Mapping[str, MetricInfo], metric: str) -> list[str]:
     return [metric, *names, *(name for name in late if name in infos and name != metric)]
 
 
-def _describe_method(metric: str) -> dict[str, Any]:
+def _describe_method(metric: str, arms: Sequence[ArmFiles]) -> dict[str, Any]:
     return {
         "declared_metric": metric,
         "interval": "95%, paired bootstrap over clusters of test rows, plus Student's t over seeds",
@@ -352,6 +352,8 @@ def _describe_method(metric: str) -> dict[str, Any]:
         "tie": "90% interval inside the margin (two one-sided tests)",
         "correction": "Holm within each question (arms versus base, trained versus prompted, trained, prompted), "
         "on the declared metric only",
+        "order": "a round for each seed, the arms of a round in an order drawn from that seed",
+        "trainings": [f"{arm.name} seed {seed}" for arm, seed in order_trainings([a.plan for a in arms])],
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tunesmith.core.comparison import Gate
 from tunesmith.core.parity import Example, ParityRecord
@@ -39,6 +40,32 @@ def judge_tokens(ours: ParityRecord, theirs: ParityRecord) -> Gate:
         )
     rows = sum(len(b) for _, _, b in seen)
     return _gate("PASS", 0, f"the same {rows:,} rows and labels, step by step, in {len(seen)} steps")
+
+
+def hold_trainings(
+    gate: Gate, framework: str, wanted: Mapping[int, Sequence[int]], trained: Mapping[int, Sequence[int]]
+) -> Gate:
+    """The tokens gate, after the trainings themselves were held against the job: each step's target tokens, by seed.
+
+    The record that the gate was judged by is of the first seed's first steps. Sums of tokens are less than digests, but
+    another order, a lost or a repeated row shows in them, and a training's own log has them for nothing.
+    """
+    if gate.word == "FAIL" or not trained:
+        return gate
+    wrong = [
+        (seed, step, theirs, ours)
+        for seed, counts in trained.items()
+        for step, (theirs, ours) in enumerate(zip(counts, wanted[seed], strict=True), 1)
+        if theirs != ours
+    ]
+    if wrong:
+        seed, step, theirs, ours = wrong[0]
+        more = f" (and so in {len(wrong) - 1:,} more steps)" if len(wrong) > 1 else ""
+        says = f"{framework}: with seed {seed}, step {step} trained {theirs:,} tokens, its rows have {ours:,}{more}"
+        return Gate("tokens", "FAIL", len(wrong), 0, "steps", says)
+    steps, seeds = sum(map(len, trained.values())), len(trained)
+    says = f"{gate.says}; as many target tokens in all {steps:,} steps of {seeds} training{'s'[: seeds > 1]}"
+    return replace(gate, says=says)
 
 
 def _gate(word: str, figure: int | None, says: str) -> Gate:

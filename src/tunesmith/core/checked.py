@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from tunesmith.core.errors import DataError
 
 T = TypeVar("T")
+# Beyond it, what reads a number on can fail, as turning it into a float does.
+_LARGEST = 2**63 - 1
 _NAMES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -44,6 +46,8 @@ def _read(kind: Any, value: Any, place: str, at: str) -> Any:
         return {key: _read(inner[1], item, place, f"{at}.{key}") for key, item in pairs.items()}
     if dataclasses.is_dataclass(kind):
         return _read_fields(cast(type, kind), value, place, at)
+    if type(value) is int and abs(value) > _LARGEST:
+        raise _wrong(place, at, f"is a number of {len(str(abs(value)))} digits", "whole numbers have 64 bits")
     if kind is float and type(value) is int:
         value = float(value)
     # Exactly that type: True is an int to isinstance.

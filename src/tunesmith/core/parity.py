@@ -81,6 +81,8 @@ class ParityRecord:
     """See the module. precision: what products were computed in, `float32`, `bfloat16`, `float16`.
 
     state_dtypes: dtypes of the optimizer's states after the first step.
+    base:         of each frozen matrix (`model.layers.0.mlp.up_proj`) some values, evenly spread, as they are unpacked
+                  to fp32; empty where nothing is frozen.
     """
 
     framework: str
@@ -90,6 +92,7 @@ class ParityRecord:
     parameters: tuple[Parameter, ...] | None
     groups: tuple[ParameterGroup, ...] | None
     state_dtypes: tuple[str, ...] | None = None
+    base: dict[str, tuple[float, ...]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}

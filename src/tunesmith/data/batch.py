@@ -18,6 +18,12 @@ def plan_epoch(num_rows: int, *, batch_rows: int, seed: int, epoch: int) -> list
     return [order[start : start + batch_rows] for start in range(0, num_rows, batch_rows)]
 
 
+def plan_epochs(num_rows: int, *, batch_rows: int, seed: int, steps: int) -> list[list[list[int]]]:
+    """`plan_epoch` of each epoch that a run of so many optimizer steps begins; it may end within the last."""
+    epochs = -(-steps // -(-num_rows // batch_rows))
+    return [plan_epoch(num_rows, batch_rows=batch_rows, seed=seed, epoch=epoch) for epoch in range(epochs)]
+
+
 def plan_micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
     """Positions of a step's rows, grouped so that a group holds at most `budget_tokens` tokens: best fit.
 

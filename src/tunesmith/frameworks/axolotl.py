@@ -7,7 +7,13 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
-from tunesmith.frameworks.trainer import SCHEDULES, can_trainer, expected_settings
+from tunesmith.frameworks.trainer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    can_trainer,
+    expected_settings,
+    quantization_settings,
+)
 from tunesmith.job.spec import FullSpec, Job
 
 # Whatever of Axolotl's would choose rows, padding, kernels or precision by itself, or leave files.
@@ -23,7 +29,6 @@ _OWN: dict[str, Any] = {
     "sequence_len": 1,
     "val_set_size": 0.0,
     "load_in_8bit": False,
-    "load_in_4bit": False,
     "resize_token_embeddings_to_32x": False,
     "shrink_embeddings": False,
     "tf32": False,
@@ -36,7 +41,6 @@ _OWN: dict[str, Any] = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
     "trust_remote_code": False,
-    "optimizer": "adamw_torch_fused",
     "use_eaft": False,
     "dataloader_num_workers": 0,
     "dataloader_drop_last": False,
@@ -66,13 +70,18 @@ class Axolotl:
             return reason
         method = job.method_spec
         if isinstance(method, FullSpec):
-            if job.train.precision in ("bf16", "fp16"):
-                finding = f"Axolotl keeps the weights that it trains in {job.train.precision}, ours are fp32"
-                return Reason("train.precision", finding, "Set train.precision: fp32, or train adapters")
-        elif not method.scaling_alpha.is_integer():
+            return _can_train_whole(job.train.precision)
+        if not method.scaling_alpha.is_integer():
             finding = f"Axolotl's lora_alpha is a whole number, not {method.scaling_alpha}"
             return Reason("alpha", finding, "Choose a whole alpha")
         return None
+
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """See `HardwarePort`."""
+        if device == "cpu" and precision != "fp32":
+            finding = f"Axolotl has no {precision} on a CPU"
+            return Reason("train.precision", finding, "Set train.precision: fp32")
+        return _can_train_whole(precision) if isinstance(job.method_spec, FullSpec) else None
 
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
@@ -89,6 +98,13 @@ class Axolotl:
         )
 
 
+def _can_train_whole(precision: str) -> Reason | None:
+    if precision in ("bf16", "fp16"):
+        finding = f"Axolotl keeps the weights that it trains in {precision}, ours are fp32"
+        return Reason("train.precision", finding, "Set train.precision: fp32, or train adapters")
+    return None
+
+
 def _train_arguments(handoff: Handoff) -> dict[str, Any]:
     on_gpu = handoff.device == "cuda"
     return {
@@ -101,6 +117,7 @@ def _train_arguments(handoff: Handoff) -> dict[str, Any]:
         "num_epochs": 1,
         "max_steps": handoff.total_steps,
         **_warmup(handoff),
+        "optimizer": OPTIMIZERS[handoff.optimizer],
         "learning_rate": handoff.learning_rate,
         "lr_scheduler": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": {},
@@ -126,11 +143,13 @@ def _warmup(handoff: Handoff) -> dict[str, float | None]:
 
 
 def _lora_arguments(handoff: Handoff) -> dict[str, Any]:
-    lora = handoff.lora
+    lora, quantization = handoff.lora, quantization_settings(handoff)
     if lora is None:
-        return {"adapter": None}
+        return {"adapter": None, "load_in_4bit": False}
     return {
-        "adapter": "lora",
+        "adapter": "qlora" if quantization else "lora",
+        "load_in_4bit": quantization is not None,
+        "bnb_config_kwargs": quantization,
         "lora_r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,

@@ -59,6 +59,8 @@ class Handoff:
     order:        JSON: for each epoch its steps, for each step the numbers of its rows in `rows`. An epoch's last step
                   may be smaller. The loss of a step is divided by the target tokens of the whole step.
     lora:         None trains every weight.
+    base:         storage of frozen linear layers, but for the head; the rest is in the training precision. nf4: blocks
+                  of 64, absolute maxima in fp32, or with `double_quant` as 8-bit codes in blocks of 256.
     micro_rows:   rows per forward pass, a divisor of `batch_rows`.
     warmup_steps, total_steps: of the whole schedule, also where only the first steps are taken.
     clip_norm:    0 leaves gradients as they are.
@@ -76,13 +78,15 @@ class Handoff:
     validation: str | None
     order: str
     lora: Lora | None
+    base: Literal["full", "nf4"]
+    double_quant: bool
     batch_rows: int
     micro_rows: int
     total_steps: int
     warmup_steps: int
     learning_rate: float
     schedule: Literal["cosine", "linear", "constant"]
-    optimizer: str
+    optimizer: Literal["adamw", "adamw-8bit"]
     weight_decay: float
     beta1: float
     beta2: float

@@ -49,7 +49,6 @@ _OWN: dict[str, Any] = {
     "use_v1_kernels": False,
     "upcast_layernorm": False,
     "upcast_lmhead_output": False,
-    "quantization_bit": None,
     "train_from_scratch": False,
     "disable_gradient_checkpointing": True,
     "pure_bf16": False,
@@ -81,7 +80,7 @@ class LlamaFactory:
 
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
-        arguments = trainer_settings(handoff) | _OWN | _lora_arguments(handoff)
+        arguments = trainer_settings(handoff) | _OWN | _lora_arguments(handoff) | _base_arguments(handoff)
         # It loads a base in what the folder's config.json names, so the worker makes a folder that names this.
         folder = {
             "model_name_or_path": f"{handoff.scratch}/base",
@@ -103,6 +102,19 @@ class LlamaFactory:
                 "USE_MODELSCOPE_HUB": "0",
             },
         )
+
+
+def _base_arguments(handoff: Handoff) -> dict[str, Any]:
+    """Its dtypes for products and storage are that of the training: products as ours, and the same bits stored."""
+    if handoff.base == "full":
+        return {"quantization_bit": None}
+    return {
+        "quantization_method": "bnb",
+        "quantization_bit": 4,
+        "quantization_type": "nf4",
+        "double_quantization": handoff.double_quant,
+        "quantization_device_map": None,
+    }
 
 
 def _lora_arguments(handoff: Handoff) -> dict[str, Any]:

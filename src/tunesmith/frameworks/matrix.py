@@ -47,6 +47,8 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "New tokens": _lora(new_tokens=["<order>"]),
     },
     "Stored base": {
+        "nf4 base, scales in fp32": {"method": {"name": "qlora", "double_quant": False}},
+        "nf4 base, DoRA": {"method": {"name": "qlora", "dora": True}},
         "int8 base": _lora(base="int8"),
         "fp8 base": _lora(base="fp8"),
         "nf4 base, products in fp8": {"method": {"name": "qlora", "compute": "fp8"}},
@@ -57,7 +59,8 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "QAT, int8 activations": _lora(qat="int8-int4"),
     },
     "Optimizer": {
-        "8-bit AdamW": _train(optimizer="adamw-8bit"),
+        "8-bit AdamW, LoRA": {"method": _LORA} | _train(optimizer="adamw-8bit"),
+        "8-bit AdamW, full": _full(optimizer="adamw-8bit"),
         "AdamW on bf16 weights": _full(optimizer="adamw-bf16"),
         "Muon": _full(optimizer="muon"),
         "Updates in the backward pass": _full(optimizer_in_backward=True, clip_norm=None),

@@ -9,6 +9,8 @@ from tunesmith.frameworks.port import Reason
 from tunesmith.job.spec import FullSpec, Job, LoraSpec
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# Fused where it is safe and fast: the kernel that our own AdamW calls. In 8 bits bitsandbytes', whose levels ours has.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_8bit"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Of `trainer_settings`: what would change a weight on one device. Order and rows are the worker's.
 _DECIDING = (
@@ -30,9 +32,12 @@ def _can_train(job: Job, title: str) -> Reason | None:
         return Reason(
             "data.streaming", f"{title} is handed rows in files", "Read train without data.streaming"
         )
-    if train.optimizer != "adamw":
+    if train.optimizer not in OPTIMIZERS:
         cure = "Set train.optimizer: adamw"
         return Reason("train.optimizer", f"{title} has no {train.optimizer} that computes as ours does", cure)
+    if train.optimizer == "adamw-8bit" and isinstance(job.method_spec, FullSpec):
+        finding = f"{title} keeps the states of embeddings in fp32, ours are in 8 bits"
+        return Reason("train.optimizer", finding, "Train adapters, or set train.optimizer: adamw")
     if train.optimizer_in_backward:
         cure = "Leave train.optimizer_in_backward out"
         return Reason("train.optimizer_in_backward", f"{title} keeps gradients until the step's end", cure)
@@ -51,9 +56,12 @@ def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | N
         )
     if isinstance(method, FullSpec):
         return None
-    if method.storage != "full":
-        finding = f"{title}'s {method.storage} base is not the one that we store"
-        return Reason("base", finding, "Use method: lora on a full base")
+    if method.storage == "int8":
+        finding = f"{title}'s int8 layers round what they multiply, too; ours round the weights alone"
+        return Reason("base", finding, "Use base: nf4 or full")
+    if method.storage == "fp8" or method.compute == "fp8":
+        key = "base" if method.storage == "fp8" else "compute"
+        return Reason(key, f"{title} multiplies no frozen weights in fp8 as ours does", f"Leave {key} out")
     if method.new_tokens:
         return Reason("new_tokens", f"{title} is handed no new tokens yet", "Remove method.new_tokens")
     if method.modules_to_save:
@@ -65,6 +73,24 @@ def _can_method(method: FullSpec | LoraSpec, job: Job, title: str) -> Reason | N
         finding = f"{title} also decays DoRA's magnitudes"
         return Reason("dora", finding, "Set train.weight_decay: 0, or leave dora out")
     return None
+
+
+def quantization_settings(handoff: Handoff) -> dict[str, Any] | None:
+    """Arguments for `transformers.BitsAndBytesConfig`: bitsandbytes then stores the bytes that we do. None leaves the
+    base as it is. That blocks have 64 values is no argument: the worker looks."""
+    if handoff.base == "full":
+        return None
+    return {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": handoff.double_quant,
+        "bnb_4bit_compute_dtype": DTYPES[handoff.precision],
+        "bnb_4bit_quant_storage": "uint8",
+        # The head, by the two names that it has.
+        "llm_int8_skip_modules": ["lm_head", "embed_out"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
 
 
 def lora_settings(handoff: Handoff) -> dict[str, Any] | None:
@@ -103,8 +129,7 @@ def trainer_settings(handoff: Handoff) -> dict[str, Any]:
         "lr_scheduler_type": SCHEDULES[handoff.schedule],
         "lr_scheduler_kwargs": None,
         "warmup_steps": handoff.warmup_steps,
-        # Fused where it is safe and fast: the kernel that our own AdamW calls.
-        "optim": "adamw_torch_fused",
+        "optim": OPTIMIZERS[handoff.optimizer],
         "optim_args": None,
         "weight_decay": handoff.weight_decay,
         "adam_beta1": handoff.beta1,

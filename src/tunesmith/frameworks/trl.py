@@ -7,7 +7,13 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff, RawRows
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
-from tunesmith.frameworks.trainer import can_trainer, lora_settings, trainer_settings, weights_dtype
+from tunesmith.frameworks.trainer import (
+    can_trainer,
+    lora_settings,
+    quantization_settings,
+    trainer_settings,
+    weights_dtype,
+)
 from tunesmith.job.spec import Job
 
 # What TRL adds to transformers' arguments. Rows come tokenised and cut; nothing may pack, pad or mask them otherwise.
@@ -65,6 +71,7 @@ class Trl:
             | (_preprocessing(raw, f"{handoff.scratch}/{_TEMPLATE}") if raw else {}),
             **({"splits_answer": splits_answer(raw)} if raw else {}),
             "lora": lora_settings(handoff),
+            "quantization": quantization_settings(handoff),
             "weights": weights_dtype(handoff),
         }
         files = {"trl.json": json.dumps(settings, indent=1, ensure_ascii=False) + "\n"}

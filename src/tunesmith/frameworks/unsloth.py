@@ -15,7 +15,7 @@ from tunesmith.frameworks.trainer import (
     weights_dtype,
 )
 from tunesmith.frameworks.trl import SFT
-from tunesmith.job.spec import Job
+from tunesmith.job.spec import Job, LoraSpec
 
 
 class Unsloth:
@@ -25,7 +25,20 @@ class Unsloth:
 
     def can(self, job: Job) -> Reason | None:
         """See `Port`."""
-        return can_trainer(job, title="Unsloth")
+        if reason := can_trainer(job, title="Unsloth"):
+            return reason
+        method = job.method_spec
+        if isinstance(method, LoraSpec) and method.storage == "nf4" and not method.double_quant:
+            finding = "Unsloth also quantises the scales of nf4 blocks, whatever it is told"
+            return Reason("double_quant", finding, "Leave method.double_quant out")
+        return None
+
+    def can_on(self, job: Job, *, device: str, precision: str) -> Reason | None:
+        """See `HardwarePort`."""
+        if device == "cuda" and precision == "fp32":
+            finding = "Unsloth computes in 16 bits on a GPU, whatever it is told"
+            return Reason("train.precision", finding, "Set train.precision: bf16")
+        return None
 
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
@@ -36,12 +49,14 @@ class Unsloth:
             "model": {
                 "model_name": handoff.model,
                 "dtype": weights_dtype(handoff),
-                "load_in_4bit": False,
+                "load_in_4bit": handoff.base == "nf4",
                 "load_in_8bit": False,
                 "load_in_16bit": False,
                 "full_finetuning": handoff.lora is None,
                 "use_gradient_checkpointing": False,
                 "fast_inference": False,
+                # Never another, already quantised copy of the base.
+                "use_exact_model_name": True,
                 "trust_remote_code": False,
                 "attn_implementation": "sdpa",
                 "random_state": handoff.seed,

@@ -9,6 +9,7 @@ import hashlib
 import struct
 
 import torch
+from frozen import sample_base
 
 IGNORED = -100
 
@@ -21,6 +22,8 @@ class Capture:
         self.examples: list[dict] | None = []
         self.steps: list[dict] = []
         self.found: list[dict] = []
+        frozen = sample_base(watcher.trainer.model)
+        self.base = {saved_name(f"{name}.weight").removesuffix(".weight"): v for name, v in frozen.items()}
         self.groups: list[dict] | None = None
         self.state_dtypes: list[str] | None = None
         watcher.trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -84,6 +87,7 @@ class Capture:
             "parameters": self.found,
             "groups": self.groups,
             "state_dtypes": self.state_dtypes,
+            "base": self.base,
         }
 
 
@@ -111,6 +115,10 @@ def hash_row(ids: list[int], mask: list[int]) -> str:
 
 def describe_group(group: dict, names: dict[int, str], optimizer) -> dict:
     kind = type(optimizer).__name__.lower()
+    if (
+        getattr(getattr(optimizer, "args", None), "optim_bits", 32) == 8
+    ):  # bitsandbytes has one class for both
+        kind = "adamw8bit"
     beta1, beta2 = group.get("betas", (0.0, 0.0))
     return {
         "kind": {"adamw8bit": "adamw-8bit"}.get(kind, kind),

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from capture import IGNORED, Capture, saved_name
+from frozen import check_base, count_values, keep_layout
 from raw_rows import keep_order, write_made
 from safetensors.torch import load_file
 from validation import measure_loss
@@ -115,6 +116,13 @@ class _Watcher(transformers.TrainerCallback):
         rows = sum(map(len, self.order[0]))
         if len(trainer.train_dataset) != rows:
             raise Failure(f"trains on {len(trainer.train_dataset)} rows, and was handed {rows}")
+        check_base(trainer.model, handoff)
+        keep_layout(trainer.model)
+        if handoff["optimizer"] == "adamw-8bit" and handoff["device"] == "cpu":
+            self.run.warn(
+                "bitsandbytes on a CPU rounds 8-bit states to 65,536 steps before it looks for the nearest level, so "
+                "that small second moments are lost: its curve leaves ours"
+            )
         if self.capture:
             self.capture.parameters()
         if handoff["lora"]:
@@ -180,7 +188,7 @@ class _Watcher(transformers.TrainerCallback):
             "train_tokens": self.tokens,
             "target_tokens": self.targets,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
-            "total_parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "total_parameters": count_values(self.trainer.model),
             "micro_rows": self.trainer.args.per_device_train_batch_size,
             "best_step": self.best[1] if kept_best else None,
             "validation_loss": self.best[0] if kept_best else self.validation_loss,
@@ -329,6 +337,9 @@ def describe(trainer) -> dict:
     found = {"arguments": trainer.args.to_dict()}
     for name, config in getattr(trainer.model, "peft_config", {}).items():
         found[f"peft {name}"] = config.to_dict()
+    quantization = getattr(trainer.model.config, "quantization_config", None)
+    if hasattr(quantization, "to_dict"):
+        found["quantization"] = quantization.to_dict()
     # Sets, enums and paths have no JSON; what they hold does.
     return json.loads(
         json.dumps(found, default=lambda item: sorted(item) if isinstance(item, set) else str(item))

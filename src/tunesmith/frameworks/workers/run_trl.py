@@ -10,6 +10,7 @@ from worker import Run, main
 def work(run: Run) -> None:
     run.enter("importing")
     import datasets
+    import frozen
     import hf
     import peft
     import raw_rows
@@ -21,9 +22,13 @@ def work(run: Run) -> None:
     hf.install(run, framework="trl", versions=hf.read_versions("trl", "peft", "datasets"))
     handoff, settings = run.handoff, run.settings
     run.enter("loading")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        handoff["model"], dtype=getattr(torch, settings["weights"]), attn_implementation="sdpa"
-    )
+    chosen = {"dtype": getattr(torch, settings["weights"]), "attn_implementation": "sdpa"}
+    if settings["quantization"]:
+        chosen["quantization_config"] = transformers.BitsAndBytesConfig(**settings["quantization"])
+        chosen["device_map"] = {
+            "": 0 if handoff["device"] == "cuda" else "cpu"
+        }  # accelerate asks for a number
+    model = transformers.AutoModelForCausalLM.from_pretrained(handoff["model"], **chosen)
     if raw := handoff.get("raw"):
         rows = raw_rows.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
     else:
@@ -36,6 +41,7 @@ def work(run: Run) -> None:
         processing_class=transformers.AutoTokenizer.from_pretrained(handoff["model"]),
         peft_config=peft.LoraConfig(**settings["lora"]) if settings["lora"] else None,
     )
+    frozen.keep_adapters_fp32(run, trainer.model)
     trainer.train()
 
 

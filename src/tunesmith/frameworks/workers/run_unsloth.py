@@ -11,6 +11,7 @@ def work(run: Run) -> None:
     run.enter("importing")
     import unsloth  # isort: skip - it rewrites what is imported after it
     import datasets
+    import frozen
     import hf
     import scripts
     import torch
@@ -37,6 +38,7 @@ def work(run: Run) -> None:
             train_dataset=rows,
             processing_class=tokenizer,
         )
+        frozen.keep_adapters_fp32(run, trainer.model)
         trainer.train()
 
     scripts.run_until_trained(run, script)

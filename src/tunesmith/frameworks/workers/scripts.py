@@ -47,6 +47,7 @@ def check_settings(trainer, expected: dict) -> None:
     """Refuse what the framework altered. Raises Failure with the first setting that is not the job's."""
     for name, wanted in expected["arguments"].items():
         found = getattr(trainer.args, name)
+        found = getattr(found, "value", found)  # of an enumeration
         if name == "warmup_steps":  # may be a share of all
             found = trainer.args.get_warmup_steps(trainer.args.max_steps)
         if (found or None) != (wanted or None):
