@@ -1,0 +1,150 @@
+"""PPO and GRPO through the public functions: a bandit whose optimum is known, exact resume, what a step begins with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunesmith
+from tunesmith.api.evaluation import find_target, load_target
+from tunesmith.core.errors import Interrupted, TrainingFailed
+from tunesmith.core.events import Event
+from tunesmith.core.jsonl import read_jsonl
+from tunesmith.data.prepare import load_prepared
+from tunesmith.models.layout import make_batch
+from tunesmith.models.load import load_model
+
+QUESTIONS = [
+    "Heads or tails?",
+    "Which way shall we go from here?",
+    "Is the old mill by the river still running?",
+]
+EVEN = """
+def even(completions, completion_ids, **columns):
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+def same(completions, **columns):
+    return [1.0 for _ in completions]
+"""
+
+
+def write_data(folder: Path) -> Path:
+    path = folder / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(EVEN)
+    return path
+
+
+def job(folder: Path, objective: dict[str, Any], method: Any = "lora", **train: Any) -> dict[str, Any]:
+    return {
+        "model": "tunesmith/tiny",
+        "data": {"train": str(write_data(folder)), "split": {"validation": 0.0, "test": 0.0}},
+        "method": method,
+        "objective": {"rewards": [f"{folder / 'rewards.py'}:even"], "prompts": 3, **objective},
+        "train": {"learning_rate": 2e-3, "precision": "fp32", "save_every": "never", **train},
+    }
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [value for _, value in read_jsonl(folder / "steps.jsonl")]
+
+
+def even_share(model: Any, prompts: Any) -> list[float]:
+    """Probability that the first token of an answer has an even id, of each prompt."""
+    shares = []
+    with torch.no_grad():
+        for row in prompts:
+            batch = make_batch([row])
+            logits = model.head(model.hidden(batch.ids_T, batch.layout))[-1].double()
+            shares.append(logits.softmax(-1)[0::2].sum().item())
+    return shares
+
+
+def keep_odds(share: float) -> float:
+    """Where reward + KL(policy, reference) is best at a price of 1: the arm's log odds have grown by 1."""
+    return share * math.e / (share * math.e + 1 - share)
+
+
+# GRPO's KL is a loss on sampled tokens, of which each weighs 1 - reference / policy. Its mean is the gradient of the KL
+# *of the reference from the policy*, so that the optimum is another one: (1 - p) / (1 - P) - p / P = 1, or P = sqrt(p).
+@pytest.mark.parametrize(
+    ("objective", "optimum"),
+    [
+        ({"name": "grpo", "samples": 32, "beta": 1.0, "scale": "none"}, math.sqrt),
+        ({"name": "ppo", "samples": 32, "kl_weight": 1.0, "passes": 2}, keep_odds),
+    ],
+    ids=["grpo", "ppo"],
+)
+def test_a_bandit_is_played_as_well_as_the_price_of_kl_allows(
+    tmp_path: Path, objective: dict[str, Any], optimum: Callable[[float], float]
+) -> None:
+    train = {"steps": 100, "batch_rows": 96, "schedule": "linear", "learning_rate": 4e-3}
+    tunesmith.train(job(tmp_path, {"max_new_tokens": 1, **objective}, **train), out=tmp_path / "run")
+    found = find_target(str(tmp_path / "run"))
+    prompts = load_prepared(tmp_path / "run" / "prepared").rows("train")
+    before = even_share(load_model(found.model_folder), prompts)
+    after = even_share(load_target(found, precision="fp32"), prompts)
+    for was, now in zip(before, after, strict=True):
+        assert now == pytest.approx(optimum(was), abs=0.04)
+        assert optimum(was) > was + 0.15
+
+
+def test_without_a_price_the_better_arm_is_always_played(tmp_path: Path) -> None:
+    wanted = job(tmp_path, {"name": "grpo", "samples": 16, "max_new_tokens": 1}, steps=40, batch_rows=48)
+    tunesmith.train(wanted, out=tmp_path / "run")
+    assert steps_of(tmp_path / "run")[-1]["measures"]["reward"] > 0.97
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_ppo_begins_at_the_reference(tmp_path: Path, method: str) -> None:
+    objective = {"name": "ppo", "samples": 4, "max_new_tokens": 8, "passes": 1}
+    wanted = job(tmp_path, objective, method, steps=2, batch_rows=12, learning_rate=1e-4)
+    tunesmith.train(wanted, out=tmp_path / "run")
+    first = steps_of(tmp_path / "run")[0]["measures"]
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+    assert first["clipped"] == 0
+
+
+def test_equal_rewards_teach_nothing(tmp_path: Path) -> None:
+    wanted = job(tmp_path, {"name": "grpo", "samples": 4, "max_new_tokens": 4}, steps=3, batch_rows=12)
+    wanted["objective"]["rewards"] = [f"{tmp_path / 'rewards.py'}:same"]
+    tunesmith.train(wanted, out=tmp_path / "run")
+    assert [step["grad_norm"] for step in steps_of(tmp_path / "run")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("cut_after", [3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, cut_after: int) -> None:
+    """In the middle of a rollout (3 of its 4 steps) and between two."""
+    objective = {"name": name, "samples": 4, "max_new_tokens": 6, "passes": 2}
+    wanted = job(tmp_path, objective, {"name": "lora", "rank": 4, "dropout": 0.1}, steps=7, batch_rows=6)
+    tunesmith.train(wanted, out=tmp_path / "whole")
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "step" and event.done == cut_after:
+            os.kill(os.getpid(), 2)
+
+    with pytest.raises(Interrupted):
+        tunesmith.train(wanted, out=tmp_path / "cut", on_event=interrupt)
+    tunesmith.train(wanted, out=tmp_path / "cut")
+    kept = ["step", "loss", "grad_norm", "measures"]
+    assert [[s[k] for k in kept] for s in steps_of(tmp_path / "cut")] == [
+        [s[k] for k in kept] for s in steps_of(tmp_path / "whole")
+    ]
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
+
+
+def test_a_policy_that_runs_away_is_stopped(tmp_path: Path) -> None:
+    objective = {"name": "grpo", "samples": 8, "max_new_tokens": 4, "max_kl": 0.5}
+    wanted = job(tmp_path, objective, steps=40, batch_rows=24, learning_rate=2e-2)
+    with pytest.raises(TrainingFailed, match=r"nats of KL from the reference; objective\.max_kl is 0\.5"):
+        tunesmith.train(wanted, out=tmp_path / "run")
