@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from tunesmith.data.prompts import Answer, Prompt
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.job.load import job_from, load_job
-from tunesmith.job.objective import RewardTerm
+from tunesmith.job.objective import GrpoSpec, RewardTerm
 from tunesmith.job.resolve import resolve_model
 from tunesmith.models.load import load_model
 
@@ -161,6 +163,7 @@ def test_a_function_is_called_as_trl_calls_it(score: Any, write: Any, tmp_path: 
         ("def f(**kwargs): return [len(a) for a in kwargs['answer']]", [1, 1]),
         ("def f(completions, bonus=2): return (bonus for _ in completions)", [2, 2]),
         ("import numpy\ndef f(completions): return numpy.array([1, 2])", [1, 2]),
+        ("async def f(completions): return [5, 6]", [5, 6]),
         ("class F:\n    def __call__(self, completions): return [3, 4]\nf = F()", [3, 4]),
     ],
 )
@@ -250,6 +253,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def wait_for_end(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
 def test_what_a_function_has_started_ends_with_its_process(score: Any, write: Any, tmp_path: Path) -> None:
     code = """
 import os, subprocess, time
@@ -264,34 +274,31 @@ def hang(completions): time.sleep(600)
     with pytest.raises(TrainingFailed, match="took longer"):
         score([f"{file}:f", {"source": f"{file}:hang", "timeout": 0.5}], [say("a")])
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_running, pids))
+    assert wait_for_end(pids)
+
+
+TRAINING = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.api.reward_process import RewardProcess
+from tunesmith.core.errors import JobError
+
+process = RewardProcess(Path(sys.argv[2]))
+asked = {"place": "x", "timeout": 30.0, "fails": JobError}
+process.ask({"do": "load", "number": 0, "file": sys.argv[1], "name": "f", "given": ["completions"]}, **asked)
+(pid,) = process.ask({"do": "call", "number": 0, "arguments": {"completions": ["a"]}}, **asked)
+print(int(pid), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_function_ends_when_training_is_killed(write: Any, tmp_path: Path) -> None:
-    """No parent, no child: a forked training that dies without a word leaves nothing behind."""
-    from tunesmith.api.reward_process import RewardProcess
-
     file = write("import os\ndef f(completions): return [os.getpid()]")
-    reader, writer = os.pipe()
-    training = os.fork()
-    if training == 0:
-        process = RewardProcess(tmp_path / "log")
-        asked = {"place": "x", "timeout": 30.0, "fails": JobError}
-        process.ask({"do": "load", "number": 0, "file": file, "name": "f", "given": ["completions"]}, **asked)
-        (pid,) = process.ask({"do": "call", "number": 0, "arguments": {"completions": ["a"]}}, **asked)
-        os.write(writer, str(int(pid or 0)).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(training, 0)
-    pid = int(os.read(reader, 100))
-    os.close(reader)
-    os.close(writer)
-    deadline = time.monotonic() + 5
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(pid)
+    argv = [sys.executable, "-c", TRAINING, file, str(tmp_path / "log")]
+    training = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
+    assert training.returncode == -signal.SIGKILL
+    pid = int(training.stdout)
+    assert wait_for_end([pid])
 
 
 def test_what_functions_print_is_kept_up_to_a_limit(score: Any, write: Any, tmp_path: Path) -> None:
@@ -356,7 +363,9 @@ def test_paths_of_rewards_are_relative_to_the_job_file(tmp_path: Path) -> None:
         "    - rewards.py:f\n    - {source: json_schema, schema_file: schema.json}\n"
         "    - {source: length, characters: 9}\n"
     )
-    terms = load_job(tmp_path / "job.yaml").objective_spec.terms  # pyright: ignore
+    spec = load_job(tmp_path / "job.yaml").objective_spec
+    assert isinstance(spec, GrpoSpec)
+    terms = spec.terms
     assert terms[0].source == f"{tmp_path.resolve()}/rewards.py:f"
     assert terms[1].schema_file == f"{tmp_path.resolve()}/schema.json"
     assert terms[2].source == "length"
@@ -434,8 +443,6 @@ def test_what_is_no_reward_model_is_refused(
 def test_a_reward_model_with_another_vocabulary_is_refused(
     score: Any, reward_run: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(reward_run / "model", other)
     known = json.loads((other / "tokenizer.json").read_text())

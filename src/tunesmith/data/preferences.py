@@ -65,7 +65,7 @@ SHAPES: dict[PreferenceName, str] = {
     "alpaca_labelled": "instruction, input, output, label",
 }
 _PAIRS = ("chosen", "rejected")
-_LABELS = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
 _BASES: dict[str, tuple[PairName, LabelledName | None]] = {
     "prompt": ("pairs", "labelled"),
     "messages": ("messages_pairs", "messages_labelled"),
@@ -102,7 +102,7 @@ def shape_of_preference(row: Mapping[str, Any], rows: RowKind) -> PreferenceName
         if base is not None:
             return base[0]
         return "hh_pairs" if isinstance(row[sides[0]], str) else "conversation_pairs"
-    told = [key for key in _LABELS if key in row]
+    told = [key for key in LABELS if key in row]
     if base is None or not told or ("prompt" in row and "completion" not in row):
         return None
     return base[1] if rows != "answers" or isinstance(row[told[0]], bool) else None
@@ -270,7 +270,7 @@ def _parse_labelled(row: Mapping[str, Any], origin: Origin, shape: LabelledName)
 
 
 def _read_label(row: Mapping[str, Any], origin: Origin) -> bool:
-    key = next((key for key in _LABELS if key in row), "label")
+    key = next((key for key in LABELS if key in row), "label")
     value = row.get(key)
     if not isinstance(value, bool):
         shown = f" ({value!r})" if isinstance(value, str | int | float) else ""
