@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import tunesmith
 from tunesmith.api.inspection import check, preview
 from tunesmith.api.reward_process import MAX_LOG_BYTES
 from tunesmith.api.rewards import Scored, check_rewards, open_rewards
 from tunesmith.core.errors import DataError, JobError, ModelError, TrainingFailed
-from tunesmith.core.types import Message, Origin
+from tunesmith.core.types import Conversation, Message, Origin
 from tunesmith.data.preview import PromptPreview
 from tunesmith.data.prompts import Answer, Prompt
 from tunesmith.data.render import Renderer
@@ -27,6 +29,8 @@ from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.job.load import job_from, load_job
 from tunesmith.job.objective import GrpoSpec, RewardTerm
 from tunesmith.job.resolve import resolve_model
+from tunesmith.methods.objectives import score_answers
+from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 
 TINY = "tunesmith/tiny"
@@ -277,6 +281,23 @@ def hang(completions): time.sleep(600)
     assert wait_for_end(pids)
 
 
+def test_a_crash_is_told_at_once_though_its_children_live_on(score: Any, write: Any, tmp_path: Path) -> None:
+    code = """
+import os, time
+def f(completions):
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    open(os.path.join(os.path.dirname(__file__), "pid"), "w").write(str(child))
+    os._exit(7)
+"""
+    started = time.monotonic()
+    with pytest.raises(TrainingFailed, match="ended its process with exit code 7"):
+        score([f"{write(code)}:f"], [say("a")])
+    assert time.monotonic() - started < 20
+    assert wait_for_end([int((tmp_path / "pid").read_text())])
+
+
 TRAINING = """
 import os, signal, sys
 from pathlib import Path
@@ -405,12 +426,6 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reward_model_scores_answers_as_in_its_training(
     score: Any, reward_run: Path, renderer: Renderer
 ) -> None:
-    import torch
-
-    from tunesmith.core.types import Conversation
-    from tunesmith.methods.objectives import score_answers
-    from tunesmith.models.layout import make_batch
-
     question = (Message("user", "Is red darker than gold?"),)
     said = ["Gladly: red is darker.", "Stupid question. gold."]
     prompt = Prompt(renderer.render_prompt(question), question, None, {}, Origin("p:1", "p", 1), "id")
@@ -430,14 +445,56 @@ def test_a_reward_model_scores_answers_as_in_its_training(
     assert found.total == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_is_no_reward_model_is_refused(
-    score: Any, reward_run: Path, renderer: Renderer, hf_folders: Any
-) -> None:
+def test_what_is_no_reward_model_is_refused(score: Any, reward_run: Path, renderer: Renderer) -> None:
     with pytest.raises(ModelError, match=r"rewards\[0\] \(run\): .*is no model folder. Its reward model is"):
         score([str(reward_run)], [say("a")])
     assert renderer.tokenizer.folder is not None
     with pytest.raises(ModelError, match=r"rewards\[0\] \(.*\): is no sequence classifier"):
         score([str(renderer.tokenizer.folder)], [say("a")])
+
+
+def save_classifier(family: str, folder: Path, renderer: Renderer, *, labels: int = 1) -> Any:
+    """A random classifier of transformers' own, with the tokenizer of the model that is trained."""
+    sizes = {"vocab_size": renderer.tokenizer.vocab_size, "num_labels": labels, "pad_token_id": 0}
+    if family == "gpt2":
+        config: Any = transformers.GPT2Config(
+            **sizes, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
+        )
+        model: Any = transformers.GPT2ForSequenceClassification(config)
+    else:
+        config = transformers.LlamaConfig(
+            **sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = transformers.LlamaForSequenceClassification(config)
+    model.eval().save_pretrained(folder)
+    renderer.tokenizer.save(folder)
+    return model
+
+
+def test_a_classifier_of_transformers_is_a_reward_model(
+    score: Any, renderer: Renderer, tmp_path: Path
+) -> None:
+    model = save_classifier("llama", tmp_path / "rm", renderer)
+    answers = [say("yes", finished=False), say("no", finished=False)]
+    with torch.no_grad():
+        rows = [[*answer.prompt.ids, *answer.ids] for answer in answers]
+        expected = [model(torch.tensor([row])).logits.item() for row in rows]
+    assert score([str(tmp_path / "rm")], answers).terms == {"rm": pytest.approx(expected, abs=1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "said"),
+    [
+        ("llama", 2, "gives 2 scores; a reward is one number"),
+        ("gpt2", 1, "is a classifier of type gpt2; reward models are of architectures"),
+    ],
+)
+def test_a_classifier_that_gives_no_reward_is_refused(
+    renderer: Renderer, tmp_path: Path, family: str, labels: int, said: str
+) -> None:
+    save_classifier(family, tmp_path / "rm", renderer, labels=labels)
+    with pytest.raises(ModelError, match=rf"rewards\[0\] \(rm\): .*{said}"):
+        check_rewards([RewardTerm(source=str(tmp_path / "rm"))])
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused(

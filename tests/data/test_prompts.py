@@ -205,7 +205,9 @@ def test_equal_prompts_stay_on_one_side(prepare, write_lines):
     ]
     path = write_lines(*map(json.dumps, rows))
     prepared = prepare(path, split={"validation": 0.2, "test": 0.2}, deduplicate="none")
-    sides = [{p.question for p in prepared.prompts(split)} for split in ("train", "validation", "test")]
+    sides = [
+        {p.question[0].content for p in prepared.prompts(split)} for split in ("train", "validation", "test")
+    ]
     assert [len(side) for side in sides] == [6, 2, 2]
     assert len(set.union(*sides)) == len(WORDS)
 

@@ -3,8 +3,8 @@
     prompts             {"prompt"}: a string is raw text, messages are a chat that ends with a question
     any shape of answers but `text`: the prompt is all before the last answer, and that answer is the truth
 
-The truth is a column `answer`, `solution` or `ground_truth`, else the last answer, unless its label calls it bad. All columns but those that hold
-turns are kept for reward functions.
+The truth is a column `answer`, `solution` or `ground_truth`, else the last answer, unless its label calls it bad. All
+columns but those that hold turns are kept for reward functions.
 """
 
 from __future__ import annotations
