@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import tunesmith
 from tunesmith.api.inspection import check, preview
 from tunesmith.api.reward_process import MAX_LOG_BYTES
 from tunesmith.api.rewards import Scored, check_rewards, open_rewards
 from tunesmith.core.errors import DataError, JobError, ModelError, TrainingFailed
-from tunesmith.core.types import Message, Origin
+from tunesmith.core.types import Conversation, Message, Origin
 from tunesmith.data.preview import PromptPreview
 from tunesmith.data.prompts import Answer, Prompt
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.job.load import job_from, load_job
-from tunesmith.job.objective import RewardTerm
+from tunesmith.job.objective import GrpoSpec, RewardTerm
 from tunesmith.job.resolve import resolve_model
+from tunesmith.methods.objectives import score_answers
+from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
 
 TINY = "tunesmith/tiny"
@@ -161,6 +167,7 @@ def test_a_function_is_called_as_trl_calls_it(score: Any, write: Any, tmp_path: 
         ("def f(**kwargs): return [len(a) for a in kwargs['answer']]", [1, 1]),
         ("def f(completions, bonus=2): return (bonus for _ in completions)", [2, 2]),
         ("import numpy\ndef f(completions): return numpy.array([1, 2])", [1, 2]),
+        ("async def f(completions): return [5, 6]", [5, 6]),
         ("class F:\n    def __call__(self, completions): return [3, 4]\nf = F()", [3, 4]),
     ],
 )
@@ -250,6 +257,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def wait_for_end(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
 def test_what_a_function_has_started_ends_with_its_process(score: Any, write: Any, tmp_path: Path) -> None:
     code = """
 import os, subprocess, time
@@ -264,34 +278,48 @@ def hang(completions): time.sleep(600)
     with pytest.raises(TrainingFailed, match="took longer"):
         score([f"{file}:f", {"source": f"{file}:hang", "timeout": 0.5}], [say("a")])
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_running, pids))
+    assert wait_for_end(pids)
+
+
+def test_a_crash_is_told_at_once_though_its_children_live_on(score: Any, write: Any, tmp_path: Path) -> None:
+    code = """
+import os, time
+def f(completions):
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    open(os.path.join(os.path.dirname(__file__), "pid"), "w").write(str(child))
+    os._exit(7)
+"""
+    started = time.monotonic()
+    with pytest.raises(TrainingFailed, match="ended its process with exit code 7"):
+        score([f"{write(code)}:f"], [say("a")])
+    assert time.monotonic() - started < 20
+    assert wait_for_end([int((tmp_path / "pid").read_text())])
+
+
+TRAINING = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.api.reward_process import RewardProcess
+from tunesmith.core.errors import JobError
+
+process = RewardProcess(Path(sys.argv[2]))
+asked = {"place": "x", "timeout": 30.0, "fails": JobError}
+process.ask({"do": "load", "number": 0, "file": sys.argv[1], "name": "f", "given": ["completions"]}, **asked)
+(pid,) = process.ask({"do": "call", "number": 0, "arguments": {"completions": ["a"]}}, **asked)
+print(int(pid), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_function_ends_when_training_is_killed(write: Any, tmp_path: Path) -> None:
-    """No parent, no child: a forked training that dies without a word leaves nothing behind."""
-    from tunesmith.api.reward_process import RewardProcess
-
     file = write("import os\ndef f(completions): return [os.getpid()]")
-    reader, writer = os.pipe()
-    training = os.fork()
-    if training == 0:
-        process = RewardProcess(tmp_path / "log")
-        asked = {"place": "x", "timeout": 30.0, "fails": JobError}
-        process.ask({"do": "load", "number": 0, "file": file, "name": "f", "given": ["completions"]}, **asked)
-        (pid,) = process.ask({"do": "call", "number": 0, "arguments": {"completions": ["a"]}}, **asked)
-        os.write(writer, str(int(pid or 0)).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(training, 0)
-    pid = int(os.read(reader, 100))
-    os.close(reader)
-    os.close(writer)
-    deadline = time.monotonic() + 5
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(pid)
+    argv = [sys.executable, "-c", TRAINING, file, str(tmp_path / "log")]
+    training = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
+    assert training.returncode == -signal.SIGKILL
+    pid = int(training.stdout)
+    assert wait_for_end([pid])
 
 
 def test_what_functions_print_is_kept_up_to_a_limit(score: Any, write: Any, tmp_path: Path) -> None:
@@ -356,7 +384,9 @@ def test_paths_of_rewards_are_relative_to_the_job_file(tmp_path: Path) -> None:
         "    - rewards.py:f\n    - {source: json_schema, schema_file: schema.json}\n"
         "    - {source: length, characters: 9}\n"
     )
-    terms = load_job(tmp_path / "job.yaml").objective_spec.terms  # pyright: ignore
+    spec = load_job(tmp_path / "job.yaml").objective_spec
+    assert isinstance(spec, GrpoSpec)
+    terms = spec.terms
     assert terms[0].source == f"{tmp_path.resolve()}/rewards.py:f"
     assert terms[1].schema_file == f"{tmp_path.resolve()}/schema.json"
     assert terms[2].source == "length"
@@ -396,12 +426,6 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reward_model_scores_answers_as_in_its_training(
     score: Any, reward_run: Path, renderer: Renderer
 ) -> None:
-    import torch
-
-    from tunesmith.core.types import Conversation
-    from tunesmith.methods.objectives import score_answers
-    from tunesmith.models.layout import make_batch
-
     question = (Message("user", "Is red darker than gold?"),)
     said = ["Gladly: red is darker.", "Stupid question. gold."]
     prompt = Prompt(renderer.render_prompt(question), question, None, {}, Origin("p:1", "p", 1), "id")
@@ -421,9 +445,7 @@ def test_a_reward_model_scores_answers_as_in_its_training(
     assert found.total == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_is_no_reward_model_is_refused(
-    score: Any, reward_run: Path, renderer: Renderer, hf_folders: Any
-) -> None:
+def test_what_is_no_reward_model_is_refused(score: Any, reward_run: Path, renderer: Renderer) -> None:
     with pytest.raises(ModelError, match=r"rewards\[0\] \(run\): .*is no model folder. Its reward model is"):
         score([str(reward_run)], [say("a")])
     assert renderer.tokenizer.folder is not None
@@ -431,11 +453,53 @@ def test_what_is_no_reward_model_is_refused(
         score([str(renderer.tokenizer.folder)], [say("a")])
 
 
+def save_classifier(family: str, folder: Path, renderer: Renderer, *, labels: int = 1) -> Any:
+    """A random classifier of transformers' own, with the tokenizer of the model that is trained."""
+    sizes = {"vocab_size": renderer.tokenizer.vocab_size, "num_labels": labels, "pad_token_id": 0}
+    if family == "gpt2":
+        config: Any = transformers.GPT2Config(
+            **sizes, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
+        )
+        model: Any = transformers.GPT2ForSequenceClassification(config)
+    else:
+        config = transformers.LlamaConfig(
+            **sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = transformers.LlamaForSequenceClassification(config)
+    model.eval().save_pretrained(folder)
+    renderer.tokenizer.save(folder)
+    return model
+
+
+def test_a_classifier_of_transformers_is_a_reward_model(
+    score: Any, renderer: Renderer, tmp_path: Path
+) -> None:
+    model = save_classifier("llama", tmp_path / "rm", renderer)
+    answers = [say("yes", finished=False), say("no", finished=False)]
+    with torch.no_grad():
+        rows = [[*answer.prompt.ids, *answer.ids] for answer in answers]
+        expected = [model(torch.tensor([row])).logits.item() for row in rows]
+    assert score([str(tmp_path / "rm")], answers).terms == {"rm": pytest.approx(expected, abs=1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "said"),
+    [
+        ("llama", 2, "gives 2 scores; a reward is one number"),
+        ("gpt2", 1, "is a classifier of type gpt2; reward models are of architectures"),
+    ],
+)
+def test_a_classifier_that_gives_no_reward_is_refused(
+    renderer: Renderer, tmp_path: Path, family: str, labels: int, said: str
+) -> None:
+    save_classifier(family, tmp_path / "rm", renderer, labels=labels)
+    with pytest.raises(ModelError, match=rf"rewards\[0\] \(rm\): .*{said}"):
+        check_rewards([RewardTerm(source=str(tmp_path / "rm"))])
+
+
 def test_a_reward_model_with_another_vocabulary_is_refused(
     score: Any, reward_run: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(reward_run / "model", other)
     known = json.loads((other / "tokenizer.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from tunesmith.api.evaluation import find_target, load_target
 from tunesmith.core.errors import Interrupted, TrainingFailed
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_jsonl
+from tunesmith.core.types import Message
 from tunesmith.data.prepare import load_prepared
-from tunesmith.models.layout import make_batch
+from tunesmith.data.render import Renderer
+from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.job.resolve import resolve_model
+from tunesmith.job.spec import DataSpec, ModelSpec
+from tunesmith.models.layout import make_layout
 from tunesmith.models.load import load_model
 
 QUESTIONS = [
@@ -26,9 +31,9 @@ QUESTIONS = [
     "Which way shall we go from here?",
     "Is the old mill by the river still running?",
 ]
-EVEN = """
-def even(completions, completion_ids, **columns):
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+REWARDS = """
+def winner(completion_ids, winner, **columns):
+    return [float(ids[:1] == [wanted]) for ids, wanted in zip(completion_ids, winner)]
 
 def same(completions, **columns):
     return [1.0 for _ in completions]
@@ -36,11 +41,25 @@ def same(completions, **columns):
 
 
 def write_data(folder: Path) -> Path:
+    """Prompts, each with the token that wins if it is an answer's first: the second likeliest of the base."""
     path = folder / "prompts.jsonl"
-    rows = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    base = resolve_model(ModelSpec(name="tunesmith/tiny")).folder
+    model, renderer = load_model(base), Renderer(load_tokenizer(base), DataSpec(train="none"))
+    rows = []
+    for question in QUESTIONS:
+        ids = renderer.render_prompt([Message("user", question)])
+        winner = first_token(model, ids).argsort(descending=True)[1].item()
+        rows.append({"prompt": [{"role": "user", "content": question}], "winner": winner})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(EVEN)
+    (folder / "rewards.py").write_text(REWARDS)
     return path
+
+
+def first_token(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Probabilities of an answer's first token, (V,)."""
+    with torch.no_grad():
+        logits = model.head(model.hidden(torch.tensor(ids), make_layout([len(ids)])))[-1]
+    return logits.double().softmax(-1)
 
 
 def job(folder: Path, objective: dict[str, Any], method: Any = "lora", **train: Any) -> dict[str, Any]:
@@ -48,24 +67,13 @@ def job(folder: Path, objective: dict[str, Any], method: Any = "lora", **train: 
         "model": "tunesmith/tiny",
         "data": {"train": str(write_data(folder)), "split": {"validation": 0.0, "test": 0.0}},
         "method": method,
-        "objective": {"rewards": [f"{folder / 'rewards.py'}:even"], "prompts": 3, **objective},
+        "objective": {"rewards": [f"{folder / 'rewards.py'}:winner"], "prompts": 3, **objective},
         "train": {"learning_rate": 2e-3, "precision": "fp32", "save_every": "never", **train},
     }
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [value for _, value in read_jsonl(folder / "steps.jsonl")]
-
-
-def even_share(model: Any, prompts: Any) -> list[float]:
-    """Probability that the first token of an answer has an even id, of each prompt."""
-    shares = []
-    with torch.no_grad():
-        for row in prompts:
-            batch = make_batch([row])
-            logits = model.head(model.hidden(batch.ids_T, batch.layout))[-1].double()
-            shares.append(logits.softmax(-1)[0::2].sum().item())
-    return shares
 
 
 def keep_odds(share: float) -> float:
@@ -89,12 +97,12 @@ def test_a_bandit_is_played_as_well_as_the_price_of_kl_allows(
     train = {"steps": 100, "batch_rows": 96, "schedule": "linear", "learning_rate": 4e-3}
     tunesmith.train(job(tmp_path, {"max_new_tokens": 1, **objective}, **train), out=tmp_path / "run")
     found = find_target(str(tmp_path / "run"))
-    prompts = load_prepared(tmp_path / "run" / "prepared").rows("train")
-    before = even_share(load_model(found.model_folder), prompts)
-    after = even_share(load_target(found, precision="fp32"), prompts)
-    for was, now in zip(before, after, strict=True):
-        assert now == pytest.approx(optimum(was), abs=0.04)
-        assert optimum(was) > was + 0.15
+    base, tuned = load_model(found.model_folder), load_target(found, precision="fp32")
+    for prompt in load_prepared(tmp_path / "run" / "prepared").prompts("train"):
+        arm = prompt.columns["winner"]
+        was, now = (first_token(model, prompt.ids)[arm].item() for model in (base, tuned))
+        assert now == pytest.approx(optimum(was), abs=0.03)
+        assert optimum(was) > was + 0.1
 
 
 def test_without_a_price_the_better_arm_is_always_played(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tunesmith.data.prompts import Answer
 from tunesmith.data.render import Renderer
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.config import load_config
-from tunesmith.models.headers import check_model
+from tunesmith.models.headers import check_model, find_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +22,41 @@ BUDGET_TOKENS = 8192
 
 
 def check_reward_model(folder: Path, *, place: str) -> None:
-    """Raise ModelError unless a folder holds a sequence classifier. Reads its settings and headers only."""
+    """Raise ModelError unless a folder holds a classifier of one score. Reads settings and headers only."""
     inner = folder / "model"
     if not (folder / "config.json").is_file() and (inner / "config.json").is_file():
         raise ModelError(place, f"{folder} is no model folder", cure=f"Its reward model is {inner}")
     try:
+        config = load_config(folder)
+        if config.is_classifier and config.own:
+            _check_one_score(folder)
         check_model(folder)
-        is_classifier = load_config(folder).is_classifier
     except TunesmithError as error:
         raise ModelError(f"{place}: {error.place}", error.finding, rule=error.rule, cure=error.cure) from None
-    if not is_classifier:
+    if not config.is_classifier:
         raise ModelError(
             place,
             "is no sequence classifier",
             rule="a reward model scores answers",
             cure="Give a folder that objective: reward has made",
+        )
+    if not config.own:
+        raise ModelError(
+            place,
+            f"is a classifier of type {config.model_type}",
+            rule="reward models are of architectures that our own decoder runs",
+            cure="Train one with objective: reward, or call it from a function (rewards.py:NAME)",
+        )
+
+
+def _check_one_score(folder: Path) -> None:
+    score = find_tensors(folder).get("score.weight")
+    if score is not None and score.shape[0] != 1:
+        raise ModelError(
+            str(folder),
+            f"gives {score.shape[0]} scores",
+            rule="a reward is one number",
+            cure="Give a classifier of one label",
         )
 
 

@@ -52,7 +52,7 @@ class Functions:
         function, file, wanted = self._found[number]
         taken = {key: value for key, value in arguments.items() if wanted is None or key in wanted}
         try:
-            values = _as_list(function(**taken))
+            values = _as_list(_wait_for(function(**taken)))
         # SystemExit, too: a function that gives up is told like one that fails.
         except BaseException as error:
             raise _explain(error, file) from None
@@ -100,6 +100,15 @@ def _read_parameters(function: Callable[..., Any], given: Sequence[str]) -> froz
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return None
     return frozenset(each.name for each in parameters)
+
+
+def _wait_for(found: Any) -> Any:
+    """What an async function comes to."""
+    if not inspect.iscoroutine(found):
+        return found
+    import asyncio
+
+    return asyncio.run(found)
 
 
 def _as_list(found: Any) -> list[Any] | None:

@@ -65,7 +65,7 @@ SHAPES: dict[PreferenceName, str] = {
     "alpaca_labelled": "instruction, input, output, label",
 }
 _PAIRS = ("chosen", "rejected")
-_LABELS = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
 _BASES: dict[str, tuple[PairName, LabelledName | None]] = {
     "prompt": ("pairs", "labelled"),
     "messages": ("messages_pairs", "messages_labelled"),
@@ -102,7 +102,7 @@ def shape_of_preference(row: Mapping[str, Any], rows: RowKind) -> PreferenceName
         if bases:
             return _BASES[bases[0]][0]
         return "hh_pairs" if isinstance(row[sides[0]], str) else "conversation_pairs"
-    labels = [row[key] for key in _LABELS if key in row]
+    labels = [row[key] for key in LABELS if key in row]
     if not labels or (rows == "answers" and not isinstance(labels[0], bool)):
         return None
     # A prompt beside messages repeats what they begin with.
@@ -273,7 +273,7 @@ def _parse_labelled(row: Mapping[str, Any], origin: Origin, shape: LabelledName)
 
 
 def _read_label(row: Mapping[str, Any], origin: Origin) -> bool:
-    key = next((key for key in _LABELS if key in row), "label")
+    key = next((key for key in LABELS if key in row), "label")
     value = row.get(key)
     if not isinstance(value, bool):
         shown = f" ({value!r:.40})" if isinstance(value, str | int | float) else ""

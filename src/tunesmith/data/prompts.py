@@ -3,8 +3,8 @@
     prompts             {"prompt"}: a string is raw text, messages are a chat that ends with a question
     any shape of answers but `text`: the prompt is all before the last answer, and that answer is the truth
 
-The truth is a column `answer`, `solution` or `ground_truth`, else the last answer. All columns but those that hold
-turns are kept for reward functions.
+The truth is a column `answer`, `solution` or `ground_truth`, else the last answer, unless its label calls it bad. All
+columns but those that hold turns are kept for reward functions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from tunesmith.core.errors import DataError
 from tunesmith.core.jsonl import OR_SKIP
 from tunesmith.core.types import Conversation, Message, Origin, TokenRow
+from tunesmith.data.preferences import LABELS
 from tunesmith.data.turns import (
     check_opening,
     check_systems,
@@ -75,7 +76,7 @@ class Answer:
     text: str
     num_tokens: int
     finished: bool
-    ids: Sequence[int] = ()
+    ids: Sequence[int]
 
 
 def make_prompt(row: TokenRow, conversation: Conversation) -> Prompt:
@@ -105,6 +106,8 @@ def shape_of_prompt(row: Mapping[str, Any]) -> PromptName | None:
 def parse_prompt(row: Mapping[str, Any], origin: Origin, shape: PromptName) -> Conversation:
     """A row as the conversation that the model is to continue. Raises DataError naming the row's place."""
     asked, answer = _read_question(row, origin, shape)
+    if any(row.get(key) is False for key in LABELS):
+        answer = None
     named = next((row[key] for key in TRUTHS if row.get(key) is not None), None)
     truth = _as_text(named) if named is not None else answer
     columns = _as_json({key: value for key, value in row.items() if key not in _TURNS})

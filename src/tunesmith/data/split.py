@@ -151,7 +151,7 @@ class Likeness:
         self._group = dict(zip(unique, union.name_each(list(unique)), strict=True))
         first: dict[str, int] = {}
         for number, conversation in enumerate(unique.values()):
-            if conversation.rejected or conversation.label is not None or conversation.is_prompt:
+            if conversation.rejected or conversation.label is not None:
                 prompt = text_of(message for message in conversation.prompt if message.role != "system")
                 union.join(first.setdefault(" ".join(prompt.lower().split()), number), number)
         self._family = dict(zip(unique, union.name_each(list(unique)), strict=True))
