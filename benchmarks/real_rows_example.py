@@ -1,4 +1,4 @@
-"""2,000 rows of databricks-dolly-15k on a small real model, trained by our engine, TRL, LLaMA-Factory, Axolotl, Unsloth.
+"""2,000 rows of databricks-dolly-15k on a small real model, by our engine, TRL, LLaMA-Factory, Axolotl and Unsloth.
 
     tunesmith frameworks install trl        (and llamafactory, axolotl, unsloth)
     .venv/bin/python benchmarks/real_rows_example.py                              (half an hour on one core)
@@ -47,7 +47,7 @@ def choose_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def list_quotations(rows: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Every five words of a row, and each whole text of two words or more, without what stands between words."""
+    """Every five words of a row that follow each other, without what stands between words."""
     found: set[str] = set()
     for row in rows:
         for words in (_split(str(text)) for text in row.values()):

@@ -190,7 +190,7 @@ def plot_spots(
     ]
     places = [(x_scale.place(spot.x), y_scale.place(spot.y)) for spot in spots]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    for spot, (x, y) in zip(spots, places, strict=True):
+    for spot, (x, y), label in zip(spots, places, _share_labels(spots, places), strict=True):
         tip = f"{spot.label}: {show_y(spot.y)} at {show_x(spot.x)}{'; ' + spot.note if spot.note else ''}"
         parts.append(f'<g class="s{spot.style}{" faded" if spot.faded else ""}"><title>{_text(tip)}</title>')
         if spot.low is not None and spot.high is not None:
@@ -199,9 +199,25 @@ def plot_spots(
                 f'<line class="interval thin" x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}"/>'
             )
         parts.append(_mark(spot.style, x, y))
-        label_x, label_y = _find_room(7.4 * len(spot.label), x, y, taken, (left, top, WIDTH, bottom))
-        parts.append(f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}">{_text(spot.label)}</text></g>')
+        if label:
+            label_x, label_y = _find_room(7.4 * len(label), x, y, taken, (left, top, WIDTH, bottom))
+            parts.append(f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}">{_text(label)}</text>')
+        parts.append("</g>")
     return _frame(title, height, parts)
+
+
+def _share_labels(spots: Sequence[Spot], places: Sequence[tuple[float, float]]) -> list[str]:
+    """What stands beside each mark. Marks on one another (arms that do the same work) share the first one's label,
+    `lora and 4 more`; the others have none."""
+    leaders: dict[int, int] = {}
+    for number, (x, y) in enumerate(places):
+        on = (n for n in leaders if abs(places[n][0] - x) < 5 and abs(places[n][1] - y) < 5)
+        leader = next(on, number)
+        leaders[leader] = leaders.get(leader, -1) + 1
+    labels = [""] * len(spots)
+    for leader, more in leaders.items():
+        labels[leader] = spots[leader].label + (f" and {more} more" if more else "")
+    return labels
 
 
 Box = tuple[float, float, float, float]
