@@ -226,10 +226,12 @@ Box = tuple[float, float, float, float]
 def _find_room(width: float, x: float, y: float, taken: list[Box], inside: Box) -> tuple[float, float]:
     """Where a label of this width starts, beside its mark and on no other mark or label; adds it to `taken`.
 
-    Right, left, above, below, then farther down; boxes are (left, top, right, bottom).
+    Right, left, above, below, then farther up and down; boxes are (left, top, right, bottom).
     """
-    beside = [(x + 10, y + 4), (x - 10 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)]
-    beside += [(x + 10, y + 4 + step) for step in (14, -14, 28, -28, 42, 56)]
+    right, left, middle = x + 10, x - 10 - width, x - width / 2
+    beside = [(right, y + 4), (left, y + 4), (middle, y - 10), (middle, y + 19)]
+    steps = (14, -14, 28, -28, 42, -42, 56, -56, 70, -70, 84, -84)
+    beside += [(start, y + 4 + step) for step in steps for start in (right, left, middle)]
 
     def boxed(spot: tuple[float, float]) -> Box:
         return (spot[0], spot[1] - 10, spot[0] + width, spot[1] + 2)
