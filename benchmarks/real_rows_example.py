@@ -109,8 +109,10 @@ def main() -> None:
     rows = choose_rows(arguments.data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.keep or Path(scratch)).resolve()
-        shutil.copytree(arguments.model, folder / "stories260k", dirs_exist_ok=True)
-        shutil.copyfile(EXAMPLE / "job.yaml", folder / "job.yaml")
+        model = folder / "stories260k"
+        model.mkdir(parents=True, exist_ok=True)
+        for path in (*arguments.model.iterdir(), EXAMPLE / "job.yaml"):
+            shutil.copyfile(path, (folder if path.name == "job.yaml" else model) / path.name)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         comparison = compare(load_job(folder / "job.yaml"), out=folder / "run", on_event=tell)
         arguments.out.mkdir(parents=True, exist_ok=True)
