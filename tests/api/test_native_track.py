@@ -51,7 +51,7 @@ def read_tickets(count: int = 14) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:count]]
 
 
-def compare(folder: Path, rows: list[dict[str, Any]], **data: Any) -> Comparison:
+def compare(folder: Path, rows: list[dict[str, Any]], *, samples: bool = True, **data: Any) -> Comparison:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     job = {
         "model": "tunesmith/tiny",
@@ -61,7 +61,9 @@ def compare(folder: Path, rows: list[dict[str, Any]], **data: Any) -> Comparison
         "method": {"name": "lora", "rank": 2},
         "train": {"epochs": 1, "batch_rows": 4, "learning_rate": 1e-3, "precision": "fp32"},
         "evaluate": {"max_rows": 1, "max_new_tokens": 1, "precision": "fp32", "forgetting": False},
-        "compare": {"arms": [{"method": "lora", "framework": "trl"}], "seeds": [0], "track": "native"},
+        "compare": {
+            "arms": [{"method": "lora", "framework": "trl"}], "seeds": [0], "track": "native", "samples": samples
+        },
     }  # fmt: skip
     return tunesmith.compare(job, out=folder / "out")
 
@@ -117,9 +119,15 @@ def test_an_end_that_the_template_does_not_mark_is_not_trained(tmp_path: Path) -
     shown = api.comparison_json(comparison, tmp_path / "out")["arms"][0]["native"]
     assert shown["kinds"][0]["name"] == "untrained stop"
     assert shown["kinds"][0]["examples"][0]["ours"] == "<|end|>"
-    assert read_json(tmp_path / "out" / "arms" / ARM / "native.json")["says"] == shown["says"]
+    file = tmp_path / "out" / "arms" / ARM / "native.json"
+    assert read_json(file)["says"] == shown["says"]
+
+    silent = compare(tmp_path, read_tickets(), samples=False, template=str(tmp_path / "marked.jinja"))
+    assert kinds(silent) == kinds(comparison)
+    assert silent.native[ARM].kinds[0].examples == []
+    assert read_json(file)["kinds"][0]["examples"] == []
     # From files alone, the same is said again.
-    assert api.report(tmp_path / "out").native == comparison.native
+    assert api.report(tmp_path / "out").native == silent.native
     assert "does not train the stop token" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 

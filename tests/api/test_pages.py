@@ -27,8 +27,8 @@ ARMS = plan_arms(
 )
 
 
-def gather(run: RunDir) -> FrameworkPage:
-    write_pages(run, ARMS)
+def gather(run: RunDir, *, samples: bool = True) -> FrameworkPage:
+    write_pages(run, ARMS, samples=samples)
     (page,) = FrameworkPages.from_json(read_json(run.frameworks)).pages
     return page
 
@@ -86,6 +86,13 @@ def test_the_log_of_the_training_that_failed_is_shown(tmp_path: Path) -> None:
     assert gather(run).log == "out of memory"
 
 
+def test_without_samples_no_log_is_shown(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run").create()
+    leave(run, 0, log="cannot tokenize 'a row that nobody else may read'\n")
+    page = gather(run, samples=False)
+    assert (page.log, page.log_file, page.versions) == ("", "", {"trl": "1.16.0"})
+
+
 def test_an_arm_that_never_trained_shows_its_first_steps(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run").create()
     shown = run.parity_run("lora-trl", "parity").create()
@@ -102,7 +109,7 @@ def test_an_arm_that_left_nothing_has_a_page_all_the_same(tmp_path: Path) -> Non
 def test_without_another_framework_nothing_is_left(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run").create()
     write_json(run.frameworks, {})
-    write_pages(run, ARMS[:1])
+    write_pages(run, ARMS[:1], samples=True)
     assert not run.frameworks.exists()
 
 

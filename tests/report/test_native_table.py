@@ -31,6 +31,17 @@ def test_it_counts_each_kind_and_shows_where(example: Example) -> None:
         assert text in page
 
 
+def test_without_samples_it_counts_and_quotes_nothing(example: Example) -> None:
+    run, _, comparison = example
+    job = comparison.record["job"]
+    record = comparison.record | {"job": {**job, "compare": {**job["compare"], "samples": False}}}
+    page = build_page(run, replace(comparison, record=record, native={"lora": FOUND.without_examples()}))
+
+    assert '<th scope="row">Template trained</th><td>300</td><td>812</td></tr>' in page
+    assert "Where, ours, theirs" not in page
+    assert "a.jsonl:7" not in page
+
+
 def test_without_the_native_track_there_is_none(example: Example) -> None:
     run, _, comparison = example
 

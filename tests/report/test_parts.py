@@ -89,6 +89,14 @@ def test_lines_and_spots_are_drawn_with_their_numbers() -> None:
     assert '<g class="s6 faded"><title>slow: 80% at 20; dominated by full</title>' in spots
 
 
+def test_marks_on_one_another_share_a_label_and_keep_their_tooltips() -> None:
+    spots = [Spot("lora", 0, 10.0, 0.9), Spot("lora-trl", 1, 10.01, 0.9), Spot("full", 2, 20.0, 0.8),
+             Spot("lora-axolotl", 3, 10.0, 0.9001)]  # fmt: skip
+    chart = plot_spots(spots, title="t", x_label="x", y_label="y", show_x=format_tick, show_y=show_share)
+    assert re.findall(r'<text class="name"[^>]*>([^<]*)<', chart) == ["lora and 2 more", "full"]
+    assert [name for name in ("lora-trl", "lora-axolotl") if f"<title>{name}: 90% at 10" not in chart] == []
+
+
 def test_a_thinned_curve_weighs_steps_by_their_tokens() -> None:
     def step(number: int, loss: float, tokens: int) -> StepRecord:
         return StepRecord(number, 0.0, loss, 1.0, 1e-3, tokens, tokens, 0.1, 0)

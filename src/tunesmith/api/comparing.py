@@ -82,7 +82,7 @@ def compare(
         keeper = Gatekeeper(run, job, prepared, base.folder)
         parity = keeper.judge([arm for arm in arms if arm.name not in failures], failures)
         comparison = compare_run(run, job, failures=failures, parity=parity)
-        write_pages(run, arms)
+        write_pages(run, arms, samples=job.compare.samples)
         render_report(run)
     return comparison
 
@@ -101,7 +101,7 @@ def report(run: str | Path) -> Comparison:
         job = Job.model_validate(read_json(folder.job))
         comparison = compare_run(folder, job)
         if not folder.frameworks.is_file():
-            write_pages(folder, plan_arms(job))
+            write_pages(folder, plan_arms(job), samples=job.compare.samples)
         render_report(folder)
     return comparison
 

@@ -125,5 +125,7 @@ def compare_native(
         decode=tokenizer.decode,
     )
     found = compare_rows(framework, prepared.rows("train"), {line.row: line for line in lines}, rules)
+    if not job.compare.samples:
+        found = found.without_examples()
     write_json(run.native(arm), native_to_json(found))
     return found

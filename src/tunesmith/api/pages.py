@@ -25,16 +25,19 @@ MAX_LOG_LINES = 60
 MAX_LINE = 400
 
 
-def write_pages(run: RunDir, arms: Sequence[PlannedArm]) -> None:
-    """Write `frameworks.json`: a page for each arm of another framework, and what all frameworks can express."""
-    pages = tuple(_make_page(run, arm) for arm in arms if arm.is_foreign)
+def write_pages(run: RunDir, arms: Sequence[PlannedArm], *, samples: bool) -> None:
+    """Write `frameworks.json`: a page for each arm of another framework, and what all frameworks can express.
+
+    samples: with the end of each log, which may quote rows.
+    """
+    pages = tuple(_make_page(run, arm, samples=samples) for arm in arms if arm.is_foreign)
     if pages:
         write_json(run.frameworks, FrameworkPages(ask_all(), pages).to_json())
     else:
         run.frameworks.unlink(missing_ok=True)
 
 
-def _make_page(run: RunDir, arm: PlannedArm) -> FrameworkPage:
+def _make_page(run: RunDir, arm: PlannedArm, *, samples: bool) -> FrameworkPage:
     first, shown = run.arm(arm.name, arm.seeds[0]), run.parity_run(arm.name, "parity")
     record = _read_if_there(first.framework / "record.json")
     handed = _read_if_there(first.handoff / "handoff.json") or _read_if_there(shown.handoff / "handoff.json")
@@ -49,7 +52,7 @@ def _make_page(run: RunDir, arm: PlannedArm) -> FrameworkPage:
         places.append((handoff.scratch.partition(f"/arms/{arm.name}/")[0], "DIR"))
         places.insert(0, (handoff.model, str(handed["run"].get("model", "MODEL"))))
     places.append((str(Path.home()), "~"))
-    log = _choose_log(run, arm)
+    log = _choose_log(run, arm) if samples else None
     return FrameworkPage(
         arm=arm.name,
         framework=arm.framework,

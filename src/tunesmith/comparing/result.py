@@ -76,6 +76,9 @@ def compare_run(
         parity = parity_from_json(read_json(run_dir.gates), place=str(run_dir.gates))
     parity = parity or {}
     native = _read_native(run_dir, parity) if job.compare.track == "native" else {}
+    if failures and not job.compare.samples:
+        # What a framework or a parser ended with may quote the row that it ended at.
+        failures = dict.fromkeys(failures, "its log says why")
     comparison = judge_arms(arms, job, failures=failures or {}, parity=parity, native=native)
     write_json(run_dir.comparison, comparison.to_json())
     return comparison

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +51,7 @@ class NativeTokens:
     their_targets: int
     kinds: list[NativeKind]
     says: str
+
+    def without_examples(self) -> NativeTokens:
+        """The same counts, without any row's text."""
+        return replace(self, kinds=[replace(kind, examples=[]) for kind in self.kinds])

@@ -443,6 +443,9 @@ class CompareSpec(Spec):
     rows with settings that say the same as this job. How that differs is then reported row by row."""
     tune: TuneSpec = TuneSpec()
     """Learning-rate search, equal for every trained arm."""
+    samples: bool = True
+    """Show rows, answers and ends of logs in the report; `false` leaves them out of it and of the JSON beside it, so
+    that it can be published where the rows may not. Changed later, it trains and scores nothing again."""
     parallel: PositiveInt | Auto = "auto"
     """Arms at a time. `auto`: one per core on a CPU (one thread each), one on a GPU."""
 

@@ -190,7 +190,7 @@ def plot_spots(
     ]
     places = [(x_scale.place(spot.x), y_scale.place(spot.y)) for spot in spots]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    for spot, (x, y) in zip(spots, places, strict=True):
+    for spot, (x, y), label in zip(spots, places, _share_labels(spots, places), strict=True):
         tip = f"{spot.label}: {show_y(spot.y)} at {show_x(spot.x)}{'; ' + spot.note if spot.note else ''}"
         parts.append(f'<g class="s{spot.style}{" faded" if spot.faded else ""}"><title>{_text(tip)}</title>')
         if spot.low is not None and spot.high is not None:
@@ -199,9 +199,25 @@ def plot_spots(
                 f'<line class="interval thin" x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}"/>'
             )
         parts.append(_mark(spot.style, x, y))
-        label_x, label_y = _find_room(7.4 * len(spot.label), x, y, taken, (left, top, WIDTH, bottom))
-        parts.append(f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}">{_text(spot.label)}</text></g>')
+        if label:
+            label_x, label_y = _find_room(7.4 * len(label), x, y, taken, (left, top, WIDTH, bottom))
+            parts.append(f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}">{_text(label)}</text>')
+        parts.append("</g>")
     return _frame(title, height, parts)
+
+
+def _share_labels(spots: Sequence[Spot], places: Sequence[tuple[float, float]]) -> list[str]:
+    """What stands beside each mark. Marks on one another (arms that do the same work) share the first one's label,
+    `lora and 4 more`; the others have none."""
+    leaders: dict[int, int] = {}
+    for number, (x, y) in enumerate(places):
+        on = (n for n in leaders if abs(places[n][0] - x) < 5 and abs(places[n][1] - y) < 5)
+        leader = next(on, number)
+        leaders[leader] = leaders.get(leader, -1) + 1
+    labels = [""] * len(spots)
+    for leader, more in leaders.items():
+        labels[leader] = spots[leader].label + (f" and {more} more" if more else "")
+    return labels
 
 
 Box = tuple[float, float, float, float]
@@ -210,10 +226,12 @@ Box = tuple[float, float, float, float]
 def _find_room(width: float, x: float, y: float, taken: list[Box], inside: Box) -> tuple[float, float]:
     """Where a label of this width starts, beside its mark and on no other mark or label; adds it to `taken`.
 
-    Right, left, above, below, then farther down; boxes are (left, top, right, bottom).
+    Right, left, above, below, then farther up and down; boxes are (left, top, right, bottom).
     """
-    beside = [(x + 10, y + 4), (x - 10 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)]
-    beside += [(x + 10, y + 4 + step) for step in (14, -14, 28, -28, 42, 56)]
+    right, left, middle = x + 10, x - 10 - width, x - width / 2
+    beside = [(right, y + 4), (left, y + 4), (middle, y - 10), (middle, y + 19)]
+    steps = (14, -14, 28, -28, 42, -42, 56, -56, 70, -70, 84, -84)
+    beside += [(start, y + 4 + step) for step in steps for start in (right, left, middle)]
 
     def boxed(spot: tuple[float, float]) -> Box:
         return (spot[0], spot[1] - 10, spot[0] + width, spot[1] + 2)

@@ -62,6 +62,7 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
     answers = read_all_answers(folder, comparison)
     row_metric = choose_row_metric(comparison, answers)
     pages = read_pages(folder)
+    samples = comparison.record.get("job", {}).get("compare", {}).get("samples", True)
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = (_FOLDER / "filter.js").read_text(encoding="utf-8")
     return _template().render(
@@ -79,11 +80,13 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
         curves=draw_curves(folder, comparison),
         trials=draw_trials(comparison),
         pairs=_square_pairs(comparison),
-        rows=view_rows(comparison, answers, row_metric),
+        samples=samples,
+        rows=view_rows(comparison, answers, row_metric) if samples else [],
         row_metric=comparison.metrics[row_metric].title if row_metric in comparison.metrics else row_metric,
         by_likelihood=row_metric == "nll",
         tallies=tally_rows(comparison, answers, row_metric),
-        fields=share_fields(comparison, answers),
+        # The keys of answers are the rows' own words, too.
+        fields=share_fields(comparison, answers) if samples else [],
         best=_find_best_trained(comparison),
         base=_find_base(comparison),
         record=_list_record(comparison),
