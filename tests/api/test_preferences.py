@@ -105,7 +105,7 @@ def test_an_adapter_that_is_continued_is_its_own_reference(tmp_path: Path) -> No
     assert steps_of(tmp_path / "second")[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, objective: str) -> None:
     data = write_labelled(tmp_path) if objective == "kto" else write_pairs(tmp_path)
     method = {"name": "lora", "rank": 4, "dropout": 0.2}
@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, objective: 
     assert [[s[k] for k in kept] for s in steps_of(tmp_path / "cut")] == [
         [s[k] for k in kept] for s in steps_of(tmp_path / "whole")
     ]
-    name = "adapter/adapter_model.safetensors"
+    name = "model/model.safetensors" if objective == "reward" else "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

@@ -76,6 +76,10 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [value for _, value in read_jsonl(folder / "steps.jsonl")]
 
 
+def log_odds(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
 def keep_odds(share: float) -> float:
     """Where reward + KL(policy, reference) is best at a price of 1: the arm's log odds have grown by 1."""
     return share * math.e / (share * math.e + 1 - share)
@@ -83,6 +87,7 @@ def keep_odds(share: float) -> float:
 
 # GRPO's KL is a loss on sampled tokens, of which each weighs 1 - reference / policy. Its mean is the gradient of the KL
 # *of the reference from the policy*, so that the optimum is another one: (1 - p) / (1 - P) - p / P = 1, or P = sqrt(p).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "optimum"),
     [
@@ -94,15 +99,19 @@ def keep_odds(share: float) -> float:
 def test_a_bandit_is_played_as_well_as_the_price_of_kl_allows(
     tmp_path: Path, objective: dict[str, Any], optimum: Callable[[float], float]
 ) -> None:
-    train = {"steps": 100, "batch_rows": 96, "schedule": "linear", "learning_rate": 4e-3}
+    train = {"steps": 60, "batch_rows": 96, "schedule": "linear"}
     tunesmith.train(job(tmp_path, {"max_new_tokens": 1, **objective}, **train), out=tmp_path / "run")
     found = find_target(str(tmp_path / "run"))
     base, tuned = load_model(found.model_folder), load_target(found, precision="fp32")
+    misses = []
     for prompt in load_prepared(tmp_path / "run" / "prepared").prompts("train"):
         arm = prompt.columns["winner"]
         was, now = (first_token(model, prompt.ids)[arm].item() for model in (base, tuned))
-        assert now == pytest.approx(optimum(was), abs=0.03)
-        assert optimum(was) > was + 0.1
+        misses.append(log_odds(now) - log_odds(optimum(was)))
+        assert log_odds(optimum(was)) - log_odds(was) > 0.99
+    # 32 answers a prompt and step: each arm is seen a few times only.
+    assert max(map(abs, misses)) < 0.4
+    assert abs(sum(misses) / len(misses)) < 0.2
 
 
 def test_without_a_price_the_better_arm_is_always_played(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ def compare(
     Raises TunesmithError in one line; an arm that fails is reported among the warnings, unless all fail.
     """
     job = job if isinstance(job, Job) else job_from(job)
+    if job.objective_spec.name != "sft":
+        raise JobError(
+            "objective",
+            f"is {job.objective_spec.name}",
+            rule="compare trains and judges answers; other objectives are not compared yet",
+            cure="Train it with: tunesmith train, then score the run with: tunesmith eval",
+        )
     arms = plan_arms(job)
     base = open_job(job, arms)
     with open_run(out, fresh=fresh, verb="compare") as run:

@@ -71,6 +71,14 @@ def _cell_text(cell: Cell) -> Text:
     return style_text(text, "\n", (cell.detail, "dim")) if cell.detail else style_text(text)
 
 
+def _describe_validation(record: RunRecord) -> dict[str, str]:
+    loss = record.validation_loss
+    if record.objective in ("grpo", "ppo"):
+        return {"validation reward": "–" if loss is None else f"{-loss:.4f} an answer"}
+    unit = "token" if record.objective == "sft" else "example"
+    return {"validation loss": "–" if loss is None else f"{loss:.4f} nats/{unit}"}
+
+
 def print_run(record: RunRecord, out: Path) -> None:
     """What a training run did and cost."""
     rows = {
@@ -80,9 +88,7 @@ def print_run(record: RunRecord, out: Path) -> None:
         "steps": f"{record.steps:,}",
         "learning rate": f"{record.learning_rate:g}",
         "tokens": f"{record.train_tokens:,} ({record.target_tokens:,} trained)",
-        "validation loss": "–"
-        if record.validation_loss is None
-        else f"{record.validation_loss:.4f} nats/{'token' if record.objective == 'sft' else 'example'}",
+        **_describe_validation(record),
         "time": f"{format_seconds(record.wall_seconds)} ({format_seconds(record.cpu_seconds)} of CPU)",
         "speed": f"{record.train_tokens / record.wall_seconds:,.0f} tokens/s" if record.wall_seconds else "–",
         "peak memory": format_bytes(record.peak_bytes),

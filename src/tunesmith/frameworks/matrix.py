@@ -68,6 +68,15 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "Other betas and epsilon": _train(beta1=0.8, beta2=0.95, epsilon=1e-6),
         "No clipping": _train(clip_norm=None),
     },
+    "Objective": {
+        "DPO": {"objective": "dpo"},
+        "ORPO": {"objective": "orpo"},
+        "SimPO": {"objective": "simpo"},
+        "KTO": {"objective": "kto"},
+        "Reward model": {"objective": "reward"},
+        "GRPO": {"objective": {"name": "grpo", "rewards": ["exact_match"]}},
+        "PPO": {"objective": {"name": "ppo", "rewards": ["exact_match"]}},
+    },
     "Precision": {
         f"{precision}, {name}": {"method": method} | _train(precision=precision)
         for precision in ("fp32", "bf16", "fp16")

@@ -23,6 +23,9 @@ _DECIDING = (
 
 def can_trainer(job: Job, *, title: str) -> Reason | None:
     """The first thing in `job` that `Trainer` and PEFT cannot do as our engine does it, or that no adapter says yet."""
+    if (objective := job.objective_spec.name) != "sft":
+        finding = f"{title} is only handed rows whose answers are learned, not {objective}'s"
+        return Reason("objective", finding, "Set objective: sft, or take the framework out")
     return _can_method(job.method_spec, job, title) or _can_train(job, title)
 
 
