@@ -130,6 +130,17 @@ def test_ppo_begins_at_the_reference(tmp_path: Path, method: str) -> None:
     assert first["clipped"] == 0
 
 
+def test_every_reward_of_several_is_logged(tmp_path: Path) -> None:
+    wanted = job(tmp_path, {"name": "grpo", "samples": 4, "max_new_tokens": 4}, steps=1, batch_rows=12)
+    functions = [f"{tmp_path / 'rewards.py'}:{name}" for name in ("winner", "same")]
+    wanted["objective"]["rewards"] = [functions[0], {"source": functions[1], "weight": 0.5}]
+    tunesmith.train(wanted, out=tmp_path / "run")
+    measures = steps_of(tmp_path / "run")[0]["measures"]
+    terms = [measures[name] for name in measures if name.startswith("reward/")]
+    assert terms[1] == 1
+    assert measures["reward"] == pytest.approx(terms[0] + 0.5)
+
+
 def test_equal_rewards_teach_nothing(tmp_path: Path) -> None:
     wanted = job(tmp_path, {"name": "grpo", "samples": 4, "max_new_tokens": 4}, steps=3, batch_rows=12)
     wanted["objective"]["rewards"] = [f"{tmp_path / 'rewards.py'}:same"]

@@ -197,3 +197,12 @@ def test_an_answer_of_another_prompt_is_the_next_rows_prompt_and_the_rows_own_an
     assert found[0].ids == [*second.ids[: start[1]], *first.ids[start[0] :]]
     assert sum(found[0].mask) == first.num_targets
     assert found[2].ids == [*first.ids[: start[0]], *third.ids[start[2] :]]
+
+
+def test_an_answer_goes_behind_the_next_prompt_that_is_another_one() -> None:
+    first, second = make_rows([6, 7])
+    found = mismatch([first, first, second, second])
+    start = [next(at for at, m in enumerate(row.mask) if m) for row in (first, second)]
+    assert [row.ids[: start[1]] for row in found[:2]] == [second.ids[: start[1]]] * 2
+    assert [row.ids[: start[0]] for row in found[2:]] == [first.ids[: start[0]]] * 2
+    assert mismatch([first, first])[0].ids == first.ids

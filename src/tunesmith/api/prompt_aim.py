@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.api.aim import Aim, Setting
 from tunesmith.api.rewards import open_rewards
-from tunesmith.api.rollouts import Sampler
+from tunesmith.api.rollouts import Sampler, name_term
 from tunesmith.core.fingerprint import hash_json
 from tunesmith.data.prompts import Prompt
 from tunesmith.data.render import Renderer
@@ -44,10 +44,11 @@ def open_prompt_aim(setting: Setting) -> Generator[Aim]:
                 spec=spec,
                 model=model,
                 prompts=split,
-                judge=lambda answers: rewards(answers).total,
+                judge=rewards,
                 renderer=renderer,
                 make_batch=setting.make_batch,
-                frozen=_freeze(spec, model),
+                # Validation asks for rewards alone.
+                frozen=_freeze(spec, model) if name == "train" else None,
                 seed=job.train.seed,
                 budget_tokens=setting.budget_tokens,
                 on_progress=lambda done, total: setting.report("answers", done, total),
@@ -67,7 +68,9 @@ def open_prompt_aim(setting: Setting) -> Generator[Aim]:
         evaluate = None
         if "validation" in samplers:
             evaluate = lambda: -samplers["validation"].reward_of_greedy(MAX_VALIDATED)  # noqa: E731
-        yield Aim(make_objective(spec), rows, evaluate)
+        # What a single reward is made of is the reward.
+        terms = [name_term(name) for name in rewards.names] if len(rewards.names) > 1 else []
+        yield Aim(make_objective(spec, terms=terms), rows, evaluate)
 
 
 def _describe(prompt: Prompt) -> Sequence[Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.api.rewards import Scored
 from tunesmith.core.errors import TrainingFailed
 from tunesmith.core.fingerprint import hash_row
 from tunesmith.core.types import TokenRow
@@ -41,7 +42,7 @@ class Sampler:
     spec: GrpoSpec | PpoSpec
     model: CausalLM
     prompts: Sequence[Prompt]
-    judge: Callable[[Sequence[Answer]], Sequence[float]]
+    judge: Callable[[Sequence[Answer]], Scored]
     renderer: Renderer
     make_batch: Callable[[Sequence[TokenRow], Any], Any]
     frozen: FrozenStart | None
@@ -55,25 +56,24 @@ class Sampler:
         self.model.train(False)
         try:
             answers, sampled = self.answer(numbers, samples=self.spec.samples, name=str(epoch))
-            rewards = self.judge(answers)
+            scored = self.judge(answers)
             rows = [_make_row(answer.prompt, ids) for answer, ids in zip(answers, sampled, strict=True)]
             known = self._measure(rows)
         finally:
             self.model.train(was_training)
-        advantages = (
-            self._compare(rewards, known)
-            if isinstance(self.spec, GrpoSpec)
-            else self._estimate(rewards, known)
-        )
+        weigh = self._compare if isinstance(self.spec, GrpoSpec) else self._estimate
+        worth = {"reward": scored.total} | {name_term(name): values for name, values in scored.terms.items()}
         return [
-            replace(row, numbers={**facts, **more, "reward": reward})
-            for row, facts, more, reward in zip(rows, known, advantages, rewards, strict=True)
+            replace(row, numbers={**facts, **more, **{name: worth[name][place] for name in worth}})
+            for place, (row, facts, more) in enumerate(
+                zip(rows, known, weigh(scored.total, known), strict=True)
+            )
         ]
 
     def reward_of_greedy(self, most: int) -> float:
         """Mean reward of greedy answers to the first prompts, at most so many."""
         answers, _ = self.answer(range(min(most, len(self.prompts))), samples=1, name="", greedy=True)
-        return float(np.mean(self.judge(answers)))
+        return float(np.mean(self.judge(answers).total))
 
     def answer(
         self, numbers: Sequence[int], *, samples: int, name: str, greedy: bool = False
@@ -207,6 +207,11 @@ def _gap(facts: Mapping[str, list[float]]) -> Any:
     from tunesmith.methods.policy_objectives import OLD, TOKEN_REFERENCE
 
     return np.asarray(facts[OLD], dtype=np.float64) - np.asarray(facts[TOKEN_REFERENCE], dtype=np.float64)
+
+
+def name_term(name: str) -> str:
+    """What one of several rewards is called in `steps.jsonl`."""
+    return f"reward/{name}"
 
 
 def _make_row(prompt: Prompt, sampled: Sequence[int]) -> TokenRow:

@@ -45,10 +45,12 @@ def needs_reference(spec: ObjectiveSpec) -> bool:
     return isinstance(spec, DpoSpec | KtoSpec)
 
 
-def make_objective(spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None) -> Objective:
+def make_objective(
+    spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None, terms: Sequence[str] = ()
+) -> Objective:
     """The objective of a spec.
 
-    baseline: of `kto` alone, which needs one.
+    baseline: of `kto` alone, which needs one. terms: of `grpo` and `ppo`, numbers of rows that are logged.
     """
     if isinstance(spec, DpoSpec):
         return _of_pairs(lambda policy, frozen: dpo_loss(policy, _given(frozen), spec))
@@ -63,9 +65,9 @@ def make_objective(spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None) 
     if isinstance(spec, RewardSpec):
         return _of_scores(spec)
     if isinstance(spec, GrpoSpec):
-        return grpo_objective(spec)
+        return grpo_objective(spec, terms=terms)
     if isinstance(spec, PpoSpec):
-        return ppo_objective(spec)
+        return ppo_objective(spec, terms=terms)
     return Objective(sft_loss)
 
 
@@ -151,10 +153,14 @@ class KtoBaseline:
 def mismatch(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """Of each row, its answer behind the prompt of the next row that has another; behind its own if there is none."""
     prompts = [tuple(row.ids[: _prompt_length(row)]) for row in rows]
+    nexts, count = list(range(len(rows))), len(rows)
+    # From the end, twice around: the next row's prompt, or what comes next to it if that is the same.
+    for place in reversed(range(2 * count)):
+        at, after = place % count, (place + 1) % count
+        nexts[at] = after if prompts[after] != prompts[at] else nexts[after]
     found: list[TokenRow] = []
     for at, row in enumerate(rows):
-        follow = (prompts[(at + step) % len(rows)] for step in range(1, len(rows)))
-        other = next((prompt for prompt in follow if prompt != prompts[at]), prompts[at])
+        other = prompts[nexts[at]]
         start = len(prompts[at])
         ids = [*other, *row.ids[start:]]
         mask = [*[0] * len(other), *row.mask[start:]]

@@ -8,7 +8,7 @@ K: sampled tokens of a batch  N: answers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,12 +25,13 @@ RETURN, OLD_VALUE, REWARD = "return", "old_value", "reward"
 _MEASURES = ("reward", "answer_tokens", "clipped")
 
 
-def grpo_objective(spec: GrpoSpec) -> Objective:
-    measures = (*_MEASURES, "kl") if spec.beta else _MEASURES
+def grpo_objective(spec: GrpoSpec, *, terms: Sequence[str] = ()) -> Objective:
+    """terms: numbers of rows that are worth logging beside the reward: what it is made of."""
+    measures = (*_MEASURES, *terms, *(("kl",) if spec.beta else ()))
 
     def run(model: CausalLM, batch: Batch) -> LossSum:
         logps_K = token_logps(model, batch, temperature=spec.temperature)
-        losses_K, found = _weigh(logps_K, batch, spec, clip_high=spec.clip_high)
+        losses_K, found = _weigh(logps_K, batch, spec, terms, clip_high=spec.clip_high)
         if spec.beta:
             kl_K = estimate_kl(logps_K, batch.numbers[TOKEN_REFERENCE])
             losses_K = losses_K + spec.beta * kl_K
@@ -44,11 +45,13 @@ def grpo_objective(spec: GrpoSpec) -> Objective:
     return Objective(run, measures=measures, per_example=spec.normalise != "tokens")
 
 
-def ppo_objective(spec: PpoSpec) -> Objective:
+def ppo_objective(spec: PpoSpec, *, terms: Sequence[str] = ()) -> Objective:
+    """terms: as of `grpo_objective`."""
+
     def run(model: CausalLM, batch: Batch) -> LossSum:
         hidden_KD = source_states(model, batch)
         logps_K = head_logps(model, hidden_KD, batch, temperature=spec.temperature)
-        losses_K, found = _weigh(logps_K, batch, spec)
+        losses_K, found = _weigh(logps_K, batch, spec, terms)
         values_K, numbers = expect(model, hidden_KD, batch), batch.numbers
         value_K = clipped_value_loss(values_K, numbers[OLD_VALUE], numbers[RETURN], clip=spec.value_clip)
         kl_K = (logps_K - numbers[TOKEN_REFERENCE]).detach()
@@ -56,7 +59,7 @@ def ppo_objective(spec: PpoSpec) -> Objective:
         found |= {"kl": kl_K.sum(), "value_loss": means_N.sum()}
         return LossSum((losses_K + spec.value_weight * value_K).sum(), batch.num_targets, found)
 
-    return Objective(run, measures=(*_MEASURES, "kl", "value_loss"))
+    return Objective(run, measures=(*_MEASURES, *terms, "kl", "value_loss"))
 
 
 def expect(model: CausalLM, hidden_KD: Tensor, batch: Batch) -> Tensor:
@@ -67,7 +70,12 @@ def expect(model: CausalLM, hidden_KD: Tensor, batch: Batch) -> Tensor:
 
 
 def _weigh(
-    logps_K: Tensor, batch: Batch, spec: GrpoSpec | PpoSpec, *, clip_high: float | None = None
+    logps_K: Tensor,
+    batch: Batch,
+    spec: GrpoSpec | PpoSpec,
+    terms: Sequence[str],
+    *,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy losses of tokens, and what is worth logging."""
     numbers: Mapping[str, Tensor] = batch.numbers
@@ -80,5 +88,6 @@ def _weigh(
         "reward": numbers[REWARD].sum(),
         "answer_tokens": counts_N.sum(),
         "clipped": (clipped_N / counts_N).sum(),
+        **{term: numbers[term].sum() for term in terms},
     }
     return clipped_policy_loss(*given, clip=spec.clip, clip_high=clip_high), found

@@ -150,13 +150,13 @@ class Stepper:
             raise TrainingFailed(
                 f"step {step}", f"no target token in {name_rows(rows)}", rule="a step trains tokens"
             )
+        if self._objective.before_step is not None:
+            with torch.no_grad():
+                self._objective.before_step(self.model, trained)
         if self.in_backward:
             loss, norm = self._update_in_backward(trained, divisor, step, learning_rate)
             return StepResult(loss, norm, sum(len(row.ids) for row in rows), num_targets)
         random = read_random(self._device)
-        if self._objective.before_step is not None:
-            with torch.no_grad():
-                self._objective.before_step(self.model, trained)
         notes: list[str] = []
         while True:
             sums, norm = self._accumulate(trained, divisor, step, notes)
