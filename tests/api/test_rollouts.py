@@ -120,6 +120,15 @@ def test_without_a_price_the_better_arm_is_always_played(tmp_path: Path) -> None
     assert steps_of(tmp_path / "run")[-1]["measures"]["reward"] > 0.97
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_better_arm_is_played_in_bf16(tmp_path: Path, name: str) -> None:
+    objective = {"name": name, "samples": 16, "max_new_tokens": 1, "passes": 1}
+    wanted = job(tmp_path, objective, steps=30, batch_rows=48, precision="bf16")
+    tunesmith.train(wanted, out=tmp_path / "run")
+    assert steps_of(tmp_path / "run")[-1]["measures"]["reward"] > 0.5
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_ppo_begins_at_the_reference(tmp_path: Path, method: str) -> None:
     objective = {"name": "ppo", "samples": 4, "max_new_tokens": 8, "passes": 1}

@@ -30,7 +30,6 @@ from tunesmith.training.optim import LossScale
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.step import Stepper, StepResult
 
-CPU = torch.device("cpu")
 LENGTHS = [20, 31, 6, 9, 14, 40, 5, 17, 11, 12, 33, 8, 21, 10, 7, 26]
 
 
@@ -38,21 +37,21 @@ def make_batch_of(examples: Sequence[Example], device: torch.device) -> Any:
     return make_batch(flatten(examples), device=device, round_tokens=16)
 
 
-def open_adapted(folder: Any, *, trained: bool = False) -> Any:
+def open_adapted(folder: Any, *, trained: bool = False, device: str = "cpu") -> Any:
     """A model with adapters, fresh (equal to its base) or as if it had been trained."""
-    model = load_model(folder)
+    model = load_model(folder, device=device)
     add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
     model.add_score()
     if trained:
         draw = torch.Generator().manual_seed(3)
         for parameter in model.trainable_parameters():
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw).to(device)
     return model
 
 
 def run(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
     with torch.no_grad():
-        return answer_logps(model, make_batch(rows))
+        return answer_logps(model, make_batch(rows, device=model.device))
 
 
 def aim(spec: ObjectiveSpec, base: Any) -> tuple[Objective, list[Example]]:
@@ -79,7 +78,7 @@ def take_step(model: Any, objective: Objective, examples: list[Example], *, budg
         make_optimizer(model, dict(model.named_trainable()), spec),
         make_batch=make_batch_of,
         loss=objective,
-        device=CPU,
+        device=model.device,
         budget_tokens=budget,
         clip_norm=None,
         scale=LossScale(enabled=False),
@@ -106,12 +105,12 @@ def spec_of(value: Any) -> ObjectiveSpec:
 
 
 @pytest.mark.parametrize("value", SPECS, ids=str)
-def test_eight_examples_at_once_are_eight_by_themselves(hf_folders: Any, value: Any) -> None:
+def test_eight_examples_at_once_are_eight_by_themselves(hf_folders: Any, device: str, value: Any) -> None:
     folder = hf_folders("qwen2")[0]
-    objective, examples = aim(spec_of(value), open_adapted(folder))
+    objective, examples = aim(spec_of(value), open_adapted(folder, device=device))
     results, weights = [], []
     for budget in (1, 60, 10_000):
-        model = open_adapted(folder, trained=True)
+        model = open_adapted(folder, trained=True, device=device)
         results.append(take_step(model, objective, examples, budget=budget))
         weights.append(torch.cat([p.detach().flatten() for p in model.trainable_parameters()]))
     for result, weight in zip(results[1:], weights[1:], strict=True):
@@ -124,8 +123,8 @@ def test_eight_examples_at_once_are_eight_by_themselves(hf_folders: Any, value: 
 
 
 @pytest.mark.parametrize(("value", "expected"), [("dpo", math.log(2)), ("kto", 0.5), ("reward", math.log(2))])
-def test_training_begins_at_the_reference(hf_folders: Any, value: str, expected: float) -> None:
-    model = open_adapted(hf_folders("llama")[0])
+def test_training_begins_at_the_reference(hf_folders: Any, device: str, value: str, expected: float) -> None:
+    model = open_adapted(hf_folders("llama")[0], device=device)
     objective, examples = aim(as_objective_spec(value), model)
     result = take_step(model, objective, examples, budget=100)
     assert result.loss == pytest.approx(expected, rel=1e-6)
@@ -133,19 +132,19 @@ def test_training_begins_at_the_reference(hf_folders: Any, value: str, expected:
 
 
 @pytest.mark.parametrize("value", SPECS, ids=str)
-def test_gradients_are_those_of_the_definition(hf_folders: Any, value: Any) -> None:
+def test_gradients_are_those_of_the_definition(hf_folders: Any, device: str, value: Any) -> None:
     """Against autograd through logits of every row alone, in fp64 behind the model's own hidden states."""
     folder, spec = hf_folders("llama")[0], spec_of(value)
-    objective, examples = aim(spec, open_adapted(folder))
-    found = open_adapted(folder, trained=True)
+    objective, examples = aim(spec, open_adapted(folder, device=device))
+    found = open_adapted(folder, trained=True, device=device)
     if objective.before_step is not None:
         objective.before_step(found, examples)
-    objective.loss(found, make_batch_of(examples, CPU)).total.backward()
-    plain = open_adapted(folder, trained=True)
+    objective.loss(found, make_batch_of(examples, found.device)).total.backward()
+    plain = open_adapted(folder, trained=True, device=device)
     rows = flatten(examples)
     logps = []
     for row in rows:
-        batch = make_batch([row])
+        batch = make_batch([row], device=device)
         hidden_TD = plain.hidden(batch.ids_T, batch.layout)
         logits = plain.head(hidden_TD)[batch.sources_K].double()
         logp = logits.log_softmax(-1).gather(1, batch.targets_K[:, None]).sum()
