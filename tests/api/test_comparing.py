@@ -132,6 +132,7 @@ def test_an_arm_that_the_base_cannot_have_is_refused_before_any_work(tmp_path: P
     assert not (tmp_path / "prepared").exists()
 
 
+@pytest.mark.slow
 def test_learning_rates_are_searched_equally_and_chosen_on_validation(tmp_path: Path) -> None:
     values = job(["lora", "full"], tune={"trials": 2, "factor": 10.0}, metric="nll")
     values["train"] = {"steps": 2, "evaluate_every": 2, "learning_rate": 1e-5}
@@ -173,6 +174,7 @@ def test_arms_that_a_job_names_are_looked_at_by_check() -> None:
         tunesmith.check(job(["few-shoot"]))
 
 
+@pytest.mark.slow
 def test_a_streamed_comparison_trains_again_when_its_stream_changes(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"Count to {n}:", "completion": " " + " ".join(map(str, range(n)))} for n in range(2, 30)
@@ -204,6 +206,7 @@ def test_a_streamed_comparison_trains_again_when_its_stream_changes(tmp_path: Pa
     assert run() == ["lora judged", "lora seed 0", "zero-shot judged"]
 
 
+@pytest.mark.slow
 def test_arms_with_new_tokens_are_compared(tmp_path: Path) -> None:
     values = job(["lora", "qlora"])
     values["method"] = {"name": "lora", "rank": 4, "new_tokens": ["<ticket>"]}

@@ -114,6 +114,7 @@ def test_a_bandit_is_played_as_well_as_the_price_of_kl_allows(
     assert abs(sum(misses) / len(misses)) < 0.2
 
 
+@pytest.mark.slow
 def test_without_a_price_the_better_arm_is_always_played(tmp_path: Path) -> None:
     wanted = job(tmp_path, {"name": "grpo", "samples": 16, "max_new_tokens": 1}, steps=40, batch_rows=48)
     tunesmith.train(wanted, out=tmp_path / "run")
