@@ -65,7 +65,6 @@ def make_job(model: Path, arguments: argparse.Namespace, frameworks: list[str]) 
             "batch_rows": 32,
             "learning_rate": 5e-4,
             "precision": arguments.precision,
-            "compile": True,
             "evaluate_every": "never",
             "save_every": "never",
         },
