@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.api.arm_data import prepare_arms, prepare_preferences
 from tunesmith.api.fingerprints import fingerprint_data, fingerprint_model
 from tunesmith.api.foreign import describe_framework
 from tunesmith.api.gates import Gatekeeper
@@ -25,6 +26,7 @@ from tunesmith.comparing.plan import (
     plan_trials,
 )
 from tunesmith.comparing.result import compare_run
+from tunesmith.comparing.starts import check_comparison
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.core.comparison import Comparison
 from tunesmith.core.errors import ArmFailed, DataError, JobError, RunDirError
@@ -61,14 +63,8 @@ def compare(
     Raises TunesmithError in one line; an arm that fails is reported among the warnings, unless all fail.
     """
     job = job if isinstance(job, Job) else job_from(job)
-    if job.objective_spec.name != "sft":
-        raise JobError(
-            "objective",
-            f"is {job.objective_spec.name}",
-            rule="compare trains and judges answers; other objectives are not compared yet",
-            cure="Train it with: tunesmith train, then score the run with: tunesmith eval",
-        )
     arms = plan_arms(job)
+    check_comparison(job)
     base = open_job(job, arms)
     with open_run(out, fresh=fresh, verb="compare") as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
@@ -83,8 +79,12 @@ def compare(
             for arm in (arm for arm in arms if arm.is_foreign):
                 place = f"compare.arms, {arm.name}"
                 check_native(arm.framework, job, prepared, base.folder, place=place)
+        told: dict[str, Any] = {"on_bad_row": on_bad_row, "on_event": on_event}
+        own = prepare_arms(job, arms, base, run, prepared, **told)
+        learned = {arm.name: own.get(arm.name, prepared) for arm in arms if arm.trains}
+        pairs = prepare_preferences(job, base, run, learned, **told)
         write_json(run.job, job.model_dump(mode="json"))
-        comparing = _Comparing(job, base, run, prepared, on_bad_row == "skip", on_event)
+        comparing = _Comparing(job, base, run, prepared, own, pairs, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
         keeper = Gatekeeper(run, job, prepared, base.folder)
         parity = keeper.judge([arm for arm in arms if arm.name not in failures], failures)
@@ -125,12 +125,17 @@ def comparison_json(comparison: Comparison, out: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Comparing:
-    """Everything that all arms of one comparison share."""
+    """Everything that all arms of one comparison share.
+
+    own: rows of trainings that have their own, by arm. pairs: held-out preferences, if there are any.
+    """
 
     job: Job
     base: ResolvedModel
     run: RunDir
     prepared: Prepared
+    own: Mapping[str, Prepared]
+    pairs: Prepared | None
     skip_bad_rows: bool
     on_event: OnEvent
 
@@ -153,13 +158,21 @@ class _Comparing:
         self, arms: Sequence[PlannedArm], failures: dict[str, str], *, parallel: int, threads: int
     ) -> list[PlannedArm]:
         """The arms with their chosen learning rates; arms whose trials all failed are added to `failures`."""
-        if "validation" not in self.prepared.splits:
-            raise JobError(
-                "compare.tune",
-                "there is no validation split",
-                rule="rates are chosen on it",
-                cure="Give it a share",
-            )
+        for arm in arms:
+            if arm.trains and "validation" not in self._rows_of(arm).splits:
+                raise JobError(
+                    "compare.tune",
+                    f"there is no validation split for {arm.name}",
+                    rule="rates are chosen on it",
+                    cure="Give it a share",
+                )
+            if arm.trains and arm.starts_from:
+                raise JobError(
+                    "compare.tune",
+                    f"{arm.name} starts from {arm.starts_from}",
+                    rule="rates are searched before any arm is trained",
+                    cure="Give the arm a learning_rate, and leave tune out",
+                )
         self.on_event(
             Event("stage", text=f"Searching learning rates, {self.job.compare.tune.trials} per arm")
         )
@@ -181,7 +194,7 @@ class _Comparing:
                 f"{arm.name} trial {number}",
                 (
                     self._train_task(
-                        replace(arm, learning_rate=rate), self.job.compare.seeds[0], trial=number
+                        replace(arm, learning_rate=rate), self.job.compare.seeds[0], {}, trial=number
                     ),
                 ),
                 self.run.trial(arm.name, number).root,
@@ -220,18 +233,17 @@ class _Comparing:
 
         Before a framework trains, it and our own engine show what they do in the first steps of the same job.
         """
-        works = [work for arm in arms if arm.is_foreign for work in self._plan_parity(arm)]
-        shown = {
-            arm.name: frozenset(work.name for work in self._plan_parity(arm))
-            for arm in arms
-            if arm.is_foreign
-        }
+        by_name = {arm.name: arm for arm in arms}
+        parity = {arm.name: self._plan_parity(arm) for arm in arms if arm.is_foreign}
+        works = [work for planned in parity.values() for work in planned]
+        shown = {name: frozenset(work.name for work in planned) for name, planned in parity.items()}
         works += [
             Work(
                 f"{arm.name} seed {seed}",
-                (self._train_task(arm, seed),),
+                (self._train_task(arm, seed, by_name),),
                 self.run.arm(arm.name, seed).root,
-                shown.get(arm.name, frozenset[str]()),
+                shown.get(arm.name, frozenset[str]())
+                | ({f"{arm.starts_from} seed {seed}"} if arm.starts_from else set()),
             )
             for arm, seed in order_trainings(arms)
         ]
@@ -241,7 +253,7 @@ class _Comparing:
                 if arm.trained_by
                 else frozenset[str]()
             )
-            tasks: tuple[Task, ...] = tuple(self._judge_task(arm, seed) for seed in arm.seeds)
+            tasks: tuple[Task, ...] = tuple(self._judge_task(arm, seed, by_name) for seed in arm.seeds)
             works.append(
                 Work(f"{arm.name} judged", tasks, self.run.arm(arm.name, arm.seeds[0]).root.parent, after)
             )
@@ -249,7 +261,7 @@ class _Comparing:
 
     def _plan_parity(self, arm: PlannedArm) -> list[Work]:
         """The first steps of an arm's first seed, by its framework and by our own engine."""
-        task = self._train_task(arm, arm.seeds[0])
+        task = self._train_task(arm, arm.seeds[0], {})
         works: list[Work] = []
         for who, framework in (("parity", arm.framework), ("reference", "tunesmith")):
             name, folder = f"{arm.name} {who}", self.run.parity_run(arm.name, who).root
@@ -262,26 +274,38 @@ class _Comparing:
             works.append(Work(name, (replace(task, **changes),), folder))
         return works
 
-    def _train_task(self, arm: PlannedArm, seed: int, *, trial: int | None = None) -> TrainTask:
+    def _train_task(
+        self, arm: PlannedArm, seed: int, arms: Mapping[str, PlannedArm], *, trial: int | None = None
+    ) -> TrainTask:
+        """arms: by name, where one may start from another."""
         job = job_of_arm(self.job, arm, seed=seed)
         if trial is not None and job.train.evaluate_every == "never":
             # A trial without a validation loss could not be chosen.
             job = job.model_copy(update={"train": job.train.model_copy(update={"evaluate_every": "epoch"})})
         values = job.model_dump(mode="json", exclude={"compare", "evaluate"})
+        model_folder, start = str(self.base.folder), self._find_start(arm, seed)
+        identity = dict(values)
+        if start is not None:
+            # The same start is the same training, wherever the folder lies.
+            identity["start"] = self._key_of_start(arm, seed, arms)
+            if isinstance(arm.method, LoraSpec):
+                values = {**values, "method": {**values["method"], "adapter": start}}
+            else:
+                model_folder = start
         folder = self.run.arm(arm.name, seed) if trial is None else self.run.trial(arm.name, trial)
         native = arm.is_foreign and self.job.compare.track == "native"
         return TrainTask(
             label=f"{arm.name} seed {seed}" if trial is None else f"{arm.name} trial {trial}",
             job=values,
             out=str(folder.root),
-            prepared=str(self.run.prepared),
-            model_folder=str(self.base.folder),
+            prepared=str(self._rows_of(arm).folder),
+            model_folder=model_folder,
             model_name=self.base.name,
             revision=self.base.revision,
             key=hash_json(
                 {
-                    "job": values,
-                    **self._shared_hashes(("train", "validation")),
+                    "job": identity,
+                    **self._shared_hashes(("train", "validation"), self._rows_of(arm)),
                     **({"framework": describe_framework(arm.framework)} if arm.is_foreign else {}),
                     **({"track": "native"} if native else {}),
                 }
@@ -292,7 +316,21 @@ class _Comparing:
             native=native,
         )
 
-    def _judge_task(self, arm: PlannedArm, seed: int) -> JudgeTask:
+    def _rows_of(self, arm: PlannedArm) -> Prepared:
+        """What an arm's training reads."""
+        return self.own.get(arm.name, self.prepared)
+
+    def _find_start(self, arm: PlannedArm, seed: int) -> str | None:
+        """Folder of the weights that an arm's training of a seed goes on from."""
+        if arm.starts_from is None:
+            return None
+        start = self.run.arm(arm.starts_from, seed)
+        return str(start.adapter if isinstance(arm.method, LoraSpec) else start.model)
+
+    def _key_of_start(self, arm: PlannedArm, seed: int, arms: Mapping[str, PlannedArm]) -> str | None:
+        return self._train_task(arms[arm.starts_from], seed, arms).key if arm.starts_from else None
+
+    def _judge_task(self, arm: PlannedArm, seed: int, arms: Mapping[str, PlannedArm]) -> JudgeTask:
         method = arm.method
         weights = "base" if method is None else "adapter" if isinstance(method, LoraSpec) else "model"
         trained = self.run.arm(arm.trained_by, seed) if arm.trained_by else None
@@ -317,7 +355,9 @@ class _Comparing:
                     "prompting": arm.prompting,
                     "quantize": quantize,
                     "files": self._hash_named_files(general),
-                    **self._shared_hashes(("train", "validation", "test")),
+                    **self._shared_hashes(("train", "validation", "test"), self.prepared),
+                    **({"preferences": self.pairs.fingerprints} if self.pairs else {}),
+                    **({"start": self._key_of_start(arm, seed, arms)} if arm.starts_from else {}),
                 }
             ),
             weights=weights,
@@ -329,6 +369,8 @@ class _Comparing:
             prompting=arm.prompting,
             seed=seed,
             general=general,
+            preferences=str(self.pairs.folder) if self.pairs else None,
+            start=self._find_start(arm, seed) if arm.trains else None,
         )
 
     def _hash_named_files(self, general: str | None) -> dict[str, str]:
@@ -341,9 +383,9 @@ class _Comparing:
         )
         return hashes | {f"documents/{path.name}": hash_file(path) for path in documents}
 
-    def _shared_hashes(self, splits: Sequence[str]) -> dict[str, str]:
+    def _shared_hashes(self, splits: Sequence[str], prepared: Prepared) -> dict[str, str]:
         names = {f"{name}_sha256" for name in (*splits, "stream", "template", "tokenizer")}
-        found = fingerprint_data(self.job, self.prepared)
+        found = fingerprint_data(self.job, prepared)
         kept = {name: value for name, value in found.items() if name in names}
         return kept | {"model": fingerprint_model(self.base.folder, self.base.revision)}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +15,12 @@ from tunesmith.api.opening import writing_to
 from tunesmith.api.tasks import JudgeTask
 from tunesmith.core.errors import DataError, ModelError, RunDirError
 from tunesmith.core.events import Event, OnEvent, ignore_event
-from tunesmith.core.jsonl import read_json, read_settings, write_json
+from tunesmith.core.jsonl import read_json, read_settings, write_json, write_jsonl
 from tunesmith.core.records import EvalRecord, RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import Message
-from tunesmith.data.prepare import load_prepared, prepare_data
+from tunesmith.data.derive import list_prompts
+from tunesmith.data.prepare import Prepared, load_prepared, prepare_data
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import find_sources
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
@@ -295,9 +297,52 @@ def run_judge_task(
         task=task.label or pick_device().type,
         on_event=_name_seed(task.seed, on_event) if task.label else on_event,
     )
+    record = _judge_further(task, job, target, model, Renderer(tokenizer, job.data), prepared, record)
     del model
     return_freed_memory()
     return record
+
+
+def _judge_further(
+    task: JudgeTask,
+    job: Job,
+    target: Target,
+    model: CausalLM,
+    renderer: Renderer,
+    prepared: Prepared,
+    record: EvalRecord,
+) -> EvalRecord:
+    """Held-out pairs, rewards of the answers, and how far the model went from where its training began."""
+    from tunesmith.api import alignment
+
+    run, scores, began = RunDir(Path(task.out)), dict[str, Sequence[float | None]](), time.perf_counter()
+    if task.preferences:
+        pairs = alignment.score_pairs(model, load_prepared(Path(task.preferences)))
+        write_jsonl(run.pair_scores, (pair.to_json() for pair in pairs))
+        record = replace(record, metrics={**record.metrics, **alignment.summarise_pairs(pairs)})
+        write_json(run.evaluation, record.to_json())
+    asks = all(c.kind != "text" for c in prepared.conversations("test"))
+    if not asks or not (job.evaluate.rewards or task.start):
+        return record
+    prompts = list_prompts(prepared, renderer, "test")[: record.num_rows]
+    if job.evaluate.rewards:
+        scores["reward"] = alignment.reward_answers(
+            run, prompts, job.evaluate.reward_terms, renderer, device=model.device
+        )
+    if task.start:
+        fitting = [n for n, prompt in enumerate(prompts) if len(prompt.ids) < model.config.max_positions]
+        asked = fitting[: alignment.MAX_KL_PROMPTS]
+        drawn = alignment.sample_answers(
+            model, [prompts[n] for n in asked], renderer, job.evaluate, seed=task.seed
+        )
+        start = load_target(
+            replace(target, weights_folder=Path(task.start)), precision=job.evaluate.precision
+        )
+        gaps = dict(zip(asked, alignment.measure_kl(model, start, drawn), strict=True))
+        scores["kl_from_start"] = [gaps.get(number) for number in range(len(prompts))]
+        del start
+    record = replace(record, wall_seconds=record.wall_seconds + time.perf_counter() - began)
+    return alignment.add_scores(run, record, scores)
 
 
 def _name_seed(seed: int, on_event: OnEvent) -> OnEvent:

@@ -45,9 +45,12 @@ def run_works(works: Sequence[Work], *, parallel: int, threads: int, on_event: O
     running: dict[Future[None], Work] = {}
     with stop_on_signals() as (stop, received), ThreadPoolExecutor(parallel) as pool:
         while waiting or running:
-            for work in [w for w in waiting if w.after & failures.keys()]:
-                waiting.remove(work)
-                failures[work.name] = f"needs {', '.join(sorted(work.after & failures.keys()))}, which failed"
+            while blocked := [work for work in waiting if work.after & failures.keys()]:
+                for work in blocked:
+                    waiting.remove(work)
+                    failures[work.name] = (
+                        f"needs {', '.join(sorted(work.after & failures.keys()))}, which failed"
+                    )
             ready = [work for work in waiting if work.after <= done]
             for work in ready[: 0 if stop.is_set() else parallel - len(running)]:
                 waiting.remove(work)

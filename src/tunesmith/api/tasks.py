@@ -55,6 +55,9 @@ class JudgeTask:
              NF4 is judged on NF4.
     quantize: fields of a `QuantizeSpec`: what the model is quantised to after that, None to leave it as it is.
     general: text for the forgetting measure, None to leave it out.
+    preferences: folder of prepared pairs to score, None without any.
+    start: weights that the arm's training went on from, a folder as `weights_folder`; None where there are none, or
+             nothing is measured against them.
     """
 
     label: str
@@ -73,6 +76,8 @@ class JudgeTask:
     double_quant: bool = True
     compute: Compute = "auto"
     quantize: dict[str, Any] | None = None
+    preferences: str | None = None
+    start: str | None = None
 
 
 Task = TrainTask | JudgeTask
@@ -108,8 +113,8 @@ def mark_started(task: Task) -> None:
             folder.clear()
             state = {}
         else:
-            folder.evaluation.unlink(missing_ok=True)
-            folder.answers.unlink(missing_ok=True)
+            for path in (folder.evaluation, folder.answers, folder.pair_scores):
+                path.unlink(missing_ok=True)
     write_json(folder.create().tasks, {**state, _kind(task): {"key": task.key, "done": False}})
 
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from tunesmith.comparing.plan import PlannedArm
 from tunesmith.core.comparison import Parity, Trial
 from tunesmith.core.jsonl import read_json, read_jsonl
-from tunesmith.core.records import AnswerRecord, EvalRecord, RunRecord, StepRecord
+from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord, RunRecord, StepRecord
 from tunesmith.core.rundir import RunDir
 
 
 @dataclass(slots=True)
 class ArmFiles:
     """One arm's records by seed. `runs` are those of the arm that trained for it; `train_losses` are the mean losses of
-    their last tenth of steps, nats per target token."""
+    their last tenth of steps, nats per target token, where answers were learned."""
 
     plan: PlannedArm
     evals: dict[int, EvalRecord] = field(default_factory=dict[int, EvalRecord])
     answers: dict[int, list[AnswerRecord]] = field(default_factory=dict[int, list[AnswerRecord]])
+    pairs: dict[int, list[PreferenceRecord]] = field(default_factory=dict[int, list[PreferenceRecord]])
     runs: dict[int, RunRecord] = field(default_factory=dict[int, RunRecord])
     train_losses: dict[int, float] = field(default_factory=dict[int, float])
     trials: list[Trial] = field(default_factory=list[Trial])
@@ -47,11 +48,18 @@ def read_arm(run_dir: RunDir, arm: PlannedArm, *, num_trials: int) -> ArmFiles:
             place = str(folder.evaluation)
             files.evals[seed] = EvalRecord.from_json(read_json(folder.evaluation), place=place)
             files.answers[seed] = read_answers(folder)
+            if folder.pair_scores.is_file():
+                files.pairs[seed] = read_pairs(folder)
         if arm.trained_by is not None:
             training = run_dir.arm(arm.trained_by, seed)
             if training.record.is_file():
                 files.runs[seed] = RunRecord.from_json(read_json(training.record), place=str(training.record))
-            if training.steps.is_file() and (losses := [step.loss for step in read_steps(training)]):
+            learns_answers = arm.objective.name == "sft"
+            if (
+                learns_answers
+                and training.steps.is_file()
+                and (losses := [step.loss for step in read_steps(training)])
+            ):
                 last = losses[-max(1, len(losses) // 10) :]
                 files.train_losses[seed] = sum(last) / len(last)
     if arm.trained_by is not None:
@@ -66,6 +74,15 @@ def read_answers(folder: RunDir) -> list[AnswerRecord]:
         AnswerRecord.from_json(value, place=f"{name}:{line}") for line, value in read_jsonl(folder.answers)
     ]
     return sorted(rows, key=lambda answer: answer.row)
+
+
+def read_pairs(folder: RunDir) -> list[PreferenceRecord]:
+    """The held-out pairs of one arm and seed, in order."""
+    name = str(folder.pair_scores)
+    return [
+        PreferenceRecord.from_json(value, place=f"{name}:{line}")
+        for line, value in read_jsonl(folder.pair_scores)
+    ]
 
 
 def read_steps(folder: RunDir) -> list[StepRecord]:
@@ -103,15 +120,24 @@ def check_comparable(arms: Sequence[ArmFiles]) -> None:
     asked = _list_questions(first.answers[first.seeds[0]])
     data = first.evals[first.seeds[0]].data_sha256
     trained = [arm for arm in complete if arm.runs]
+    # Whoever has rows of its own is held against those that learn from the job's.
+    trained.sort(key=lambda arm: (arm.plan.has_own_rows, arm.plan.starts_from is not None))
     for arm in complete:
         for seed in arm.seeds:
             if arm.evals[seed].data_sha256 != data:
                 arm.not_comparable = f"scored on other test data than {first.plan.name}"
             elif _list_questions(arm.answers[seed]) != asked:
                 arm.not_comparable = f"scored on other test rows than {first.plan.name}"
+            elif _list_pairs(arm, seed) != _list_pairs(first, first.seeds[0]):
+                arm.not_comparable = f"scored on other pairs than {first.plan.name}"
         if arm.runs and not arm.not_comparable:
             reference = next(iter(trained[0].runs.values()))
-            changed = {key for run in arm.runs.values() for key in _compare_fingerprints(run, reference)}
+            held = _HELD_EQUAL if not arm.plan.has_own_rows else _HELD_BY_ALL
+            # Weights that a whole model's training went on from are another arm's.
+            held = tuple(word for word in held if word not in _OF_BASE or not arm.plan.starts_from)
+            changed = {
+                key for run in arm.runs.values() for key in _compare_fingerprints(run, reference, held)
+            }
             if changed:
                 arm.not_comparable = (
                     f"trained with another {', '.join(sorted(changed))} than {trained[0].plan.name}"
@@ -133,15 +159,21 @@ def _list_questions(answers: Sequence[AnswerRecord]) -> list[tuple[int, str, str
     return [(answer.row, answer.truth, answer.cluster) for answer in answers]
 
 
+def _list_pairs(arm: ArmFiles, seed: int) -> list[str]:
+    return [pair.row_id for pair in arm.pairs.get(seed, [])]
+
+
 # A training's fingerprints that must agree, by a word in their names; the rest (code, adapter) may differ.
-_HELD_EQUAL = ("template", "train", "stream", "validation", "test", "tokenizer", "model", "weights")
+_OF_BASE = ("model", "weights")
+_HELD_BY_ALL = ("template", "tokenizer", *_OF_BASE)
+_HELD_EQUAL = (*_HELD_BY_ALL, "train", "stream", "validation", "test")
 
 
-def _compare_fingerprints(run: RunRecord, reference: RunRecord) -> list[str]:
-    """Names of the fingerprints that both have, must agree, and do not."""
+def _compare_fingerprints(run: RunRecord, reference: RunRecord, held: Sequence[str]) -> list[str]:
+    """Names of the fingerprints that both have, must agree (by a word of `held`), and do not."""
     both = run.fingerprints.keys() & reference.fingerprints.keys()
     return sorted(
         key
         for key in both
-        if any(word in key for word in _HELD_EQUAL) and run.fingerprints[key] != reference.fingerprints[key]
+        if any(word in key for word in held) and run.fingerprints[key] != reference.fingerprints[key]
     )

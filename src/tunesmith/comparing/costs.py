@@ -49,6 +49,8 @@ def describe_arm(arm: ArmFiles) -> ArmResult:
         forgetting=_mean_forgetting(arm),
         trials=arm.trials,
         quantize=plan.quantize.label if plan.quantize else None,
+        objective=plan.objective.name,
+        starts_from=plan.starts_from if plan.trains else None,
     )
 
 

@@ -12,6 +12,11 @@ MEASURES: dict[str, MetricInfo] = {
     "json_schema": MetricInfo("JSON schema", "%", True),
     "json_fields": MetricInfo("JSON fields", "%", True),
     "choice_accuracy": MetricInfo("Choice accuracy", "%", True),
+    "reward": MetricInfo("Reward", "", True),
+    "preference_accuracy": MetricInfo("Preference accuracy", "%", True),
+    "preference_margin": MetricInfo("Preference margin", "nats", True),
+    "kl_from_start": MetricInfo("KL from its start", "nats", False),
+    "answer_tokens": MetricInfo("Answer length", "tokens", False),
     "finished": MetricInfo("Answers finished", "%", True),
     "nll": MetricInfo("NLL", "nats", False),
     "nll_content": MetricInfo("NLL without the end token", "nats", False),
@@ -19,6 +24,10 @@ MEASURES: dict[str, MetricInfo] = {
     "perplexity": MetricInfo("Perplexity", "", False),
 }
 """`nll` is nats per target token, summed over rows and divided once; `perplexity` is its exponential."""
+
+
+# Neither more nor less of these is better.
+NEUTRAL = ("kl_from_start", "answer_tokens")
 
 
 def describe_metric(name: str) -> MetricInfo:
@@ -32,6 +41,8 @@ def format_value(value: float, info: MetricInfo) -> str:
         return f"{100 * value:.1f}%"
     if info.unit in ("nats", "bits"):
         return f"{value:.3f}"
+    if info.unit == "tokens":
+        return f"{value:,.1f}"
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3f}" if value < 2 else f"{value:#.3g}"

@@ -12,22 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tunesmith.comparing.starts import check_objective, find_start, keep_method
 from tunesmith.core.errors import JobError
 from tunesmith.core.fingerprint import hash_json
 from tunesmith.job.combinations import check_in_backward, check_optimizer
+from tunesmith.job.objective import ObjectiveSpec, SftSpec, as_objective_spec, kind_of_rows
 from tunesmith.job.spec import (
     PROMPTED,
+    ArmDataSpec,
     ArmSpec,
     FullSpec,
     Job,
     LoraSpec,
     QuantizeSpec,
+    SplitSpec,
     TuneSpec,
     as_method_spec,
     as_quantize_spec,
 )
 
 Prompting = Literal["zero-shot", "few-shot", "rag"]
+SFT = SftSpec(name="sft")
+# Keys of an arm that only a training obeys.
+_OF_TRAINING = ("learning_rate", "epochs", "steps", "batch_rows", "objective", "data", "starts_from")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
 
 
@@ -39,9 +46,13 @@ class PlannedArm:
     method:        None for a prompted arm.
     learning_rate: "auto" follows model and method.
     epochs:        None when the job counts steps and this arm does not say otherwise.
+    steps, batch_rows: None for the job's.
     seeds:         seeds to score: all of the job's, or the first alone where the seed changes nothing.
     trained_by:    name of the arm whose training it uses (its own, where it trains); None when prompted.
     quantize:      what its model is quantised to before it is judged; with QAT always what it was trained for.
+    objective:     what its training learns.
+    data:          its own training rows; None for the job's.
+    starts_from:   name of the arm whose training its own goes on from; None for the base.
     """
 
     name: str
@@ -55,6 +66,11 @@ class PlannedArm:
     deterministic: bool
     trained_by: str | None
     quantize: QuantizeSpec | None = None
+    objective: ObjectiveSpec = SFT
+    data: ArmDataSpec | None = None
+    starts_from: str | None = None
+    steps: int | None = None
+    batch_rows: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -69,7 +85,22 @@ class PlannedArm:
     @property
     def settings(self) -> tuple[Any, ...]:
         """What decides the trained weights, seed aside: arms with equal settings share a training."""
-        return (self.method, self.framework, self.learning_rate, self.epochs)
+        return (
+            self.method,
+            self.framework,
+            self.learning_rate,
+            self.epochs,
+            self.steps,
+            self.batch_rows,
+            self.objective,
+            self.data,
+            self.starts_from,
+        )
+
+    @property
+    def has_own_rows(self) -> bool:
+        """True if its training reads other token rows than the job's: its own data, or prompts."""
+        return self.data is not None or kind_of_rows(self.objective) != "answers"
 
     @property
     def judged(self) -> tuple[Any, ...]:
@@ -93,7 +124,8 @@ def plan_arms(job: Job) -> list[PlannedArm]:
     for number, item in enumerate(job.compare.arms):
         place = f"compare.arms[{number}]"
         spec = _parse_name(item, job) if isinstance(item, str) else item
-        arm = _plan_arm(spec, job, place)
+        start = None if spec.starts_from is None else find_start(spec, arms, place)
+        arm = _plan_arm(spec, job, place, start)
         _refuse_examples_of_a_stream(arm, job, place)
         _refuse_other_tokens(arm, job, place)
         if arm.method is not None:
@@ -108,7 +140,7 @@ def plan_arms(job: Job) -> list[PlannedArm]:
                     cure="Give one a `name:`",
                 )
         arms.append(arm)
-    return _share_training(arms)
+    return _name_starts(_share_training(arms))
 
 
 def order_trainings(arms: Sequence[PlannedArm]) -> list[tuple[PlannedArm, int]]:
@@ -136,7 +168,18 @@ def job_of_arm(job: Job, arm: PlannedArm, *, seed: int) -> Job:
     train = job.train.model_copy(update={"seed": seed, "learning_rate": arm.learning_rate})
     if arm.epochs is not None:
         train = train.model_copy(update={"epochs": arm.epochs, "steps": None})
-    return job.model_copy(update={"method": arm.method or job.method, "train": train})
+    given = {"steps": arm.steps, "batch_rows": arm.batch_rows}
+    train = train.model_copy(update={name: value for name, value in given.items() if value is not None})
+    changes: dict[str, Any] = {"method": arm.method or job.method, "train": train}
+    if arm.trained_by:
+        changes |= {"objective": arm.objective}
+    if arm.data:
+        split = SplitSpec(validation=arm.data.validation, test=0.0)
+        read = {"train": arm.data.train, "split": split, "streaming": False}
+        changes["data"] = job.data.model_copy(
+            update=read | ({"max_tokens": arm.data.max_tokens} if arm.data.max_tokens else {})
+        )
+    return job.model_copy(update=changes)
 
 
 def _parse_name(text: str, job: Job) -> ArmSpec:
@@ -161,7 +204,7 @@ def _inherit_settings(name: str, job: Job) -> FullSpec | LoraSpec:
     return own if own.name == name else as_method_spec(name)
 
 
-def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
+def _plan_arm(spec: ArmSpec, job: Job, place: str, start: PlannedArm | None) -> PlannedArm:
     sampled, quantize = job.evaluate.sampling.temperature > 0, as_quantize_spec(spec.quantize)
     if isinstance(spec.method, str) and spec.method in PROMPTED:
         if spec.rag and spec.method == "few-shot":
@@ -171,18 +214,18 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
                 rule="a prompt holds drawn or retrieved examples",
                 cure="Write `rag`",
             )
-        if spec.learning_rate is not None or spec.epochs is not None:
+        if given := [key for key in _OF_TRAINING if getattr(spec, key) is not None]:
             raise JobError(
-                place,
-                f"{spec.method} has a learning rate or epochs",
-                rule="a prompted arm does not train",
-                cure="Remove it",
+                place, f"{spec.method} has {given[0]}", rule="a prompted arm does not train", cure="Remove it"
             )
         prompting: Prompting = "rag" if spec.rag else spec.method
         method = None
         default_name = prompting + (f"-{quantize.label}" if quantize else "")
     else:
         method = _inherit_settings(spec.method, job) if isinstance(spec.method, str) else spec.method
+        if start is not None:
+            method = keep_method(spec, method, start, place)
+        check_objective(spec, job, place)
         prompting = "rag" if spec.rag else "zero-shot"
         if method.qat_spec and quantize not in (None, method.qat_spec):
             raise JobError(
@@ -217,11 +260,18 @@ def _plan_arm(spec: ArmSpec, job: Job, place: str) -> PlannedArm:
         method=method,
         framework=spec.framework,
         learning_rate=train.learning_rate if spec.learning_rate is None else spec.learning_rate,
-        epochs=spec.epochs if spec.epochs is not None else (None if train.steps else train.epochs),
+        epochs=spec.epochs
+        if spec.epochs is not None
+        else (None if train.steps or spec.steps else train.epochs),
         seeds=tuple(job.compare.seeds[:1] if deterministic else job.compare.seeds),
         deterministic=deterministic,
         trained_by=name if method else None,
         quantize=quantize,
+        objective=as_objective_spec(spec.objective or SFT),
+        data=spec.data,
+        starts_from=start.name if start else None,
+        steps=spec.steps,
+        batch_rows=spec.batch_rows,
     )
 
 
@@ -267,6 +317,8 @@ def _refuse_other_tokens(arm: PlannedArm, job: Job, place: str) -> None:
 def _name_arm(method: FullSpec | LoraSpec, spec: ArmSpec, job: Job) -> str:
     """`lora`, `lora-r64-lr0.0003`, `full+rag`: what differs from the job's own settings is in the name."""
     parts = [method.name]
+    if spec.objective and (objective := as_objective_spec(spec.objective).name) != "sft":
+        parts.append(objective)
     if isinstance(method, LoraSpec):
         usual = _inherit_settings(method.name, job)
         assert isinstance(usual, LoraSpec)
@@ -309,6 +361,12 @@ def _share_training(arms: Sequence[PlannedArm]) -> list[PlannedArm]:
                 arm = replace(arm, trained_by=owners[0].name)
         shared.append(arm)
     return shared
+
+
+def _name_starts(arms: Sequence[PlannedArm]) -> list[PlannedArm]:
+    """Every start by the name of the arm that trains for it."""
+    owners = {arm.name: arm.trained_by for arm in arms}
+    return [replace(arm, starts_from=owners[arm.starts_from]) if arm.starts_from else arm for arm in arms]
 
 
 # --- learning-rate trials ---------------------------------------------------------------------------------------------

@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
-
-import numpy as np
 
 from tunesmith.comparing.arms import ArmFiles, block_unlike, check_comparable, read_arm
 from tunesmith.comparing.costs import describe_arm
 from tunesmith.comparing.measures import describe_metric
 from tunesmith.comparing.pareto import find_dominated
 from tunesmith.comparing.plan import order_trainings, plan_arms
+from tunesmith.comparing.samples import Pool, pair_seeds, pool_samples
 from tunesmith.comparing.stats import (
     FEW_CLUSTERS,
     MARGIN,
     REPLICATES,
     Bootstrap,
     Estimate,
-    RatioSample,
     adjust_holm,
     advise_resolution,
     judge_difference,
-    paired_bootstrap,
 )
 from tunesmith.comparing.table import build_table
 from tunesmith.comparing.verdict import write_verdict
@@ -48,7 +45,6 @@ from tunesmith.core.comparison import (
 from tunesmith.core.errors import ArmFailed
 from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.native import NativeTokens
-from tunesmith.core.records import AnswerRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.job.spec import Job
 
@@ -113,7 +109,7 @@ def judge_arms(
             "compare", f"no arm was scored{first}", cure="See the logs in arms/, then run the command again"
         )
     metric = job.compare.metric
-    pool = _pool_samples(ranked, _pair_seeds(ranked))
+    pool = pool_samples(ranked, pair_seeds(ranked))
     if not any((arm.plan.name, metric) in pool.index for arm in ranked):
         raise ArmFailed(
             "compare.metric",
@@ -122,7 +118,7 @@ def judge_arms(
             cure="Add it to evaluate.metrics",
         )
     # An arm that did other work is shown with its own figures, and takes no part in anybody else's.
-    results = [_summarise_arm(a, _pool_samples([a], a.seeds) if a in unlike else pool) for a in arms]
+    results = [_summarise_arm(a, pool_samples([a], a.seeds) if a in unlike else pool) for a in arms]
     results, pairs = _judge_all(results, pool, metric)
     infos = {name: describe_metric(name) for arm in results for name in arm.metrics}
     results = find_dominated(results, pairs, metric)
@@ -134,7 +130,7 @@ def judge_arms(
         base=BASE_ARM if any(arm.plan.name == BASE_ARM for arm in ranked) else None,
         seeds=pool.seeds,
         num_rows=len(some),
-        num_clusters=pool.bootstrap.num_clusters,
+        num_clusters=pool.num_clusters,
         num_target_tokens=sum(answer.num_target_tokens for answer in some),
         arms=results,
         pairs=pairs,
@@ -153,80 +149,16 @@ def judge_arms(
     return replace(comparison, verdict=verdict, details=details)
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """All arms and metrics under one set of draws. index: (arm, metric) -> sample number."""
-
-    seeds: list[int]
-    index: dict[tuple[str, str], int]
-    bootstrap: Bootstrap
-
-
-def _pair_seeds(arms: Sequence[ArmFiles]) -> list[int]:
-    """Seeds that every arm that depends on one has; [] is no choice, so then those of the first such arm."""
-    dependent = [arm for arm in arms if not arm.plan.deterministic]
-    if not dependent:
-        return arms[0].seeds
-    common = [seed for seed in dependent[0].seeds if all(seed in arm.seeds for arm in dependent)]
-    if not common:
-        raise ArmFailed(
-            "compare",
-            "the arms share no finished seed",
-            rule="seeds are paired",
-            cure="Run the command again",
-        )
-    return common
-
-
-def _pool_samples(arms: Sequence[ArmFiles], seeds: list[int]) -> _Pool:
-    index: dict[tuple[str, str], int] = {}
-    samples: list[RatioSample] = []
-    for arm in arms:
-        answers = [arm.answers[arm.seed_or_only(seed)] for seed in seeds]
-        for metric, sample in _make_samples(answers).items():
-            index[arm.plan.name, metric] = len(samples)
-            samples.append(sample)
-    clusters = [answer.cluster for answer in arms[0].answers[arms[0].seeds[0]]]
-    return _Pool(seeds, index, paired_bootstrap(samples, clusters))
-
-
-def _make_samples(answers: Sequence[Sequence[AnswerRecord]]) -> dict[str, RatioSample]:
-    """Metric -> sample of one arm; answers: S lists of R rows. A metric without a value in any seed is left out."""
-    names = list(dict.fromkeys(name for rows in answers for answer in rows for name in answer.scores))
-    samples: dict[str, RatioSample] = {}
-    for name in names:
-        given = np.array([[float(name in a.scores) for a in rows] for rows in answers])
-        # Rows without this score (a field metric on a plain answer) count in neither sum.
-        if np.all(given.sum(axis=1) > 0):
-            values = np.array([[a.scores.get(name, 0.0) for a in rows] for rows in answers])
-            samples[name] = RatioSample(values, given, is_share=bool(values.min() >= 0 and values.max() <= 1))
-    if all(a.answer is not None for rows in answers for a in rows):
-        finished = np.array([[float(a.finished) for a in rows] for rows in answers])
-        samples["finished"] = RatioSample(finished, np.ones_like(finished), is_share=True)
-    if all(a.nll is not None for rows in answers for a in rows):
-        nll = np.array([[a.nll or 0.0 for a in rows] for rows in answers])
-        tokens = np.array([[float(a.num_target_tokens) for a in rows] for rows in answers])
-        num_bytes = np.array([[float(a.num_bytes) for a in rows] for rows in answers])
-        if np.all(tokens.sum(axis=1) > 0):
-            samples["nll"] = RatioSample(nll, tokens)
-        if np.all(num_bytes.sum(axis=1) > 0):
-            samples["bits_per_byte"] = RatioSample(nll / math.log(2), num_bytes)
-    return samples
-
-
-def _summarise_arm(arm: ArmFiles, pool: _Pool) -> ArmResult:
+def _summarise_arm(arm: ArmFiles, pool: Pool) -> ArmResult:
     """An arm's costs, and its metrics with intervals if it is ranked."""
     result = describe_arm(arm)
     metrics: dict[str, Interval] = {}
     per_seed: dict[str, list[float]] = {}
-    for (name, metric), sample in pool.index.items():
+    for (name, metric), (bootstrap, sample) in pool.index.items():
         if name != arm.plan.name:
             continue
-        metrics[metric] = _as_interval(pool.bootstrap.estimate(sample))
-        values = [float(value) for value in pool.bootstrap.per_seed[sample]]
+        metrics[metric] = _as_interval(bootstrap.estimate(sample))
+        values = [float(value) for value in bootstrap.per_seed[sample]]
         per_seed[metric] = values[:1] if arm.plan.deterministic else values
     if "nll" in metrics and metrics["nll"].value < 700:
         metrics["perplexity"] = _exponentiate(metrics["nll"])
@@ -250,7 +182,7 @@ def _exponentiate(nll: Interval) -> Interval:
 # --- differences ------------------------------------------------------------------------------------------------------
 
 
-def _judge_all(arms: list[ArmResult], pool: _Pool, metric: str) -> tuple[list[ArmResult], list[Difference]]:
+def _judge_all(arms: list[ArmResult], pool: Pool, metric: str) -> tuple[list[ArmResult], list[Difference]]:
     """Differences from the base on every metric, and between all other arms on the declared one.
 
     Holm's correction runs within each question, on the declared metric: every arm versus the base; trained versus
@@ -282,19 +214,40 @@ def _judge_all(arms: list[ArmResult], pool: _Pool, metric: str) -> tuple[list[Ar
                 if name != metric and (arm.name, name) in pool.index and (base.name, name) in pool.index:
                     differences[name] = _judge_family([(arm, base)], name, pool)[0]
         word = declared[arm.name].verdict if arm.name in declared else None
-        judged.append(replace(arm, differences=differences, versus_base=word))
+        moved = _from_start(arm, by_name, pairs, metric, pool)
+        judged.append(replace(arm, differences=differences, versus_base=word, from_start=moved))
     return judged, versus_base + pairs
 
 
-def _judge_family(pairs: Sequence[tuple[ArmResult, ArmResult]], metric: str, pool: _Pool) -> list[Difference]:
+def _from_start(
+    arm: ArmResult, arms: Mapping[str, ArmResult], pairs: Sequence[Difference], metric: str, pool: Pool
+) -> dict[str, Difference]:
+    """What changed from the arm that this one starts from: on the declared metric as it was judged among all pairs."""
+    start = arms.get(arm.starts_from or "")
+    if start is None:
+        return {}
+    moved: dict[str, Difference] = {}
+    for name in arm.metrics:
+        if (arm.name, name) in pool.index and (start.name, name) in pool.index:
+            moved[name] = _judge_family([(arm, start)], name, pool)[0]
+    for pair in pairs:
+        if pair.metric == metric and {pair.arm, pair.other} == {arm.name, start.name}:
+            moved[metric] = pair if pair.arm == arm.name else pair.flip()
+    return moved
+
+
+def _judge_family(pairs: Sequence[tuple[ArmResult, ArmResult]], metric: str, pool: Pool) -> list[Difference]:
     """One family of tests: Holm's correction runs over exactly these pairs."""
     info = describe_metric(metric)
     samples = [(pool.index[a.name, metric], pool.index[b.name, metric]) for a, b in pairs]
-    estimates = [pool.bootstrap.difference(i, j) for i, j in samples]
+    # One metric is of one kind of rows, so that both are of one bootstrap.
+    estimates = [bootstrap.difference(i, j) for (bootstrap, i), (_, j) in samples]
     adjusted = adjust_holm([estimate.p for estimate in estimates])
     return [
-        _judge_pair(a, b, metric, info, estimate, p, pool, sample)
-        for (a, b), estimate, p, sample in zip(pairs, estimates, adjusted, samples, strict=True)
+        _judge_pair(a, b, metric, info, estimate, p, pool.seeds, bootstrap, (i, j))
+        for (a, b), estimate, p, ((bootstrap, i), (_, j)) in zip(
+            pairs, estimates, adjusted, samples, strict=True
+        )
     ]
 
 
@@ -305,23 +258,24 @@ def _judge_pair(
     info: MetricInfo,
     estimate: Estimate,
     p_adjusted: float,
-    pool: _Pool,
+    seeds: Sequence[int],
+    bootstrap: Bootstrap,
     sample: tuple[int, int],
 ) -> Difference:
     # A seed that changes neither arm is no source of doubt.
-    one_seed = len(pool.seeds) == 1 and not (arm.deterministic and other.deterministic)
+    one_seed = len(seeds) == 1 and not (arm.deterministic and other.deterministic)
     verdict = judge_difference(
         estimate, p_adjusted=p_adjusted, higher_is_better=info.higher_is_better, one_seed=one_seed
     )
     advice = ""
-    if verdict == "inconclusive" and pool.bootstrap.num_clusters > 1:
-        row_error, seed_error = pool.bootstrap.difference_errors(*sample)
-        num_rows = pool.bootstrap.samples[0].numerator.shape[1]
+    if verdict == "inconclusive" and bootstrap.num_clusters > 1:
+        row_error, seed_error = bootstrap.difference_errors(*sample)
+        num_rows = bootstrap.samples[0].numerator.shape[1]
         advice = advise_resolution(
             estimate.value,
             row_error=row_error,
             seed_error=seed_error,
-            num_seeds=len(pool.seeds),
+            num_seeds=len(seeds),
             num_rows=num_rows,
             alpha=0.05 * min(1.0, estimate.p / p_adjusted),
         )

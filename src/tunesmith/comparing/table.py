@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tunesmith.comparing.measures import describe_metric, format_bounds, format_difference, format_value
+from tunesmith.comparing.measures import (
+    NEUTRAL,
+    describe_metric,
+    format_bounds,
+    format_difference,
+    format_value,
+)
 from tunesmith.core.comparison import ArmResult, Cell, Column, Comparison, Table
 from tunesmith.core.quantities import format_bytes, format_count, format_seconds
 
@@ -21,6 +27,16 @@ _COSTS = (
         "What has to be kept on disk beside the base model; of a quantised arm the whole model",
     ),
 )
+
+
+_UNITS = {"nats": "nats per target token", "bits": "bits per byte", "%": "share of test rows"}
+_HINTS = {
+    "reward": "mean over test rows of what evaluate.rewards says of the answer",
+    "preference_accuracy": "share of held-out pairs whose chosen answer is likelier per token than the rejected one",
+    "preference_margin": "by how many nats more than its start the arm prefers the chosen answer, mean over pairs",
+    "kl_from_start": "nats per sampled answer, from the arm that it starts from",
+    "answer_tokens": "mean tokens of a generated answer",
+}
 
 
 def build_table(comparison: Comparison) -> Table:
@@ -44,16 +60,17 @@ def build_table(comparison: Comparison) -> Table:
 
 def _metric_column(metric: str, comparison: Comparison) -> Column:
     info = describe_metric(metric)
-    unit = {"nats": "nats per target token", "bits": "bits per byte", "%": "share of test rows"}.get(
-        info.unit, ""
-    )
+    unit = _HINTS.get(metric) or _UNITS.get(info.unit, "")
     declared = "declared metric; " if metric == comparison.metric else ""
     arrow = "higher is better" if info.higher_is_better else "lower is better"
-    return Column(metric, info.title, f"{declared}{unit + '; ' if unit else ''}{arrow}; below: 95% interval")
+    said = "" if metric in NEUTRAL else f"{arrow}; "
+    return Column(metric, info.title, f"{declared}{unit + '; ' if unit else ''}{said}below: 95% interval")
 
 
 def _find_best(comparison: Comparison, metric: str) -> float | None:
     """The best value of a column; None where likelihoods of different prompts would be ranked against each other."""
+    if metric in NEUTRAL:
+        return None
     info = describe_metric(metric)
     arms = [arm for arm in comparison.arms if metric in arm.metrics and not arm.not_comparable]
     if metric in _LIKELIHOODS:
@@ -92,6 +109,8 @@ def _describe_kind(arm: ArmResult) -> str:
         parts.append(f"{len(arm.seeds)} seeds" if len(arm.seeds) != 1 else "1 seed")
     if arm.trained_by not in (None, arm.name):
         parts.append(f"{arm.trained_by}'s weights")
+    elif arm.starts_from:
+        parts.append(f"from {arm.starts_from}")
     return ", ".join(parts)
 
 

@@ -99,6 +99,8 @@ class ArmResult:
                  sum of `train_wall_seconds` and `eval_wall_seconds`, and so for CPU. `peak_bytes` is the largest.
     quantize:    what its model was quantised to before it was judged, or None; `size_bytes` is then the whole model's.
     dominated_by: cost name -> an arm that is better and cheaper beyond noise.
+    objective:   what its training learned. starts_from: the arm whose training its own went on from; costs are its own.
+    from_start:  metric -> this arm minus the one it starts from.
     """
 
     name: str
@@ -135,6 +137,9 @@ class ArmResult:
     trials: list[Trial] = field(default_factory=list[Trial])
     quantize: str | None = None
     dominated_by: dict[str, str] = field(default_factory=dict[str, str])
+    objective: str = "sft"
+    starts_from: str | None = None
+    from_start: dict[str, Difference] = field(default_factory=dict[str, Difference])
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +259,12 @@ class Comparison:
             {
                 "name": arm.name,
                 "kind": arm.kind,
+                "objective": arm.objective if arm.kind == "trained" else None,
+                "starts_from": arm.starts_from,
+                "from_start": {
+                    name: {"delta": d.delta, "low": d.low, "high": d.high, "verdict": d.verdict}
+                    for name, d in arm.from_start.items()
+                },
                 "framework": arm.framework,
                 "status": arm.status,
                 "seeds": arm.seeds,

@@ -86,6 +86,33 @@ class AnswerRecord(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class PreferenceRecord(_Record):
+    """One held-out pair under one arm and seed, a line of `preferences.jsonl`.
+
+    logps:  log-probability of the chosen and of the rejected answer, nats, summed over their target tokens.
+    tokens: how many those are.
+    """
+
+    row: int
+    row_id: str
+    place: str
+    cluster: str
+    logps: list[float]
+    tokens: list[int]
+
+    @property
+    def is_right(self) -> float:
+        """1 if the chosen answer is likelier per token, so that length decides nothing; of equals 0.5."""
+        chosen, rejected = (logp / max(1, count) for logp, count in zip(self.logps, self.tokens, strict=True))
+        return 0.5 if chosen == rejected else float(chosen > rejected)
+
+    @property
+    def margin(self) -> float:
+        """By how much the chosen answer is likelier, nats per answer."""
+        return self.logps[0] - self.logps[1]
+
+
+@dataclass(frozen=True, slots=True)
 class EvalRecord(_Record):
     """One arm and seed scored by the judge (`eval.json`), beside its `answers.jsonl`.
 

@@ -9,7 +9,8 @@ DIR/
   checkpoints/step-N/ atomic: files, manifest.json with hashes
   adapter/ or model/  what was trained, in PEFT or HF format
   handoff/, framework/ what a framework was handed, and what is its own; parity.json: what it did in its first steps
-  eval.json, answers.jsonl; harness.json for lm-eval's tasks
+  eval.json, answers.jsonl, preferences.jsonl (held-out pairs); harness.json for lm-eval's tasks
+  preferences/        held-out pairs that arms are judged on; arms/NAME/prepared/ rows of an arm's own
   comparison.json, gates.json (which arms were shown to do the same work), frameworks.json; report.html
 """
 
@@ -95,6 +96,16 @@ class RunDir:
         return self.root / "answers.jsonl"
 
     @property
+    def preferences(self) -> Path:
+        """Prepared pairs that arms are judged on."""
+        return self.root / "preferences"
+
+    @property
+    def pair_scores(self) -> Path:
+        """What an arm makes of them."""
+        return self.root / "preferences.jsonl"
+
+    @property
     def harness(self) -> Path:
         return self.root / "harness.json"
 
@@ -137,6 +148,9 @@ class RunDir:
             "eval.json",
             "harness.json",
             "answers.jsonl",
+            "preferences",
+            "preferences.jsonl",
+            "preferences.rejected.jsonl",
             "tasks.json",
             "rejected_rows.jsonl",
             "rejected_stream_rows.jsonl",
@@ -170,9 +184,13 @@ class RunDir:
         """True where a training, a comparison or one of its arms was begun."""
         return any(path.is_file() for path in (self.job, self.record, self.tasks, self.comparison))
 
+    def of_arm(self, name: str) -> RunDir:
+        """Folder of all that is one arm's inside a comparison."""
+        return RunDir(self.root / "arms" / name)
+
     def arm(self, name: str, seed: int) -> RunDir:
         """Folder of one arm and seed inside a comparison."""
-        return RunDir(self.root / "arms" / name / f"seed-{seed}")
+        return RunDir(self.of_arm(name).root / f"seed-{seed}")
 
     def trial(self, name: str, trial: int) -> RunDir:
         """Folder of one learning-rate trial of an arm inside a comparison."""

@@ -241,9 +241,9 @@ def prepare_data(
         collected.write()
         fingerprints = {"template_sha256": renderer.template_sha256, "tokenizer_sha256": tokenizer.sha256}
         for name, split in rendered.items():
-            fingerprints[f"{name}_sha256"] = hash_rows(_identify_rows(split))
+            fingerprints[f"{name}_sha256"] = hash_rows(identify_rows(split))
             if name in splits:
-                _write_split(root, name, split)
+                write_split(root, name, split)
         write_json(root / "checks.json", report.to_json())
         # Last: a folder with this file is complete.
         index = {"schema": 1, "splits": [n for n in rendered if n in splits], "fingerprints": fingerprints}
@@ -253,7 +253,7 @@ def prepare_data(
     return Prepared(root)
 
 
-def _identify_rows(split: RenderedSplit) -> Iterator[str]:
+def identify_rows(split: RenderedSplit) -> Iterator[str]:
     """What a fingerprint holds of each row: its tokens, a label where it has one, and what rewards know of a prompt."""
     for row, number in zip(split.rows, split.numbers, strict=True):
         asked = split.conversations[number]
@@ -316,7 +316,7 @@ def _split_path(folder: Path, split: str, suffix: str) -> Path:
     return (folder / "sealed" if split == "test" else folder) / f"{split}.{suffix}"
 
 
-def _write_split(folder: Path, name: str, split: RenderedSplit) -> None:
+def write_split(folder: Path, name: str, split: RenderedSplit) -> None:
     _split_path(folder, name, "x").parent.mkdir(parents=True, exist_ok=True)
     offsets = np.zeros(len(split.rows) + 1, dtype=np.int64)
     np.cumsum([len(row.ids) for row in split.rows], out=offsets[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -120,6 +121,11 @@ class RewardTerm(Spec):
     """Seconds that a Python function may take for the answers of one rollout."""
 
 
+def as_reward_terms(rewards: Sequence[str | RewardTerm]) -> list[RewardTerm]:
+    """The full specs of rewards given by name or as specs."""
+    return [RewardTerm(source=term) if isinstance(term, str) else term for term in rewards]
+
+
 class RolloutSpec(Spec):
     """What PPO and GRPO have in common: the model answers prompts and learns from what its answers are worth."""
 
@@ -140,7 +146,7 @@ class RolloutSpec(Spec):
 
     @property
     def terms(self) -> list[RewardTerm]:
-        return [RewardTerm(source=term) if isinstance(term, str) else term for term in self.rewards]
+        return as_reward_terms(self.rewards)
 
 
 class GrpoSpec(RolloutSpec):

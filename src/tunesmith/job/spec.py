@@ -18,7 +18,14 @@ from pydantic import (
 )
 
 from tunesmith.core.quantities import parse_bytes
-from tunesmith.job.objective import Objective, ObjectiveSpec, as_objective_spec, kind_of_rows
+from tunesmith.job.objective import (
+    Objective,
+    ObjectiveSpec,
+    RewardTerm,
+    as_objective_spec,
+    as_reward_terms,
+    kind_of_rows,
+)
 from tunesmith.job.values import Auto, Fraction, PositiveInt, Seed, Spec
 
 Storage = Literal["full", "int8", "nf4", "fp8"]
@@ -371,6 +378,16 @@ class EvaluateSpec(Spec):
     """Held-out general text (.txt or .jsonl with `text`) for the forgetting measure; default: the bundled text."""
     forgetting: bool = True
     """Measure loss on general text before and after, and KL from the base."""
+    preferences: str | None = None
+    """Held-out pairs of a chosen and a rejected answer: file, folder (its test split), bundled name or hub id. Adds
+    the metrics `preference_accuracy`, the share of pairs whose chosen answer an arm finds likelier per token, and
+    `preference_margin`, by how many nats more than the arm it starts from."""
+    rewards: list[str | RewardTerm] = []
+    """What generated answers are worth, as in `objective.rewards`. Adds the metric `reward`, their weighted sum."""
+
+    @property
+    def reward_terms(self) -> list[RewardTerm]:
+        return as_reward_terms(self.rewards)
 
 
 PROMPTED = ("zero-shot", "few-shot", "rag")
@@ -396,6 +413,18 @@ def _check_seeds(seeds: list[int]) -> list[int]:
     return seeds
 
 
+class ArmDataSpec(Spec):
+    """Training rows of one arm. Template, tokens and all else are the job's."""
+
+    train: str | list[str | SourceSpec] | SourceSpec
+    """Training rows: one source, or a list that mixes sources by weight. None of their questions may be among the test
+    rows."""
+    validation: Fraction | str = "auto"
+    """Share of rows, or a source, as in `data.split`."""
+    max_tokens: PositiveInt | None = None
+    """Longest row in tokens; default: the job's."""
+
+
 class ArmSpec(Spec):
     """One thing to compare. A bare string names it: `zero-shot`, `few-shot`, `rag`, `full`, `lora`, `qlora`, or a
     trained arm with retrieval, `lora+rag`."""
@@ -416,6 +445,17 @@ class ArmSpec(Spec):
     """This arm's learning rate; default: the job's."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """This arm's epochs; default: the job's."""
+    steps: PositiveInt | None = None
+    """This arm's optimizer steps; default: the job's."""
+    batch_rows: PositiveInt | None = None
+    """This arm's rows per optimizer step; default: the job's."""
+    objective: Objective | None = None
+    """What it learns; default: `sft`. `reward` makes no model that answers, and is no arm."""
+    data: ArmDataSpec | None = None
+    """What it learns from; default: the job's rows, whose questions are the prompts of `grpo` and `ppo`."""
+    starts_from: str | None = None
+    """Name of an arm before it, whose weights of the same seed its training goes on from, with the same method. They
+    are the reference of objectives that have one, and what the report holds this arm against."""
 
 
 class TuneSpec(Spec):
@@ -436,7 +476,7 @@ class CompareSpec(Spec):
     """What is compared: names, or mappings with settings."""
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_check_seeds)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
-    metric: MetricName | Literal["nll"] = "exact_match"
+    metric: MetricName | Literal["nll", "reward", "preference_accuracy"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
     track: Literal["tokens", "native"] = "tokens"
     """What other frameworks train on: `tokens`, our own rows; `native`, what their own preprocessing makes of the raw

@@ -1,7 +1,7 @@
 """PPO and GRPO as objectives: what a batch of sampled answers costs.
 
-Rows are prompts with a sampled answer. What sampling knew of them travels as their numbers, one for each token of the
 Rows are prompts with a sampled answer. What sampling knew of them travels as their numbers, one for each token of an
+answer.
 
 K: sampled tokens of a batch  N: answers
 """
