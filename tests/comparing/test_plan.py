@@ -109,7 +109,7 @@ def test_an_unknown_arm_is_refused_with_the_nearest_name(wrong: str, meant: str)
         (["lora", "lora"], "second arm called 'lora'"),
         ([{"name": "../x", "method": "lora"}], "name '../x'"),
         ([{"name": "A", "method": "lora"}, {"name": "a", "method": "full"}], "second arm called 'a'"),
-        ([{"method": "rag", "learning_rate": 1e-3}], "rag has a learning rate"),
+        ([{"method": "rag", "learning_rate": 1e-3}], "rag has learning_rate"),
         ([{"method": "few-shot", "rag": True}], "few-shot with"),
     ],
 )

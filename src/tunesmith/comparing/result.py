@@ -141,6 +141,7 @@ def judge_arms(
         record=_collect_record(arms, job),
         parity={arm.plan.name: parity[arm.plan.name] for arm in arms if arm.plan.name in parity},
         native=dict(native or {}),
+        num_pairs=pool.num_pairs,
     )
     comparison = replace(
         comparison, table=build_table(comparison), warnings=list_warnings(comparison, arms, failures)

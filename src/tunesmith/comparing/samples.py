@@ -22,12 +22,13 @@ class Pool:
     """All arms and metrics under the same draws.
 
     index: (arm, metric) -> the bootstrap that holds it, and its number there.
-    num_clusters: of test rows.
+    num_clusters: of test rows. num_pairs: held-out pairs, if all arms were scored on them.
     """
 
     seeds: list[int]
     index: dict[tuple[str, str], tuple[Bootstrap, int]]
     num_clusters: int
+    num_pairs: int = 0
 
 
 def pair_seeds(arms: Sequence[ArmFiles]) -> list[int]:
@@ -52,12 +53,13 @@ def pool_samples(arms: Sequence[ArmFiles], seeds: list[int]) -> Pool:
     rows = {arm.plan.name: make_samples(_of_seeds(arm, seeds), lengths=lengths) for arm in arms}
     first = arms[0].answers[arms[0].seeds[0]]
     over_rows = _resample(rows, [answer.cluster for answer in first])
-    index = dict(over_rows[1])
+    index, num_pairs = dict(over_rows[1]), 0
     if all(set(arm.seeds) <= arm.pairs.keys() for arm in arms):
         pairs = {arm.plan.name: _sample_pairs(arm, arms, seeds) for arm in arms}
         clusters = [pair.cluster for pair in arms[0].pairs[arms[0].seeds[0]]]
         index |= _resample(pairs, clusters)[1]
-    return Pool(seeds, index, over_rows[0].num_clusters)
+        num_pairs = len(clusters)
+    return Pool(seeds, index, over_rows[0].num_clusters, num_pairs)
 
 
 def _of_seeds(arm: ArmFiles, seeds: Sequence[int]) -> list[list[AnswerRecord]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.comparing.measures import describe_metric, format_difference, format_gap, format_value
+from tunesmith.comparing.measures import NEUTRAL, describe_metric, format_difference, format_gap, format_value
 from tunesmith.comparing.stats import MARGIN
 from tunesmith.core.comparison import ArmResult, Comparison, Difference
 from tunesmith.core.quantities import format_bytes, format_seconds
@@ -31,6 +31,7 @@ def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
         *_tell_native(comparison),
         *_rank_trained(trained, comparison),
         *_rank_prompted(prompted, comparison),
+        *_tell_starts(comparison),
     ]
     if trained:
         details += [_tell_cost(trained[0]), *_tell_forgetting(trained)]
@@ -192,6 +193,25 @@ def _rank(arms: list[ArmResult], comparison: Comparison, group: str) -> list[str
     return [text, advice] if advice else [text]
 
 
+def _tell_starts(comparison: Comparison) -> list[str]:
+    """What arms that go on from another one moved, measure by measure; divergence and length beside it."""
+    told: list[str] = []
+    for arm in comparison.arms:
+        if not arm.starts_from or not arm.from_start:
+            continue
+        names = [comparison.metric, "preference_accuracy", "reward", "answer_tokens"]
+        parts = [
+            f"{describe_metric(name).title.lower()} {format_difference(change.delta, describe_metric(name))}"
+            f"{'' if name in NEUTRAL else f' ({change.verdict})'}"
+            for name in dict.fromkeys(names)
+            if (change := arm.from_start.get(name))
+        ]
+        if kl := arm.metrics.get("kl_from_start"):
+            parts.append(f"KL {kl.value:.3f} nats an answer")
+        told.append(f"{arm.name}, from {arm.starts_from}: {', '.join(parts)}.")
+    return told
+
+
 def _tell_cost(arm: ArmResult) -> str:
     parts = [f"{format_seconds(arm.train_wall_seconds)} of training per seed"]
     if arm.tune_wall_seconds:
@@ -227,6 +247,8 @@ def _tell_basis(comparison: Comparison) -> str:
     rows = f"{comparison.num_rows:,} sealed test rows"
     if comparison.num_clusters != comparison.num_rows:
         rows += f" in {comparison.num_clusters:,} clusters"
+    if comparison.num_pairs:
+        rows += f", {comparison.num_pairs:,} held-out pairs"
     seeds = f"{len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else "one seed"
     single = [arm.name for arm in comparison.arms if arm.deterministic]
     note = f"; {_join(single)} {'do' if len(single) > 1 else 'does'} not depend on the seed" if single else ""

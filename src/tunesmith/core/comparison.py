@@ -217,6 +217,7 @@ class Comparison:
     method:  how it was measured: replicates, resampling unit, margins, families of tests.
     record:  config, fingerprints, versions, hardware.
     parity:  arm that another framework trained -> whether it did our work; absent where nobody looked.
+    num_pairs: held-out pairs that arms were judged on.
     native:  arm of another framework -> what its own preprocessing makes of the rows (`compare.track: native`).
     """
 
@@ -237,6 +238,7 @@ class Comparison:
     record: dict[str, Any]
     parity: dict[str, Parity] = field(default_factory=dict[str, Parity])
     native: dict[str, NativeTokens] = field(default_factory=dict[str, NativeTokens])
+    num_pairs: int = 0
 
     def find_arm(self, name: str) -> ArmResult:
         """The arm called `name`. Raises ValueError if there is none."""

@@ -198,10 +198,17 @@ def draw_curves(run_dir: RunDir, comparison: Comparison) -> list[Figure]:
     """Training loss (mean over seeds) and validation loss (each seed) of every training."""
     training: list[Line] = []
     validation: list[Line] = []
+    measured: dict[str, list[Line]] = {name: [] for name in _MEASURED}
     for style, arm in enumerate(comparison.arms):
         if arm.trained_by != arm.name:
             continue
         runs = [steps for seed in arm.seeds if (steps := _read_steps(run_dir.arm(arm.name, seed)))]
+        for name, lines in measured.items():
+            if runs and all(name in (step.measures or {}) for steps in runs for step in steps):
+                lines.append(Line(arm.name, style, thin_curve(runs, measure=name)))
+        if arm.objective != "sft":
+            # Losses of other objectives are in units of their own.
+            continue
         if runs:
             training.append(Line(arm.name, style, thin_curve(runs)))
         for steps in runs:
@@ -221,7 +228,22 @@ def draw_curves(run_dir: RunDir, comparison: Comparison) -> list[Figure]:
                 lines, title=title, x_label="Optimizer step", y_label=f"{title}, nats per target token"
             )
             figures.append(Figure(title, caption, chart))
+    for name, (title, label, caption) in _MEASURED.items():
+        if any(line.points for line in measured[name]):
+            chart = plot_lines(measured[name], title=title, x_label="Optimizer step", y_label=label)
+            figures.append(Figure(title, caption, chart))
     return figures
+
+
+# What steps of other objectives log: figure's title, axis, caption.
+_MEASURED = {
+    "reward": ("Reward while training", "Mean reward of sampled answers", "Of answers to training prompts."),
+    "margin": (
+        "Margin while training",
+        "Chosen over rejected",
+        "Of training pairs, in the loss's own scale.",
+    ),
+}
 
 
 def _read_steps(folder: RunDir) -> list[StepRecord]:
@@ -232,11 +254,12 @@ def _read_steps(folder: RunDir) -> list[StepRecord]:
 
 
 def thin_curve(
-    runs: Sequence[Sequence[StepRecord]], *, num_points: int = _POINTS
+    runs: Sequence[Sequence[StepRecord]], *, num_points: int = _POINTS, measure: str | None = None
 ) -> list[tuple[float, float]]:
     """Mean loss over runs and over stretches of steps: (middle step, loss), at most `num_points` of them.
 
-    Weighted by target tokens, so that a stretch's point is the loss per token of that stretch.
+    Weighted by target tokens, so that a stretch's point is the loss per token of that stretch. measure: of `measures`
+    instead of the loss, every step alike.
     """
     last = max(step.step for run in runs for step in run)
     size = max(1, -(-last // num_points))
@@ -244,8 +267,9 @@ def thin_curve(
     for run in runs:
         for step in run:
             cell = sums.setdefault((step.step - 1) // size, [0.0, 0.0, 0.0, 0.0])
-            tokens = max(step.num_target_tokens, 1)
-            for index, value in enumerate((step.loss * tokens, tokens, step.step, 1)):
+            weight = 1 if measure else max(step.num_target_tokens, 1)
+            value = (step.measures or {})[measure] if measure else step.loss
+            for index, value in enumerate((value * weight, weight, step.step, 1)):
                 cell[index] += value
     return [(cell[2] / cell[3], cell[0] / cell[1]) for _, cell in sorted(sums.items())]
 
