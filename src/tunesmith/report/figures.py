@@ -269,8 +269,8 @@ def thin_curve(
             cell = sums.setdefault((step.step - 1) // size, [0.0, 0.0, 0.0, 0.0])
             weight = 1 if measure else max(step.num_target_tokens, 1)
             value = (step.measures or {})[measure] if measure else step.loss
-            for index, value in enumerate((value * weight, weight, step.step, 1)):
-                cell[index] += value
+            for index, part in enumerate((value * weight, weight, step.step, 1)):
+                cell[index] += part
     return [(cell[2] / cell[3], cell[0] / cell[1]) for _, cell in sorted(sums.items())]
 
 
