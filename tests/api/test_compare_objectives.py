@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_pairs(path: Path, source: str, first: int, count: int) -> Path:
     path.write_text(
         "".join(
             json.dumps({"prompt": row[:-1], "chosen": row[-1:], "rejected": other[-1:]}) + "\n"
-            for row, other in zip(rows, rows[1:], strict=False)
+            for row, other in pairwise(rows)
         )
     )
     return path
@@ -43,6 +44,7 @@ def make_job(folder: Path, **more: Any) -> dict[str, Any]:
     held_out = write_pairs(folder / "held-out.jsonl", "test", 100, 8)
     opens = f"{folder / 'rewards.py'}:opens"
     grpo = {"name": "grpo", "rewards": [opens], "prompts": 1, "samples": 4, "max_new_tokens": 8}
+    starts = {"method": "lora", "starts_from": "lora"}
     return {
         "model": "tunesmith/tiny",
         "data": {"train": "tunesmith/tickets"},
@@ -61,8 +63,8 @@ def make_job(folder: Path, **more: Any) -> dict[str, Any]:
             "metric": "preference_accuracy",
             "arms": [
                 "lora",
-                {"name": "dpo", "method": "lora", "objective": "dpo", "starts_from": "lora", "data": {"train": str(train)}},
-                {"name": "grpo", "method": "lora", "objective": grpo, "starts_from": "lora", "steps": 1},
+                {"name": "dpo", "objective": "dpo", "data": {"train": str(train)}, **starts},
+                {"name": "grpo", "objective": grpo, "steps": 1, **starts},
             ],
             **more,
         },
@@ -158,5 +160,5 @@ def test_no_arm_learns_from_what_it_is_judged_on(tmp_path: Path) -> None:
 def test_held_out_pairs_are_held_out(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     write_pairs(tmp_path / "held-out.jsonl", "train", 100, 4)
-    with pytest.raises(DataError, match="among the pairs of evaluate.preferences"):
+    with pytest.raises(DataError, match="among the pairs of evaluate"):
         tunesmith.compare(job, out=tmp_path / "out")

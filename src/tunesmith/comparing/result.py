@@ -27,7 +27,7 @@ from tunesmith.comparing.stats import (
     advise_resolution,
     judge_difference,
 )
-from tunesmith.comparing.table import build_table
+from tunesmith.comparing.table import build_starts, build_table
 from tunesmith.comparing.verdict import write_verdict
 from tunesmith.comparing.warnings import list_warnings
 from tunesmith.core.comparison import (
@@ -144,7 +144,10 @@ def judge_arms(
         num_pairs=pool.num_pairs,
     )
     comparison = replace(
-        comparison, table=build_table(comparison), warnings=list_warnings(comparison, arms, failures)
+        comparison,
+        table=build_table(comparison),
+        starts=build_starts(comparison),
+        warnings=list_warnings(comparison, arms, failures),
     )
     verdict, details = write_verdict(comparison)
     return replace(comparison, verdict=verdict, details=details)

@@ -153,3 +153,41 @@ def _cost_cell(key: str, arm: ArmResult) -> Cell:
             f"{format_seconds(arm.eval_cpu_seconds)} CPU" if arm.eval_cpu_seconds else "",
         )
     return Cell(format_bytes(value))
+
+
+# --- what changed from the start --------------------------------------------------------------------------------------
+
+# Said by another measure already.
+_NOT_FROM_START = ("bits_per_byte", "finished", "perplexity")
+
+
+def build_starts(comparison: Comparison) -> Table:
+    """Arms that go on from another one, each measure against it. Empty where none does."""
+    arms = [arm for arm in comparison.arms if arm.starts_from and arm.from_start]
+    changed = {name for arm in arms for name in arm.from_start if "." not in name}
+    own = {name for arm in arms for name in ("preference_margin", "kl_from_start") if name in arm.metrics}
+    names = [name for name in comparison.metrics if name in changed | own and name not in _NOT_FROM_START]
+    columns = [Column("name", "Arm", "", numeric=False), *(_metric_column(n, comparison) for n in names)]
+    rows = [
+        [Cell(arm.name, f"{arm.objective}, from {arm.starts_from}"), *(_start_cell(arm, n) for n in names)]
+        for arm in arms
+    ]
+    return Table(columns, [arm.name for arm in arms], rows)
+
+
+def _start_cell(arm: ArmResult, metric: str) -> Cell:
+    info = describe_metric(metric)
+    if metric not in arm.from_start:
+        interval = arm.metrics.get(metric)
+        if interval is None:
+            return Cell("–", tone="muted")
+        return Cell(format_value(interval.value, info), format_bounds(interval, info))
+    change = arm.from_start[metric]
+    text = format_difference(change.delta, info)
+    if change.low is None or change.high is None:
+        return Cell(text)
+    low, high = (format_difference(bound, info).split(" ")[0] for bound in (change.low, change.high))
+    if metric in NEUTRAL:
+        return Cell(text, f"{low} to {high}")
+    tone = change.verdict if change.verdict in ("better", "worse") else ""
+    return Cell(text, f"{low} to {high}, {change.verdict}", tone)

@@ -218,6 +218,7 @@ class Comparison:
     record:  config, fingerprints, versions, hardware.
     parity:  arm that another framework trained -> whether it did our work; absent where nobody looked.
     num_pairs: held-out pairs that arms were judged on.
+    starts:  arms that go on from another one, each measure against it.
     native:  arm of another framework -> what its own preprocessing makes of the rows (`compare.track: native`).
     """
 
@@ -239,6 +240,7 @@ class Comparison:
     parity: dict[str, Parity] = field(default_factory=dict[str, Parity])
     native: dict[str, NativeTokens] = field(default_factory=dict[str, NativeTokens])
     num_pairs: int = 0
+    starts: Table = field(default_factory=lambda: Table([], [], []))
 
     def find_arm(self, name: str) -> ArmResult:
         """The arm called `name`. Raises ValueError if there is none."""

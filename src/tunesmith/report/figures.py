@@ -47,8 +47,9 @@ def format_tick_or_value(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
-def _axis_label(info: MetricInfo) -> str:
-    unit = {"%": "share of test rows", "nats": "nats per target token", "bits": "bits"}.get(info.unit, "")
+def _axis_label(info: MetricInfo, metric: str = "") -> str:
+    rows = "held-out pairs" if metric == "preference_accuracy" else "test rows"
+    unit = {"%": f"share of {rows}", "nats": "nats per target token", "bits": "bits"}.get(info.unit, "")
     better = "right is better" if info.higher_is_better else "left is better"
     return f"{info.title}{', ' + unit if unit else ''} ({better})"
 
@@ -79,7 +80,7 @@ def _draw_metric(comparison: Comparison, metric: str) -> Figure:
         chart = plot_dots(
             rows,
             title=f"{info.title} of every arm",
-            x_label=_axis_label(info),
+            x_label=_axis_label(info, metric),
             show=show_share,
             include=(0.0, 1.0),
         )
@@ -87,7 +88,7 @@ def _draw_metric(comparison: Comparison, metric: str) -> Figure:
         chart = plot_dots(
             rows,
             title=f"{info.title} of every arm",
-            x_label=_axis_label(info),
+            x_label=_axis_label(info, metric),
             show=format_tick_or_value,
             log=None,
         )

@@ -39,7 +39,6 @@ from tunesmith.report.figures import (
 from tunesmith.report.framework_pages import group_features, read_pages, view_pages
 from tunesmith.report.frameworks import view_frameworks
 from tunesmith.report.parity import view_parity
-from tunesmith.report.starts import view_starts
 from tunesmith.report.visible import make_visible
 
 _FOLDER = Path(__file__).parent
@@ -75,7 +74,6 @@ def build_page(folder: RunDir, comparison: Comparison) -> str:
         pages=view_pages(folder, comparison, pages) if pages else [],
         matrix=pages.matrix if pages else None,
         features=group_features(pages.matrix) if pages else [],
-        starts=view_starts(comparison),
         quality=draw_quality(comparison),
         gain=draw_gain(comparison),
         costs=draw_costs(comparison),
