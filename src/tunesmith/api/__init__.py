@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
     from tunesmith.api.evaluation import evaluate, evaluate_tasks, evaluation_json, generate
     from tunesmith.api.inspection import check, preview
+    from tunesmith.api.pair_evaluation import evaluate_pairs
     from tunesmith.api.planning import plan
     from tunesmith.api.training import train
     from tunesmith.job.load import job_from, load_job
@@ -28,6 +29,7 @@ __all__ = [
     "comparison_json",
     "demo_job",
     "evaluate",
+    "evaluate_pairs",
     "evaluate_tasks",
     "evaluation_json",
     "generate",
@@ -44,6 +46,7 @@ _HOMES = {
     "tunesmith.api.comparing": ("compare", "comparison_json", "demo_job", "report", "report_markdown"),
     "tunesmith.api.evaluation": ("evaluate", "evaluate_tasks", "evaluation_json", "generate"),
     "tunesmith.api.inspection": ("check", "preview"),
+    "tunesmith.api.pair_evaluation": ("evaluate_pairs",),
     "tunesmith.api.planning": ("plan",),
     "tunesmith.api.training": ("train",),
     "tunesmith.job.load": ("job_from", "load_job"),

@@ -149,7 +149,7 @@ def evaluate(
     found = find_target(str(target), base=base)
     tokenizer = check_target(found)
     rows = str(data)
-    with tempfile.TemporaryDirectory() as scratch, _open_scores(out or scratch) as run:
+    with tempfile.TemporaryDirectory() as scratch, open_scores(out or scratch) as run:
         # A source that brings a test split is scored on it; any other is scored whole.
         test = "auto" if "test" in find_sources(SourceSpec(path=rows)) else rows
         job = job_from(
@@ -223,7 +223,7 @@ def evaluate_tasks(
     tokenizer = check_target(found)
     renderer = Renderer(tokenizer, DataSpec(train="", template=template or found.template))
     wanted = find_tasks(tasks)
-    with tempfile.TemporaryDirectory() as scratch, _open_scores(out or scratch) as run:
+    with tempfile.TemporaryDirectory() as scratch, open_scores(out or scratch) as run:
         on_event(Event("stage", text=f"Running {', '.join(tasks)} of lm-eval"))
         record = {
             "schema": 1,
@@ -237,7 +237,7 @@ def evaluate_tasks(
 
 
 @contextmanager
-def _open_scores(out: str | Path) -> Generator[RunDir]:
+def open_scores(out: str | Path) -> Generator[RunDir]:
     """Own a folder for scores. A run's is refused: its rows and scores belong to it."""
     run = RunDir(Path(out))
     if run.holds_run():

@@ -219,12 +219,16 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", help="Rows to score: file, folder, bundled name or hub id.")
     ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option("--pairs", help="Chosen and rejected answers instead, also for reward models."),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", metavar="A,B", help="Tasks of lm-eval instead, by name or YAML file."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Keep answers.jsonl and eval.json here.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Keep what was scored here.")
     ] = None,
     generate: Annotated[bool, typer.Option(help="Also generate answers and score them.")] = True,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
@@ -237,12 +241,29 @@ def evaluate(
     on_bad_row: OnBadRow = "refuse",
     as_json: AsJson = False,
 ) -> None:
-    """Score any model, adapter or run on rows with answers, or on tasks of lm-eval (extra tunesmith[lm-eval])."""
+    """Score any model, adapter or run on rows with answers, on pairs, or on tasks of lm-eval (extra lm-eval)."""
     from tunesmith import api
     from tunesmith.cli.progress import watch
 
-    if (data is None) == (tasks is None):
-        raise JobError("eval", "takes --data or --tasks, one of them", cure="See: tunesmith eval --help")
+    if sum(given is not None for given in (data, pairs, tasks)) != 1:
+        raise JobError(
+            "eval", "takes --data, --pairs or --tasks, one of them", cure="See: tunesmith eval --help"
+        )
+    if pairs is not None:
+        if not generate:
+            raise JobError("eval --pairs", "takes no --no-generate", rule="that is for --data")
+        with watch() as on_event:
+            found = api.evaluate_pairs(
+                target, pairs=pairs, out=out, max_rows=max_rows, template=template, base=base,
+                on_bad_row=on_bad_row, on_event=on_event,
+            )  # fmt: skip
+        if as_json:
+            _print_json(found)
+        else:
+            from tunesmith.cli import show
+
+            show.print_pair_evaluation(found)
+        return
     if tasks is not None:
         if not generate or on_bad_row != "refuse":
             raise JobError(

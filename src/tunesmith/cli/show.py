@@ -109,6 +109,26 @@ def print_evaluation(record: EvalRecord) -> None:
     _print_pairs(rows, record.warnings)
 
 
+def print_pair_evaluation(found: dict[str, Any]) -> None:
+    """Accuracy on pairs; of a reward model how far its probabilities can be believed."""
+    bounds = "" if found["low"] is None else f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    of = "score" if found["scored_by"] == "reward" else "nats per token"
+    rows = {"pairs": f"{found['pairs']:,}", "accuracy": f"{100 * found['accuracy']:.1f}%{bounds}"}
+    rows["chosen over rejected"] = f"{found['margin']:+.3f} {of}"
+    if "brier" in found:
+        rows["log loss"] = f"{found['log_loss']:.3f} nats (a coin: 0.693)"
+        rows["Brier score"] = f"{found['brier']:.3f} (a coin: 0.250)"
+        rows["calibration error"] = f"{100 * found['calibration_error']:.1f} points"
+    _print_pairs(rows, found["warnings"])
+    if "bins" in found:
+        table = Table("It says", "Pairs", "Mean", "It is right", box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in found["bins"]:
+            span = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}%"
+            shares = [f"{100 * row[name]:.1f}%" for name in ("probability", "won")]
+            table.add_row(span, f"{row['pairs']:,}", *shares)
+        open_console().print(table)
+
+
 def _print_pairs(rows: dict[str, Any], warnings: list[str]) -> None:
     console = open_console()
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -151,6 +151,7 @@ class RunDir:
             "preferences",
             "preferences.jsonl",
             "preferences.rejected.jsonl",
+            "pairs.json",
             "tasks.json",
             "rejected_rows.jsonl",
             "rejected_stream_rows.jsonl",
