@@ -6,14 +6,21 @@ from typing import Any
 
 import pytest
 
-from tunesmith.comparing.plan import ChosenRate, choose_rate, order_trainings, plan_arms, plan_trials
+from tunesmith.comparing.plan import (
+    ChosenRate,
+    choose_rate,
+    order_trainings,
+    plan_arms,
+    plan_trials,
+    share_references,
+)
 from tunesmith.core.errors import JobError
 from tunesmith.job.load import job_from
 from tunesmith.job.spec import Job, LoraSpec, TuneSpec
 
 
 def job(arms: list[Any], **more: Any) -> Job:
-    compare = {"arms": arms, "seeds": more.pop("seeds", [0, 1, 2])}
+    compare = {"arms": arms, "seeds": more.pop("seeds", [0, 1, 2]), "tune": more.pop("tune", {})}
     return job_from({"model": "m", "data": {"train": "d"}, "compare": compare, **more})
 
 
@@ -270,3 +277,14 @@ def test_an_arm_keeps_its_place_when_others_join_and_only_trainings_have_one() -
     ]
     assert sorted({name for name, _ in orders[1]}) == ["full", "lora", "lora-trl"]
     assert [place for place in orders[1] if place in orders[0]] == orders[0]
+
+
+def test_frameworks_that_train_alike_share_the_run_that_they_are_held_against() -> None:
+    trl = {"name": "a", "method": "lora", "framework": "trl"}
+    unsloth = {"name": "b", "method": "lora", "framework": "unsloth"}
+    slower = {"name": "c", "method": "lora", "framework": "trl", "learning_rate": 1e-5}
+    full = {"name": "d", "method": "full", "framework": "trl"}
+    given = job(["lora", trl, unsloth, slower, full])
+    assert share_references(given, plan_arms(given)) == {"a": "a", "b": "a", "c": "c", "d": "d"}
+    searched = job(["lora", trl, unsloth], tune={"trials": 3})
+    assert share_references(searched, plan_arms(searched)) == {"a": "a", "b": "b"}

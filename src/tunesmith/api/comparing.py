@@ -24,6 +24,7 @@ from tunesmith.comparing.plan import (
     order_trainings,
     plan_arms,
     plan_trials,
+    share_references,
 )
 from tunesmith.comparing.result import compare_run
 from tunesmith.comparing.starts import check_comparison
@@ -87,7 +88,7 @@ def compare(
         comparing = _Comparing(job, base, run, prepared, own, pairs, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
         keeper = Gatekeeper(run, job, prepared, base.folder)
-        parity = keeper.judge([arm for arm in arms if arm.name not in failures], failures)
+        parity = keeper.judge(arms, failures)
         comparison = compare_run(run, job, failures=failures, parity=parity)
         write_pages(run, arms, samples=job.compare.samples)
         render_report(run)
@@ -234,9 +235,14 @@ class _Comparing:
         Before a framework trains, it and our own engine show what they do in the first steps of the same job.
         """
         by_name = {arm.name: arm for arm in arms}
-        parity = {arm.name: self._plan_parity(arm) for arm in arms if arm.is_foreign}
-        works = [work for planned in parity.values() for work in planned]
-        shown = {name: frozenset(work.name for work in planned) for name, planned in parity.items()}
+        references = share_references(self.job, arms)
+        parity = [work for arm in arms if arm.is_foreign for work in self._plan_parity(arm)]
+        shown = {
+            name: frozenset({f"{name} parity", f"{reference} reference"})
+            for name, reference in references.items()
+        }
+        needed = frozenset[str]().union(*shown.values())
+        works = [work for work in parity if work.name in needed]
         works += [
             Work(
                 f"{arm.name} seed {seed}",

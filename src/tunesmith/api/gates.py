@@ -10,7 +10,7 @@ from tunesmith.api.native import compare_native
 from tunesmith.comparing.arms import read_steps
 from tunesmith.comparing.noise import measure_noise
 from tunesmith.comparing.parity import allow_other_tokens, judge_parity
-from tunesmith.comparing.plan import PlannedArm
+from tunesmith.comparing.plan import PlannedArm, share_references
 from tunesmith.comparing.token_gate import hold_trainings
 from tunesmith.core.comparison import Parity
 from tunesmith.core.errors import ArmFailed, DataError
@@ -32,19 +32,22 @@ class Gatekeeper:
     base: Path
 
     def judge(self, arms: Sequence[PlannedArm], failures: dict[str, str]) -> dict[str, Parity]:
-        """Arm of another framework -> whether its work was ours. An arm whose own account of its rows cannot be read is
-        added to `failures`."""
+        """Arm of another framework -> whether its work was ours.
+
+        arms: all; those in `failures` are left out, and one whose own account of its rows cannot be read is added."""
         found: dict[str, Parity] = {}
+        references = share_references(self.job, arms)
         for arm in arms:
-            if arm.is_foreign:
+            if arm.is_foreign and arm.name not in failures:
                 try:
-                    found[arm.name] = self._judge_arm(arm)
+                    found[arm.name] = self._judge_arm(arm, references[arm.name])
                 except (ArmFailed, DataError) as error:
                     failures[arm.name] = f"parity: {error}"
         return found
 
-    def _judge_arm(self, arm: PlannedArm) -> Parity:
-        shown, reference = (self.run.parity_run(arm.name, who) for who in ("parity", "reference"))
+    def _judge_arm(self, arm: PlannedArm, reference_of: str) -> Parity:
+        shown = self.run.parity_run(arm.name, "parity")
+        reference = self.run.parity_run(reference_of, "reference")
         theirs, ours = (
             ParityRecord.from_json(read_json(folder.parity), place=str(folder.parity))
             for folder in (shown, reference)
@@ -63,9 +66,8 @@ class Gatekeeper:
         for seed in arm.seeds:
             steps = read_steps(self.run.arm(arm.name, seed))
             trained[seed] = [step.num_target_tokens for step in steps]
-            epochs = plan_epochs(
-                len(targets), batch_rows=self.job.train.batch_rows, seed=seed, steps=len(steps)
-            )
+            batch_rows = arm.batch_rows or self.job.train.batch_rows
+            epochs = plan_epochs(len(targets), batch_rows=batch_rows, seed=seed, steps=len(steps))
             planned = [sum(targets[row] for row in step) for epoch in epochs for step in epoch]
             wanted[seed] = planned[: len(steps)]
         gates = [

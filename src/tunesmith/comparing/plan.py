@@ -163,6 +163,19 @@ def order_trainings(arms: Sequence[PlannedArm]) -> list[tuple[PlannedArm, int]]:
     ]
 
 
+def share_references(job: Job, arms: Sequence[PlannedArm]) -> dict[str, str]:
+    """Arm of another framework -> the arm whose reference run, by our own engine, stands for its own too: the first of
+    those that train alike. Where rates are searched, each has its own."""
+    foreign = [arm for arm in arms if arm.is_foreign]
+    found: dict[str, str] = {}
+    for arm in foreign:
+        alike = (
+            other for other in foreign if replace(other, framework=arm.framework).settings == arm.settings
+        )
+        found[arm.name] = arm.name if job.compare.tune.trials else next(alike).name
+    return found
+
+
 def job_of_arm(job: Job, arm: PlannedArm, *, seed: int) -> Job:
     """The job of one arm and seed, as if it were run alone."""
     train = job.train.model_copy(update={"seed": seed, "learning_rate": arm.learning_rate})
