@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tunesmith
 from tunesmith.api.evaluation import find_target, load_target
@@ -154,8 +155,9 @@ def test_every_reward_of_several_is_logged(tmp_path: Path) -> None:
 def test_equal_rewards_teach_nothing(tmp_path: Path) -> None:
     wanted = job(tmp_path, {"name": "grpo", "samples": 4, "max_new_tokens": 4}, steps=3, batch_rows=12)
     wanted["objective"]["rewards"] = [f"{tmp_path / 'rewards.py'}:same"]
-    tunesmith.train(wanted, out=tmp_path / "run")
+    record = tunesmith.train(wanted, out=tmp_path / "run")
     assert [step["grad_norm"] for step in steps_of(tmp_path / "run")] == [0, 0, 0]
+    assert any("were worth the same in 9 of 9 groups" in text for text in record.warnings)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
@@ -181,8 +183,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, 
     assert (tmp_path / "cut" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
 
 
+def measure_adapter(run: Path) -> float:
+    """Norm of what the adapters add to begin with nothing."""
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    return math.sqrt(sum(float(t.square().sum()) for name, t in tensors.items() if "lora_B" in name))
+
+
 def test_a_policy_that_runs_away_is_stopped(tmp_path: Path) -> None:
     objective = {"name": "grpo", "samples": 8, "max_new_tokens": 4, "max_kl": 0.5}
-    wanted = job(tmp_path, objective, steps=40, batch_rows=24, learning_rate=2e-2)
+    wanted = job(tmp_path, objective, steps=10, batch_rows=24, learning_rate=4e-2)
     with pytest.raises(TrainingFailed, match=r"nats of KL from the reference; objective\.max_kl is 0\.5"):
         tunesmith.train(wanted, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    # What is saved are the weights whose answers kept within the limit: nearer to the start than where it ran away.
+    with_limit = tunesmith.train(
+        {**wanted, "objective": {**wanted["objective"], "max_kl": 1e9}}, out=tmp_path / "free"
+    )
+    assert with_limit.status == "done"
+    kept, free = (measure_adapter(tmp_path / name) for name in ("run", "free"))
+    assert kept < free

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 class Aim(NamedTuple):
     """rows: examples of the training split, or a source of rows. evaluate: mean loss over the validation split; None
-    without one."""
+    without one. doubts: sentences about the rows, once training has ended. fall_back: puts the last good weights back,
+    where training failed for what its answers became; False if there are none."""
 
     objective: Objective
     rows: Any
     evaluate: Callable[[], float] | None
+    doubts: Callable[[], list[str]] = list
+    fall_back: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,14 @@ def open_prompt_aim(setting: Setting) -> Generator[Aim]:
             evaluate = lambda: -samplers["validation"].reward_of_greedy(MAX_VALIDATED)  # noqa: E731
         # What a single reward is made of is the reward.
         terms = [name_term(name) for name in rewards.names] if len(rewards.names) > 1 else []
-        yield Aim(make_objective(spec, terms=terms), rows, evaluate)
+        sampler = samplers["train"]
+        yield Aim(
+            make_objective(spec, terms=terms),
+            rows,
+            evaluate,
+            doubts=sampler.tally.list_doubts,
+            fall_back=sampler.fall_back,
+        )
 
 
 def _describe(prompt: Prompt) -> Sequence[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,45 @@ Measure = Callable[[Any], Mapping[str, "Tensor"]]
 
 
 @dataclass
+class Tally:
+    """What was odd about the answers of all rollouts, counted. groups: answers to one prompt that are compared."""
+
+    answers: int = 0
+    cut: int = 0
+    missing: Counter[str] = field(default_factory=Counter[str])
+    groups: int = 0
+    flat_groups: int = 0
+
+    def count(self, answers: Sequence[Answer], scored: Scored, *, group: int) -> None:
+        self.answers += len(answers)
+        self.cut += sum(not answer.finished for answer in answers)
+        self.missing.update(scored.num_missing)
+        if group > 1:
+            groups = [scored.total[at : at + group] for at in range(0, len(answers), group)]
+            self.groups += len(groups)
+            self.flat_groups += sum(min(one) == max(one) for one in groups)
+
+    def list_doubts(self) -> list[str]:
+        """A sentence for each, with its count."""
+        doubts = [
+            f"{name} said nothing (None) of {count:,} of {self.answers:,} sampled answers: they count as 0"
+            for name, count in self.missing.items()
+            if count
+        ]
+        if self.flat_groups:
+            doubts.append(
+                f"all answers to a prompt were worth the same in {self.flat_groups:,} of {self.groups:,} groups: "
+                "nothing was learned from them"
+            )
+        if self.cut:
+            doubts.append(
+                f"{self.cut:,} of {self.answers:,} sampled answers were cut at objective.max_new_tokens, "
+                "or at the end of the context"
+            )
+        return doubts
+
+
+@dataclass
 class Sampler:
     """Samples and weighs the answers of a rollout.
 
@@ -49,6 +89,16 @@ class Sampler:
     seed: int
     budget_tokens: int
     on_progress: Callable[[int, int], None] = lambda done, total: None
+    tally: Tally = field(default_factory=lambda: Tally())
+    # Weights as they were when the last rollout was found close enough to the reference.
+    _good: FrozenStart | None = None
+
+    def fall_back(self) -> bool:
+        """Put the last weights back whose answers kept within `max_kl`; False if none are known."""
+        if self._good is None:
+            return False
+        self._good.put_back()
+        return True
 
     def collect(self, numbers: Sequence[int], epoch: int) -> list[TokenRow]:
         """Rows of `spec.samples` answers to each prompt, with what `policy_objectives` needs of them."""
@@ -61,6 +111,7 @@ class Sampler:
             known = self._measure(rows)
         finally:
             self.model.train(was_training)
+        self.tally.count(answers, scored, group=self.spec.samples if isinstance(self.spec, GrpoSpec) else 1)
         weigh = self._compare if isinstance(self.spec, GrpoSpec) else self._estimate
         worth = {"reward": scored.total} | {name_term(name): values for name, values in scored.terms.items()}
         return [
@@ -155,8 +206,12 @@ class Sampler:
                 "a rollout",
                 f"its answers are {kl:.4g} nats of KL from the reference",
                 rule=f"objective.max_kl is {self.spec.max_kl:g}",
-                cure="Lower train.learning_rate or raise the price of KL; the last checkpoint is kept",
+                cure="Lower train.learning_rate or raise the price of KL",
             )
+        if self.spec.max_kl is not None:
+            from tunesmith.methods.frozen import FrozenStart
+
+            self._good = FrozenStart(self.model)
 
     # --- what tokens weigh --------------------------------------------------------------------------------------------
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tunesmith.api.aim import Setting
+from tunesmith.api.aim import Aim, Setting
 from tunesmith.api.fingerprints import fingerprint_data, fingerprint_run
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
 from tunesmith.api.objectives import list_training_rows, open_aim
@@ -21,7 +21,7 @@ from tunesmith.api.trainable import (
     make_training_batch,
     training_lengths,
 )
-from tunesmith.core.errors import DataError, RunDirError
+from tunesmith.core.errors import DataError, RunDirError, TrainingFailed
 from tunesmith.core.events import Event, OnEvent, ignore_event
 from tunesmith.core.fingerprint import (
     describe_hardware,
@@ -40,7 +40,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.job.load import job_from
 from tunesmith.job.objective import kind_of_rows
 from tunesmith.job.resolve import ResolvedModel
-from tunesmith.job.spec import Job, LoraSpec
+from tunesmith.job.spec import Job, LoraSpec, TrainSpec
 from tunesmith.training.schedule import auto_learning_rate
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     from tunesmith.api.devices import describe_gpu, pick_device, pick_dtype, records_graphs, set_up_segments
     from tunesmith.api.planning import make_planner
     from tunesmith.models.sizes import count_parameters
-    from tunesmith.training.loop import train as run_loop
 
     started, started_cpu = time.perf_counter(), time.process_time()
     job = Job.model_validate(task.job)
@@ -206,9 +205,10 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     with open_aim(
         Setting(job, model, prepared, tokenizer, run, task.label, identity, rejects, on_event)
     ) as aim:
-        outcome = run_loop(
+        outcome = _run(
+            lambda: _save(model, job, task, tokenizer, run),
+            aim,
             model,
-            aim.rows,
             job.train.model_copy(update={"learning_rate": rate}),
             run,
             make_batch=make_training_batch(job, device),
@@ -225,6 +225,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             # A recorded batch has places for tokens, none for numbers of rows.
             record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
         )
+        warnings += aim.doubts()
     trained = time.perf_counter()
     if job.data.streaming and (skipped := rejects.write()):
         text = f"{format_number(skipped, 'bad row')} of the stream skipped (see {run.stream_rejects.name})"
@@ -253,6 +254,24 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     )
     write_json(run.record, record.to_json())
     return record
+
+
+def _run(
+    save: Callable[[], int], aim: Aim, model: CausalLM, spec: TrainSpec, run: RunDir, **more: Any
+) -> TrainOutcome:
+    """The loop. If the answers that it samples run away, the last good weights are saved as a finished run's are."""
+    from tunesmith.training.loop import train as run_loop
+
+    try:
+        return run_loop(model, aim.rows, spec, run, **more)
+    except TrainingFailed as error:
+        if aim.fall_back():
+            save()
+            kept = f"the weights before that are in {run.root}"
+            raise TrainingFailed(
+                error.place, error.finding, rule=error.rule, cure=f"{error.cure}; {kept}"
+            ) from None
+        raise
 
 
 def _time_phases(run: RunDir, marks: Sequence[float]) -> dict[str, float]:

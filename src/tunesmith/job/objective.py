@@ -142,7 +142,7 @@ class RolloutSpec(Spec):
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far a token's probability may move from the one it was sampled with, as a ratio, before it stops to count."""
     max_kl: Positive | None = None
-    """Mean KL from the reference, nats per answer, beyond which training stops with the last good checkpoint."""
+    """Mean KL from the reference, nats per answer, beyond which training stops and saves the last weights within it."""
 
     @property
     def terms(self) -> list[RewardTerm]:

@@ -32,6 +32,10 @@ class FrozenStart:
         finally:
             self._put(now)
 
+    def put_back(self) -> None:
+        """Let the model go on as it was when this was made."""
+        self._put(self._start)
+
     @torch.no_grad()
     def _put(self, tensors: list[torch.Tensor]) -> None:
         for parameter, tensor in zip(self._trained, tensors, strict=True):
