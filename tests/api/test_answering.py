@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -204,6 +205,15 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path, loopback: Loopback) 
     assert not loopback.asked
 
 
+def test_a_file_has_one_writer(tmp_path: Path, loopback: Loopback) -> None:
+    prompts = write_prompts(tmp_path)
+    answer(prompts, loopback)
+    with (tmp_path / "answers.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunDirError, match="in use by another process"):
+            answer(prompts, loopback)
+
+
 def test_bad_prompts_are_refused_before_anyone_is_asked_or_skipped(
     tmp_path: Path, loopback: Loopback
 ) -> None:
@@ -216,6 +226,8 @@ def test_bad_prompts_are_refused_before_anyone_is_asked_or_skipped(
     result = answer(prompts, loopback, on_bad_row="skip")
     assert (result.prompts, result.counts["answered"]) == (1, 1)
     assert result.warnings[0].startswith("2 bad rows skipped, the first: prompts.jsonl:2")
+    with pytest.raises(DataError, match=r"all 1 rows are bad.*The first: bad\.jsonl:1: the prompt is empty"):
+        answer(write(tmp_path / "bad.jsonl", rows[1:2]), loopback, on_bad_row="skip")
     write(prompts, [rows[0], rows[2]])
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: uses tools"):
         answer(prompts, loopback)

@@ -40,6 +40,7 @@ def test_a_summary_for_people_and_one_for_programs(tmp_path: Path, loopback: Loo
     found = json.loads(second.stdout)
     assert (found["schema"], found["kept"], found["answered"], found["empty"]) == (1, 5, 1, 0)
     assert found["out"] == "answers.jsonl"
+    assert "counts" not in found
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from email.utils import formatdate
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +61,42 @@ def test_the_key_is_read_when_it_is_sent(loopback: Loopback, monkeypatch: pytest
     assert KEY not in repr(where)
     monkeypatch.setenv("OTHER_KEY", f"{KEY} {KEY}")
     assert refuse(where, SetupError).startswith("OTHER_KEY: holds what is no key")
+
+
+def test_the_limit_of_tokens_goes_by_the_name_that_the_model_knows(loopback: Loopback) -> None:
+    def answer(_: int, body: dict[str, Any]) -> Any:
+        old = "max_tokens" in body
+        return fail(400, "Unsupported parameter. Use 'max_completion_tokens' instead.") if old else say("yes")
+
+    loopback.answer = answer
+    replies = ask(endpoint(loopback, parallel=1), "a", "b", max_tokens=7)
+    assert [reply.text for reply in replies] == ["yes", "yes"]
+    assert [asked.body.get("max_completion_tokens") for asked in loopback.asked] == [None, 7, 7]
+
+
+def test_requests_and_replies_are_those_of_the_published_schema(loopback: Loopback, shared: Path) -> None:
+    from jsonschema import Draft202012Validator
+
+    components = json.loads((shared / "api" / "openai_openapi_core.json").read_text())["components"]
+
+    def check(name: str, value: Any) -> None:
+        Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components}).validate(
+            value
+        )
+
+    message = {"role": "assistant", "content": "yes", "refusal": None, "annotations": []}
+    reply = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "large",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
+        "usage": {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12},
+    }
+    check("CreateChatCompletionResponse", reply)
+    loopback.script(reply)
+    assert ask(endpoint(loopback), max_tokens=7, temperature=0.5) == [Reply("yes", "answered", "", 8, 4)]
+    check("CreateChatCompletionRequest", loopback.asked[0].body)
 
 
 def test_as_many_requests_as_asked_for_run_at_once(loopback: Loopback) -> None:

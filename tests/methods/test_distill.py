@@ -74,9 +74,11 @@ def define_loss(model: Any, batch: Any, spec: DistillSpec, teacher: Teacher) -> 
     )
 
 
-# gemma2 caps its logits: as a student its head is not a plain product, as a teacher its own function is asked.
+# gemma2 caps its logits, gpt2 runs through transformers: as students their heads are not plain products, as teachers
+# their own functions are asked.
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("llama", "qwen3"), ("llama-tied", "gemma2"), ("gemma2", "llama")]
+    ("student", "teacher"),
+    [("llama", "qwen3"), ("llama-tied", "gemma2"), ("gemma2", "llama"), ("gpt2", "llama"), ("llama", "gpt2")],
 )
 @pytest.mark.parametrize(
     "settings",

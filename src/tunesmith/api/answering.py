@@ -49,7 +49,8 @@ class Answered:
 
     def to_json(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"schema": 1, **own, **own.pop("counts")}
+        counts = own.pop("counts")
+        return {"schema": 1, **own, **counts}
 
 
 def answer_prompts(
@@ -83,6 +84,13 @@ def answer_prompts(
     started, path = time.perf_counter(), Path(out)
     rejects = Rejects(None, collect=on_bad_row == "skip")
     rows = [_begin_row(conversation, system) for conversation in _read_prompts(str(prompts), rejects)]
+    if not rows:
+        raise DataError(
+            str(prompts),
+            f"all {len(rejects.rows)} rows are bad",
+            rule="there is something to ask",
+            cure=f"The first: {rejects.rows[0]['reason']}",
+        )
     settings = {"endpoint": asked.address, "model": model, "system": system, **options}
     with _open_answers(path, settings, fresh=fresh) as append:
         left = _leave_out(rows, path)

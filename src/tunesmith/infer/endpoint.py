@@ -175,11 +175,16 @@ class _Caller:
 
     def ask(self, chat: Chat) -> Reply:
         endpoint = self.endpoint
-        body = {"model": endpoint.model, "messages": list(chat), **self.options}
-        data = json.dumps(body).encode()
         for attempt in itertools.count(1):
+            body = {"model": endpoint.model, "messages": list(chat), **self.options}
             try:
-                return self._post(data)
+                reply = self._post(json.dumps(body).encode())
+                if "max_tokens" in body and "max_completion_tokens" in reply.reason:
+                    # What newer models of OpenAI call it; others know the old name alone.
+                    renamed = {key: value for key, value in self.options.items() if key != "max_tokens"}
+                    self.options = renamed | {"max_completion_tokens": body["max_tokens"]}
+                    continue
+                return reply
             except _Again as again:
                 if attempt >= endpoint.attempts:
                     finding = f"{again.finding}, {attempt} times"
