@@ -92,6 +92,20 @@ def test_a_student_comes_close_to_its_teacher(tmp_path: Path, taught: Path, meth
     assert "teacher" in record.fingerprints
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_student_comes_close_to_its_teacher_in_bf16(
+    tmp_path: Path, taught: Path, method: str, compiled: bool
+) -> None:
+    rate = 3e-4 if method == "full" else 3e-3
+    train = {"learning_rate": rate, "precision": "bf16", "compile": compiled}
+    wanted = job(write_rows(tmp_path), {**DISTILL, "teacher": str(taught)}, method, **train)
+    tunesmith.train(wanted, out=tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert steps[-1]["measures"]["kl"] < 0.5 * steps[0]["measures"]["kl"]
+
+
 def test_a_fresh_adapter_on_its_own_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     tunesmith.train(job(write_rows(tmp_path), steps=1), out=tmp_path / "run")
     (step,) = steps_of(tmp_path / "run")

@@ -175,6 +175,10 @@ def test_a_key_that_is_refused_is_not_repeated(loopback: Loopback, monkeypatch: 
     loopback.script(fail(401, f"Incorrect API key provided: {KEY}"))
     said = refuse(endpoint(loopback), SetupError)
     assert "refuses the key (401: Incorrect API key provided: [the key])" in said
+    # Cut in the middle of the key, a message would still show most of it.
+    for said in (fail(401, f"{'x' * 190} {KEY}"), Said(f"{'x' * 70} {KEY}".encode())):
+        loopback.script(said)
+        assert KEY[:5] not in refuse(endpoint(loopback), SetupError)
 
 
 def test_a_redirect_is_not_followed_with_the_key(loopback: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:

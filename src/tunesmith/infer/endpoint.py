@@ -213,7 +213,7 @@ class _Caller:
             raise self._explain_connection(error.reason) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._explain_connection(error) from None
-        return self._parse(raw)
+        return self._parse(raw, key)
 
     def _read_key(self) -> str:
         name = self.endpoint.key_name
@@ -222,7 +222,7 @@ class _Caller:
             raise SetupError(name, "holds what is no key", rule="a key is one word", cure="Set it again")
         return key
 
-    def _parse(self, raw: bytes) -> Reply:
+    def _parse(self, raw: bytes, key: str) -> Reply:
         url = self.endpoint.url
         try:
             value = parse_json(raw, place=url, whole=True)
@@ -232,7 +232,8 @@ class _Caller:
             if not isinstance(text, str):
                 raise TypeError
         except (DataError, LookupError, TypeError, AttributeError):
-            finding = f"what it answers is no chat completion: {raw[:80].decode(errors='replace')!r}"
+            begin = _shorten(raw.decode(errors="replace"), 80, without=key)
+            finding = f"what it answers is no chat completion: {begin!r}"
             if self.has_answered.is_set():
                 raise _Again(finding) from None
             raise SetupError(
@@ -251,9 +252,8 @@ class _Caller:
     def _explain_status(self, error: urllib.error.HTTPError, key: str) -> Reply:
         """What an answer other than 200 means: a refused request, one to repeat, or an end."""
         endpoint, code = self.endpoint, error.code
-        told = _read_message(error)
-        # Some endpoints repeat the key.
-        told = f"{code}{': ' if told else ''}{told.replace(key, '[the key]') if key else told}"
+        told = _shorten(_read_message(error), 200, without=key)
+        told = f"{code}: {told}" if told else str(code)
         if code in _REFUSED:
             return Reply("", "refused", told)
         if code in _TRY_AGAIN or code >= 500:
@@ -303,7 +303,7 @@ def _read_all(response: Any, *, deadline: float) -> bytes:
 
 
 def _read_message(error: urllib.error.HTTPError) -> str:
-    """The endpoint's own words, in one short line."""
+    """The endpoint's own words."""
     try:
         raw = error.read(1 << 14)
     except (OSError, http.client.HTTPException):
@@ -314,8 +314,14 @@ def _read_message(error: urllib.error.HTTPError) -> str:
         text = found.get("message", found) if isinstance(found, dict) else found
     except (ValueError, AttributeError):
         text = raw.decode(errors="replace")
-    words = " ".join(str(text).split())
-    return words if len(words) <= 200 else f"{words[:200]} ..."
+    return str(text)
+
+
+def _shorten(text: str, limit: int, *, without: str) -> str:
+    """The beginning of what an endpoint said, in one line. Some repeat the key."""
+    words = " ".join(text.split())
+    words = words.replace(without, "[the key]") if without else words
+    return words if len(words) <= limit else f"{words[:limit]} ..."
 
 
 def _read_wait(header: str | None) -> float | None:
