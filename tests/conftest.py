@@ -7,7 +7,7 @@ templates, tokenizers and models made on the spot.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,18 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An endpoint on this machine; no key is set, and no proxy stands before it."""
+    from loopback import Loopback
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Loopback()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

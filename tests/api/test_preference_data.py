@@ -72,7 +72,9 @@ def test_pairs_are_refused_without_an_objective_for_them(make_job: Any) -> None:
 
 
 def test_preferences_are_not_streamed(make_job: Any) -> None:
-    with pytest.raises(JobError, match=r"data\.streaming is of objective sft; dpo reads its rows whole"):
+    with pytest.raises(
+        JobError, match=r"data\.streaming is of objectives sft and distill; dpo reads its rows whole"
+    ):
         tunesmith.check(make_job("dpo", streaming=True, split={"validation": 0.0, "test": 0.0}))
 
 

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.api.answering import answer_prompts
     from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
     from tunesmith.api.evaluation import evaluate, evaluate_tasks, evaluation_json, generate
     from tunesmith.api.inspection import check, preview
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.job.load import job_from, load_job
 
 __all__ = [
+    "answer_prompts",
     "check",
     "compare",
     "comparison_json",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "tunesmith.api.answering": ("answer_prompts",),
     "tunesmith.api.comparing": ("compare", "comparison_json", "demo_job", "report", "report_markdown"),
     "tunesmith.api.evaluation": ("evaluate", "evaluate_tasks", "evaluation_json", "generate"),
     "tunesmith.api.inspection": ("check", "preview"),

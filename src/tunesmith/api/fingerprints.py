@@ -9,6 +9,7 @@ from tunesmith.api.tasks import TrainTask
 from tunesmith.core.fingerprint import hash_bytes, hash_code, hash_file, hash_json, hash_text
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.stream import find_stream_sources
+from tunesmith.job.objective import DistillSpec
 from tunesmith.job.spec import Job
 
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
@@ -16,12 +17,17 @@ MAX_HASHED_BYTES = 4 << 30
 
 
 def fingerprint_run(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
-    """Hashes of what a training rests on: data, base model, our code."""
-    return {
+    """Hashes of what a training rests on: data, base model, our code; of a distillation its teacher."""
+    found = {
         **fingerprint_data(job, prepared),
         "model": fingerprint_model(Path(task.model_folder), task.revision),
         "code": hash_code(),
     }
+    if isinstance(job.objective_spec, DistillSpec):
+        from tunesmith.api.teacher import check_teacher, fingerprint_teacher
+
+        found["teacher"] = fingerprint_teacher(check_teacher(job, Path(task.model_folder)))
+    return found
 
 
 def fingerprint_model(folder: Path, revision: str | None) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.aim import Aim, Setting
 from tunesmith.api.fingerprints import fingerprint_data
 from tunesmith.api.prompt_aim import open_prompt_aim
+from tunesmith.api.teacher import open_teacher
+from tunesmith.api.trainable import training_lengths
 from tunesmith.core.errors import RunDirError
 from tunesmith.core.fingerprint import hash_json, hash_rows
 from tunesmith.core.rundir import as_rundir_error
@@ -19,7 +21,7 @@ from tunesmith.data.examples import WithNumber, flatten
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.stream import open_stream
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.job.objective import KtoSpec, kind_of_rows
+from tunesmith.job.objective import DistillSpec, KtoSpec, kind_of_rows
 from tunesmith.job.spec import Job
 
 if TYPE_CHECKING:
@@ -42,11 +44,18 @@ def _aim_at_answers(setting: Setting) -> Aim:
     from tunesmith.methods.objectives import make_objective
 
     job, prepared = setting.job, setting.prepared
-    evaluate: Callable[[], float] | None = None
-    if "validation" in prepared.splits:
-        rows = prepared.rows("validation")
-        evaluate = lambda: summarize_scores(score_rows(setting.model, rows))["nll"]  # noqa: E731
+    held_out = prepared.rows("validation") if "validation" in prepared.splits else None
     train = list_training_rows(job, setting.rejects, prepared, setting.tokenizer)
+    evaluate: Callable[[], float] | None = None
+    if isinstance(job.objective_spec, DistillSpec):
+        setting.report("loading the teacher", 0, 0)
+        lengths = [*training_lengths(job, prepared), *(len(row.ids) for row in held_out or ())]
+        teacher = open_teacher(job, setting.model.folder, setting.tokenizer, lengths)
+        objective = make_objective(job.objective_spec, teacher=teacher)
+        evaluate = _make_validation(setting, objective, held_out) if held_out is not None else None
+        return Aim(objective, train, evaluate)
+    if held_out is not None:
+        evaluate = lambda: summarize_scores(score_rows(setting.model, held_out))["nll"]  # noqa: E731
     return Aim(make_objective(job.objective_spec), train, evaluate)
 
 
@@ -120,7 +129,10 @@ def _aim_at_examples(setting: Setting) -> Aim:
 def _make_validation(
     setting: Setting, objective: Objective, examples: Sequence[Example]
 ) -> Callable[[], float]:
+    from tunesmith.training.step import count_targets
+
     model = setting.model
+    count = len(examples) if objective.per_example else sum(map(count_targets, examples))
 
     def evaluate() -> float:
         import torch
@@ -133,7 +145,7 @@ def _make_validation(
             for numbers in plan_micro_batches(lengths, budget_tokens=setting.budget_tokens):
                 batch = setting.make_batch([examples[number] for number in numbers], model.device)
                 total += objective.loss(model, batch).total.item()
-        return total / len(examples)
+        return total / count
 
     return evaluate
 

@@ -15,7 +15,7 @@ from tunesmith.data.checks import CheckReport, Finding
 from tunesmith.frameworks.environments import require_environment
 from tunesmith.frameworks.port import HardwarePort, Port, Reason
 from tunesmith.frameworks.ports import find_port
-from tunesmith.job.objective import RolloutSpec
+from tunesmith.job.objective import DistillSpec, RolloutSpec
 from tunesmith.job.resolve import ResolvedModel, resolve_model
 from tunesmith.job.spec import Job, LoraSpec, QuantizeSpec
 from tunesmith.models.adapter_config import check_lora
@@ -44,6 +44,10 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
     base = open_base(job)
     if isinstance(job.objective_spec, RolloutSpec):
         check_rewards(job.objective_spec.terms)
+    if isinstance(job.objective_spec, DistillSpec):
+        from tunesmith.api.teacher import check_teacher  # which stands on what begins here
+
+        check_teacher(job, base.folder)
     check_trackers(job.train.trackers)
     if job.train.precision == "fp16":
         from tunesmith.api.devices import pick_device, pick_dtype

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.api.opening import open_base
+from tunesmith.api.teacher import count_teacher_bytes
 from tunesmith.api.trainable import (
     ROUND_TOKENS,
     load_job_tokenizer,
@@ -23,7 +24,7 @@ from tunesmith.core.quantities import format_gib, parse_bytes
 from tunesmith.data.batch import plan_epoch
 from tunesmith.data.prepare import Prepared, prepare_data
 from tunesmith.job.load import job_from
-from tunesmith.job.objective import kind_of_rows
+from tunesmith.job.objective import DistillSpec, kind_of_rows
 from tunesmith.job.spec import Job, LoraSpec, TrainSpec, as_method_spec
 from tunesmith.models.config import load_config
 from tunesmith.models.memory import MemoryModel
@@ -92,6 +93,8 @@ def plan(
     job = job if isinstance(job, Job) else job_from(job)
     if probe and (device or memory):
         raise JobError("plan --probe", "measures this machine", cure="Leave out --device and --memory")
+    if probe and isinstance(job.objective_spec, DistillSpec):
+        raise JobError("plan --probe", "measures a model without its teacher", cure="Leave out --probe")
     base = open_base(job)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_job_tokenizer(job, base.folder)
@@ -109,6 +112,7 @@ def plan(
         lengths = training_lengths(job, prepared)
         steps, tokens = _count_work(job, lengths)
         value_bytes = _value_bytes(job, here)
+        teacher_bytes = count_teacher_bytes(job, base.folder, value_bytes=value_bytes)
         found: list[MethodPlan] = []
         compiled = False
         for name, method in _list_methods(job):
@@ -126,6 +130,7 @@ def plan(
                 limit,
                 None if job.train.micro_batch_tokens == "auto" else job.train.micro_batch_tokens,
                 is_cpu=card.name == "CPU",
+                beside_bytes=teacher_bytes,
             )
             made = planner.plan()
             is_own = method == job.method_spec
@@ -199,6 +204,7 @@ def build_planner(model: Decoder, job: Job, lengths: Sequence[int], card: Card) 
         card,
         card.memory_bytes if limit == "auto" else parse_bytes(limit),
         None if asked == "auto" else asked,
+        beside_bytes=count_teacher_bytes(job, model.folder, value_bytes=model.dtype.itemsize),
     )
 
 

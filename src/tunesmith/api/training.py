@@ -222,8 +222,8 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
                 **{k: v for k, v in fingerprints.items() if k != "code"},
             },
             planner=planner,
-            # A recorded batch has places for tokens, none for numbers of rows.
-            record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
+            # A recorded batch has places for tokens, none for numbers of rows or another model's states.
+            record_graphs=job.objective_spec.name == "sft" and records_graphs(model, device),
         )
         warnings += aim.doubts()
     trained = time.perf_counter()

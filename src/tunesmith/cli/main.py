@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tunesmith.cli import frameworks
+from tunesmith.cli.answer import answer
 from tunesmith.core.errors import JobError, TunesmithError
 from tunesmith.core.jsonl import dump_json
 
@@ -350,6 +351,9 @@ def report(
         print(api.report_markdown(comparison))
     else:
         _print_comparison(comparison, run, as_json)
+
+
+app.command()(answer)
 
 
 def _print_comparison(comparison: Any, out: Path, as_json: bool) -> None:

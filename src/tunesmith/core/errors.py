@@ -14,6 +14,7 @@ A message has four parts, printed as one line: *place* (file, line, key), *findi
     ├── SetupError      2     a missing extra, no GPU, a port taken
     ├── TrainingFailed  1     non-finite loss, out of memory
     ├── ArmFailed       1     an arm of a comparison ended without a result
+    ├── EndpointFailed  1     an endpoint that other programs serve, after the last attempt
     └── Interrupted     130   Ctrl-C (130) or SIGTERM (143), checkpoint saved
 
 Broken call contracts raise `ValueError`; internal invariants use `assert`. To add an error, subclass here.
@@ -65,6 +66,10 @@ class TrainingFailed(TunesmithError):
 
 
 class ArmFailed(TunesmithError):
+    exit_code = 1
+
+
+class EndpointFailed(TunesmithError):
     exit_code = 1
 
 

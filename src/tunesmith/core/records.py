@@ -43,7 +43,8 @@ class _Record:
 @dataclass(frozen=True, slots=True)
 class StepRecord(_Record):
     """One optimizer step, a line of `steps.jsonl`. `loss` is nats per target token over the whole step; of an objective
-    of examples (pairs, labelled answers) per example, as are `measures`: what it measures besides."""
+    of examples (pairs, labelled answers) per example, as are `measures`: what it measures besides (of distillation
+    per target token)."""
 
     step: int
     epoch: float

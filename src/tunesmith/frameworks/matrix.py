@@ -69,6 +69,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "No clipping": _train(clip_norm=None),
     },
     "Objective": {
+        "Distillation": {"objective": {"name": "distill", "teacher": "tunesmith/tiny"}},
         "DPO": {"objective": "dpo"},
         "ORPO": {"objective": "orpo"},
         "SimPO": {"objective": "simpo"},

@@ -358,6 +358,7 @@ _PATH_KEYS: tuple[Location, ...] = (
     ("model",),
     ("model", "name"),
     ("method", "adapter"),
+    ("objective", "teacher"),
     ("data", "template"),
     ("data", "train"),
     ("data", "split", "validation"),

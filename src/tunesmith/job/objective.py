@@ -24,6 +24,24 @@ class SftSpec(Spec):
     """The objective."""
 
 
+class DistillSpec(Spec):
+    """Distillation: at each token of an answer, a teacher's whole distribution, and not only the token that is there.
+    The loss is temperature^2 KL + sft_weight NLL, mean over target tokens."""
+
+    name: Literal["distill"]
+    """The objective."""
+    teacher: Annotated[str, Field(min_length=1)]
+    """Whose distributions are learned: bundled name, hub id, or folder of a model, an adapter or a run. It has the same
+    tokenizer, and stays in memory beside the model."""
+    loss: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """`forward_kl`: KL of the teacher from the student, which then covers all that the teacher finds likely.
+    `reverse_kl`: the other way round; the student says nothing that the teacher finds unlikely."""
+    temperature: Positive = 1.0
+    """What the logits of both are divided by; above 1, unlikely tokens count for more."""
+    sft_weight: NonNegative = 0.0
+    """Weight of the answers' negative log-likelihood, added to the loss."""
+
+
 class DpoSpec(Spec):
     """Direct preference optimisation: the chosen answer likelier than the rejected one, both against the reference."""
 
@@ -194,6 +212,7 @@ class PpoSpec(RolloutSpec):
 
 _SPECS: dict[str, tuple[type[Spec], RowKind]] = {
     "sft": (SftSpec, "answers"),
+    "distill": (DistillSpec, "answers"),
     "dpo": (DpoSpec, "pairs"),
     "orpo": (OrpoSpec, "pairs"),
     "simpo": (SimpoSpec, "pairs"),
@@ -215,6 +234,8 @@ def _check_name(value: Any) -> Any:
     name = value if isinstance(value, str) else _name_of(value)
     if isinstance(value, str) and name in ("grpo", "ppo"):
         raise ValueError(f"{name} needs rewards; write objective: {{name: {name}, rewards: [...]}}")
+    if value == "distill":
+        raise ValueError("distill needs a teacher; write objective: {name: distill, teacher: ...}")
     if name in OBJECTIVES:
         return value
     near = difflib.get_close_matches(str(name).lower(), OBJECTIVES, n=1)
@@ -225,6 +246,7 @@ def _check_name(value: Any) -> Any:
 
 _Settings: TypeAlias = Annotated[
     Annotated[SftSpec, Tag("sft")]
+    | Annotated[DistillSpec, Tag("distill")]
     | Annotated[DpoSpec, Tag("dpo")]
     | Annotated[OrpoSpec, Tag("orpo")]
     | Annotated[SimpoSpec, Tag("simpo")]
@@ -235,7 +257,7 @@ _Settings: TypeAlias = Annotated[
     Discriminator(_name_of),
 ]
 ObjectiveSpec: TypeAlias = (
-    SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | RewardSpec | GrpoSpec | PpoSpec
+    SftSpec | DistillSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | RewardSpec | GrpoSpec | PpoSpec
 )
 Objective: TypeAlias = Annotated[
     Literal["sft", "dpo", "orpo", "simpo", "kto", "reward"] | _Settings, BeforeValidator(_check_name)

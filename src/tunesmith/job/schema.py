@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tunesmith.job.objective import (
+    DistillSpec,
     DpoSpec,
     GrpoSpec,
     KtoSpec,
@@ -55,6 +56,7 @@ _SECTIONS: tuple[tuple[str, type[Spec]], ...] = (
     ("method (full)", FullSpec),
     ("method (lora, qlora)", LoraSpec),
     ("method.qat, compare.arms[].quantize", QuantizeSpec),
+    ("objective (distill)", DistillSpec),
     ("objective (dpo)", DpoSpec),
     ("objective (orpo)", OrpoSpec),
     ("objective (simpo)", SimpoSpec),

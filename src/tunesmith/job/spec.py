@@ -498,8 +498,8 @@ class Job(Spec):
     method: Literal["full", "lora", "qlora"] | MethodSpec = "lora"
     """`full`, `lora` or `qlora`, or a mapping with its settings."""
     objective: Objective = "sft"
-    """What is learned: `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`, or a mapping with its settings, which `grpo`
-    and `ppo` need."""
+    """What is learned: `sft`, `dpo`, `orpo`, `simpo`, `kto` or `reward`, or a mapping with its settings, which
+    `distill`, `grpo` and `ppo` need."""
     train: TrainSpec = TrainSpec()
     """Steps, learning rate, precision, checkpoints."""
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -522,8 +522,9 @@ class Job(Spec):
     @model_validator(mode="after")
     def _check_stream(self) -> Job:
         if self.data.streaming and kind_of_rows(self.objective) != "answers":
+            name = self.objective_spec.name
             raise ValueError(
-                f"data.streaming is of objective sft; {self.objective_spec.name} reads its rows whole: leave it out"
+                f"data.streaming is of objectives sft and distill; {name} reads its rows whole: leave it out"
             )
         return self
 

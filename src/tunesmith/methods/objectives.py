@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.core.types import Example, TokenRow
 from tunesmith.job.objective import (
+    DistillSpec,
     DpoSpec,
     GrpoSpec,
     KtoSpec,
@@ -22,6 +23,7 @@ from tunesmith.job.objective import (
     RewardSpec,
     SimpoSpec,
 )
+from tunesmith.methods.distill import Teacher, distill_objective
 from tunesmith.methods.kto import kto_loss
 from tunesmith.methods.logprobs import count_row_targets, sum_rows, token_logps
 from tunesmith.methods.objective import LossSum, Objective
@@ -46,11 +48,16 @@ def needs_reference(spec: ObjectiveSpec) -> bool:
 
 
 def make_objective(
-    spec: ObjectiveSpec, *, baseline: KtoBaseline | None = None, terms: Sequence[str] = ()
+    spec: ObjectiveSpec,
+    *,
+    baseline: KtoBaseline | None = None,
+    terms: Sequence[str] = (),
+    teacher: Teacher | None = None,
 ) -> Objective:
     """The objective of a spec.
 
     baseline: of `kto` alone, which needs one. terms: of `grpo` and `ppo`, numbers of rows that are logged.
+    teacher: of `distill` alone, which needs one.
     """
     if isinstance(spec, DpoSpec):
         return _of_pairs(lambda policy, frozen: dpo_loss(policy, _given(frozen), spec))
@@ -62,6 +69,10 @@ def make_objective(
         if baseline is None:
             raise ValueError("kto needs the answers of other prompts: give a KtoBaseline")
         return _of_answers(spec, baseline)
+    if isinstance(spec, DistillSpec):
+        if teacher is None:
+            raise ValueError("distill needs a teacher")
+        return distill_objective(spec, teacher)
     if isinstance(spec, RewardSpec):
         return _of_scores(spec)
     if isinstance(spec, GrpoSpec):

@@ -105,7 +105,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_scale_gradients(ctx, grad), None, None
+        return *scale_gradients(ctx, grad), None, None
 
 
 class _SegmentHeadLoss(torch.autograd.Function):
@@ -134,10 +134,11 @@ class _SegmentHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_scale_gradients(ctx, grad), None, None, None
+        return *scale_gradients(ctx, grad), None, None, None
 
 
-def _scale_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def scale_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by hidden states and head that a forward pass has formed, times what comes from behind."""
     grad_hidden, grad_weight = ctx.saved_tensors
     return (
         None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),

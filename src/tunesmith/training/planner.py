@@ -161,6 +161,7 @@ class Planner:
     resident_bytes:     what the allocator holds before the first step; None takes what the shapes say.
     step_factor:        measured over predicted bytes of a step.
     share:              of the limit that may be filled.
+    beside_bytes:       what else lies on the card all the time: the weights of a teacher.
     """
 
     model: MemoryModel
@@ -172,6 +173,7 @@ class Planner:
     step_factor: float = 1.0
     share: float = UNPROBED
     is_cpu: bool = False
+    beside_bytes: int = 0
 
     def plan(self) -> MemoryPlan:
         """The fastest plan that fits; if none does, the one that takes least. A CPU run keeps everything."""
@@ -248,7 +250,8 @@ class Planner:
     def describe(self, budget: int, chunk: int, levels: tuple[Level, ...]) -> MemoryPlan:
         step = self._step_bytes(budget, levels, chunk)
         if self.resident_bytes is None:
-            parts = {"weights": self.model.weights_bytes(), "optimizer": self.model.optimizer_bytes()}
+            weights = self.model.weights_bytes() + self.beside_bytes
+            parts = {"weights": weights, "optimizer": self.model.optimizer_bytes()}
         else:
             parts = {"weights and optimizer": self.resident_bytes}
         parts["step"] = step

@@ -37,7 +37,8 @@ LossFunction = Callable[[Any, Any], LossSum]
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """loss: nats per target token (of an objective of examples: per example) over the whole step; measures: what the
-    objective measures besides, per example; grad_norm: before clipping; notes: halvings of the micro-batch budget."""
+    objective measures besides, per example or per target token; grad_norm: before clipping; notes: halvings of the
+    micro-batch budget."""
 
     loss: float
     grad_norm: float
@@ -171,7 +172,8 @@ class Stepper:
         factor = clip_factor(norm, clip_norm=self._clip_norm) / self.scale.value
         self.optimizer.update(learning_rate=learning_rate, gradient_factor=factor)
         self.scale.count_good_step()
-        values = [value / len(trained) for value in sums[1:]]
+        counted = num_targets if self._objective.measures_tokens else len(trained)
+        values = [value / counted for value in sums[1:]]
         measures = dict(zip(self._objective.measures, values, strict=True))
         num_tokens = sum(len(row.ids) for row in rows)
         return StepResult(loss, norm, num_tokens, num_targets, tuple(notes), measures)
