@@ -162,3 +162,27 @@ def test_held_out_pairs_are_held_out(tmp_path: Path) -> None:
     write_pairs(tmp_path / "held-out.jsonl", "train", 100, 4)
     with pytest.raises(DataError, match="among the pairs of evaluate"):
         tunesmith.compare(job, out=tmp_path / "out")
+
+
+def test_a_judge_prefers_answers_of_an_arm_or_of_its_start(
+    finished: Path, loopback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loopback import say
+
+    # It likes whatever stands first, so that every preference turns with the order: ties, whatever the answers are.
+    loopback.script(say("Verdict: A"))
+    job = make_job(finished)
+    job["evaluate"]["judge"] = {"endpoint": loopback.url, "model": "judge"}
+    out = finished / "judged"
+    tunesmith.compare(job, out=out)
+    asked = len(loopback.asked)
+    by_name = {arm["name"]: arm for arm in api.comparison_json(api.report(out), out)["arms"]}
+    assert by_name["dpo"]["metrics"]["win_rate"]["value"] == 0.5
+    assert "win_rate" not in by_name["lora"]["metrics"]  # it has no start, and zero-shot takes no part
+    kept = read_json(out / "arms" / "dpo" / "seed-0" / "win_rate.json")
+    assert kept["flips"] + kept["equal"] == 4
+    assert asked == 2 * (
+        kept["flips"] + read_json(out / "arms" / "grpo" / "seed-0" / "win_rate.json")["flips"]
+    )
+    tunesmith.compare(job, out=out)
+    assert len(loopback.asked) == asked

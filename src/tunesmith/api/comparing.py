@@ -17,6 +17,7 @@ from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import prepare, resolve_learning_rate
+from tunesmith.api.win_rates import judge_answers
 from tunesmith.comparing.plan import (
     PlannedArm,
     choose_rate,
@@ -87,6 +88,8 @@ def compare(
         write_json(run.job, job.model_dump(mode="json"))
         comparing = _Comparing(job, base, run, prepared, own, pairs, on_bad_row == "skip", on_event)
         failures = comparing.run_all(arms)
+        if job.evaluate.judge:
+            judge_answers(run, arms, job.evaluate.judge, on_event)
         keeper = Gatekeeper(run, job, prepared, base.folder)
         parity = keeper.judge(arms, failures)
         comparison = compare_run(run, job, failures=failures, parity=parity)

@@ -13,6 +13,7 @@ MEASURES: dict[str, MetricInfo] = {
     "json_fields": MetricInfo("JSON fields", "%", True),
     "choice_accuracy": MetricInfo("Choice accuracy", "%", True),
     "reward": MetricInfo("Reward", "", True),
+    "win_rate": MetricInfo("Win rate", "%", True),
     "preference_accuracy": MetricInfo("Preference accuracy", "%", True),
     "preference_margin": MetricInfo("Preference margin", "nats", True),
     "kl_from_start": MetricInfo("KL from its start", "nats", False),

@@ -32,6 +32,7 @@ _COSTS = (
 _UNITS = {"nats": "nats per target token", "bits": "bits per byte", "%": "share of test rows"}
 _HINTS = {
     "reward": "mean over test rows of what evaluate.rewards says of the answer",
+    "win_rate": "share of answers that the judge prefers over those of the arm it starts from, else zero-shot's",
     "preference_accuracy": "share of held-out pairs whose chosen answer is likelier per token than the rejected one",
     "preference_margin": "by how many nats more than its start the arm prefers the chosen answer, mean over pairs",
     "kl_from_start": "nats per sampled answer, from the arm that it starts from",
@@ -159,13 +160,15 @@ def _cost_cell(key: str, arm: ArmResult) -> Cell:
 
 # Said by another measure already.
 _NOT_FROM_START = ("bits_per_byte", "finished", "perplexity")
+# Measured against the start as they are.
+AGAINST_START = ("win_rate", "preference_margin", "kl_from_start")
 
 
 def build_starts(comparison: Comparison) -> Table:
     """Arms that go on from another one, each measure against it. Empty where none does."""
     arms = [arm for arm in comparison.arms if arm.starts_from and arm.from_start]
     changed = {name for arm in arms for name in arm.from_start if "." not in name}
-    own = {name for arm in arms for name in ("preference_margin", "kl_from_start") if name in arm.metrics}
+    own = {name for arm in arms for name in AGAINST_START if name in arm.metrics}
     names = [name for name in comparison.metrics if name in changed | own and name not in _NOT_FROM_START]
     columns = [Column("name", "Arm", "", numeric=False), *(_metric_column(n, comparison) for n in names)]
     rows = [
@@ -177,7 +180,7 @@ def build_starts(comparison: Comparison) -> Table:
 
 def _start_cell(arm: ArmResult, metric: str) -> Cell:
     info = describe_metric(metric)
-    if metric not in arm.from_start:
+    if metric not in arm.from_start or metric in AGAINST_START:
         interval = arm.metrics.get(metric)
         if interval is None:
             return Cell("–", tone="muted")

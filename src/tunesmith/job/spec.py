@@ -353,6 +353,21 @@ class SamplingSpec(Spec):
     """Seed of sampling; each prompt draws from its own stream."""
 
 
+class JudgeSpec(Spec):
+    """A language model that says which of two answers is better, behind any endpoint of OpenAI's shape."""
+
+    endpoint: str
+    """Its URL, as a rule up to `/v1`."""
+    model: str
+    """Its name there."""
+    key_name: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; unset sends none."""
+    max_rows: PositiveInt = 200
+    """Test rows whose answers it compares, two requests each."""
+    parallel: PositiveInt = 8
+    """Requests at a time."""
+
+
 class EvaluateSpec(Spec):
     metrics: list[MetricName] | Auto = "auto"
     """Metrics of generated answers; `auto` picks the JSON metrics when the answers are JSON. An answer's reasoning, up
@@ -384,6 +399,11 @@ class EvaluateSpec(Spec):
     `preference_margin`, by how many nats more than the arm it starts from."""
     rewards: list[str | RewardTerm] = []
     """What generated answers are worth, as in `objective.rewards`. Adds the metric `reward`, their weighted sum."""
+
+    judge: JudgeSpec | None = None
+    """Adds the metric `win_rate`: how often a judge prefers an arm's answer over that of the arm it starts from, else
+    over zero-shot's. Each pair is shown in both orders; preferred in one order only is a tie. It reads the test rows'
+    questions and the answers; never the true ones."""
 
     @property
     def reward_terms(self) -> list[RewardTerm]:
@@ -476,7 +496,7 @@ class CompareSpec(Spec):
     """What is compared: names, or mappings with settings."""
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_check_seeds)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
-    metric: MetricName | Literal["nll", "reward", "preference_accuracy"] = "exact_match"
+    metric: MetricName | Literal["nll", "reward", "preference_accuracy", "win_rate"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
     track: Literal["tokens", "native"] = "tokens"
     """What other frameworks train on: `tokens`, our own rows; `native`, what their own preprocessing makes of the raw
