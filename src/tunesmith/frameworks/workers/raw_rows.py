@@ -6,6 +6,7 @@ known. Frameworks of which that cannot be had keep all rows in their order, or a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 
@@ -14,18 +15,86 @@ from worker import Failure
 NUMBER = "tunesmith_row"
 
 
-def number_rows(rows: list[dict], *, splits_answer: bool) -> list[dict]:
-    """Raw rows with their numbers. splits_answer: a chat becomes its prompt and its last turn, the completion."""
-    if splits_answer:
-        rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
-    return [{**row, NUMBER: number} for number, row in enumerate(rows)]
+def number_rows(path: str, *, splits_answer: bool = False, train_field: str | None = None) -> list[dict]:
+    """Raw rows with their numbers.
+
+    splits_answer: a chat becomes its prompt and its last turn, the completion.
+    train_field: the key under which each message says whether it is trained.
+    """
+    with open(path, encoding="utf-8") as handle:
+        rows = [json.loads(line) for line in handle]
+    for number, row in enumerate(rows):
+        trained = row.pop("train", None)
+        if splits_answer:
+            messages = row.pop("messages")
+            row |= {"prompt": messages[:-1], "completion": messages[-1:]}
+        elif train_field:
+            trained = trained or [message["role"] == "assistant" for message in row["messages"]]
+            for message, is_trained in zip(row["messages"], trained, strict=True):
+                message[train_field] = is_trained
+        row[NUMBER] = number
+    return rows
+
+
+def keep_numbers() -> None:
+    """From now on `datasets` carries the numbers through what a framework makes of rows, where it takes off the columns
+    that it was given. What is made of a row is left alone."""
+    import datasets
+
+    plain, plain_remove = datasets.Dataset.map, datasets.Dataset.remove_columns
+
+    @functools.wraps(plain)
+    def apply(rows, function=None, *args, **kwargs):
+        # Whoever says what columns come out (`filter` does) gets those.
+        if NUMBER in rows.column_names and function is not None and kwargs.get("features") is None:
+            removed = kwargs.get("remove_columns") or ()
+            removed = [removed] if isinstance(removed, str) else removed
+            if kwargs.get("batched"):
+                function = _carry(function) if NUMBER in removed else function
+            else:
+                kwargs["remove_columns"] = [name for name in removed if name != NUMBER]
+        return plain(rows, function, *args, **kwargs)
+
+    @functools.wraps(plain_remove)
+    def remove(rows, names, *args, **kwargs):
+        names = [names] if isinstance(names, str) else names
+        return plain_remove(rows, [name for name in names if name != NUMBER], *args, **kwargs)
+
+    datasets.Dataset.map, datasets.Dataset.remove_columns = apply, remove
+
+
+def _carry(function):
+    """A function of several rows at once, with a number for each row that it makes."""
+
+    @functools.wraps(function)
+    def carry(batch, *args, **kwargs):
+        columns = dict(batch)
+        numbers = columns.pop(NUMBER)
+        made = dict(function(columns, *args, **kwargs))
+        if _count_rows(made) != len(numbers):  # which of them are left is told by asking for each alone
+            counts = [
+                _count_rows(function({name: [cell] for name, cell in zip(columns, row, strict=True)}, *args, **kwargs))
+                for row in zip(*columns.values(), strict=True)
+            ]
+            numbers = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
+        return {**made, NUMBER: numbers}
+
+    return carry
+
+
+def _count_rows(columns: dict) -> int:
+    return len(next(iter(columns.values()), ()))
 
 
 def find_numbers(trainer, count: int) -> list[int]:
     """The number of the raw row behind each row of the trainer's data set. count: of raw rows."""
     made = trainer.train_dataset
     if NUMBER in (getattr(made, "column_names", None) or ()):
-        return list(made[NUMBER])
+        numbers = list(made[NUMBER])
+        if len(set(numbers)) < len(numbers):
+            twice = next(number for at, number in enumerate(numbers) if number in numbers[:at])
+            raise Failure(f"makes several rows of one (the row numbered {twice} of the raw ones)")
+        return numbers
     if len(made) != count:
         raise Failure(f"made {len(made)} rows of {count}, and does not say of which")
     return list(range(count))
@@ -67,4 +136,8 @@ def keep_order(trainer, order: list[list[list[int]]], *, batch_rows: int) -> lis
     epochs = [[place_of[row] for step in epoch for row in step if row in place_of] for epoch in order]
     if not epochs[0]:
         raise Failure("its own preprocessing leaves no row to train on")
+    if NUMBER in (names := getattr(trainer.train_dataset, "column_names", None) or ()):
+        # Some trainers hand a collator every column.
+        kept = [name for name in names if name != NUMBER]
+        trainer.train_dataset = trainer.train_dataset.select_columns(kept)
     return [[rows[at : at + batch_rows] for at in range(0, len(rows), batch_rows)] for rows in epochs]
