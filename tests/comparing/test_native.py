@@ -92,6 +92,33 @@ def test_a_stop_token_that_the_limit_took_was_cut() -> None:
     assert kinds(compare(IDS[:-1], MASK[:-1], max_tokens=8)) == {"cut end": 1}
 
 
+def test_a_prompt_that_the_limit_shortened_at_its_end_was_cut_inside() -> None:
+    assert kinds(compare([*IDS[:2], *IDS[4:]], [*MASK[:2], *MASK[4:]], max_tokens=7)) == {"cut inside": 2}
+    # What is missing without a limit's doing is no cut.
+    assert kinds(compare([*IDS[:2], *IDS[4:]], [*MASK[:2], *MASK[4:]])) == {"other tokens": 2}
+
+
+def test_a_bos_before_each_turn_is_told_apart_from_what_else_differs() -> None:
+    ids = [BOS, USER, 11, BOT, 21, EOS, USER, 12, BOT, 22, EOS]
+    mask = [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+    found = compare(
+        [*ids[:6], BOS, *ids[6:-1], NEWLINE], [*mask[:6], 0, *mask[6:-1], 1], ours=(ids, mask)
+    )
+
+    assert kinds(found) == {"bos inside": 1, "missing stop": 1, "trained template": 1}
+    bos, stop, _ = (kind.examples[0] for kind in found.kinds)
+    assert (bos.at, bos.theirs) == (6, "<s><u>w12 <a>w22 \n")
+    assert (stop.at, stop.ours, stop.theirs) == (10, "</s>", "\n")
+
+
+def test_a_bos_that_also_ends_texts_is_no_finding() -> None:
+    rules = Rules(stop_ids=(BOS,), bos_id=BOS, max_tokens=100, decode=decode)
+    ours = row([USER, 11, BOT, 21, BOS], [0, 0, 0, 1, 1])
+    theirs = their([USER, 11, BOS, BOT, 21, BOS], [0, 0, 0, 0, 1, 1])
+
+    assert kinds(compare_rows("trl", [ours], {0: theirs}, rules)) == {"other tokens": 1}
+
+
 def test_rows_that_only_we_cut_are_not_cut() -> None:
     found = compare(IDS, MASK, ours=(IDS[:7], MASK[:7]), max_tokens=7)
 

@@ -21,9 +21,11 @@ KINDS: dict[str, tuple[str, str]] = {
     "missing row": ("Row left out", "leaves out {rows}"),
     "cut end": ("Cut at the end", "cuts {tokens} from the end of {rows}"),
     "cut start": ("Cut at the start", "cuts {tokens} from the start of {rows}"),
+    "cut inside": ("Cut inside", "leaves {tokens} out of the middle of {rows}"),
     "not cut": ("Not cut where ours is", "keeps {tokens} that we cut from {rows}"),
     "extra bos": ("BOS more", "begins {rows} with a BOS too many"),
     "missing bos": ("BOS missing", "begins {rows} without BOS"),
+    "bos inside": ("BOS inside", "writes {tokens} of BOS more inside of {rows}"),
     "missing stop": ("Stop token missing", "ends {rows} without the stop token"),
     "untrained stop": ("Stop token not trained", "does not train the stop token in {rows}"),
     "trained prompt": ("Prompt trained", "trains {tokens} of the prompt in {rows}"),
@@ -126,10 +128,29 @@ def find_differences(ours: TokenRow, theirs: TheirRow | None, rules: Rules) -> I
         kind = "extra bos" if leads[1] > leads[0] else "missing bos"
         yield _Found(kind, abs(leads[1] - leads[0]), min(leads), min(leads))
     full_lengths = len(a), len(b)
-    a, b = (_Row(row.ids[lead:], row.mask[lead:]) for row, lead in zip((a, b), leads, strict=True))
-    a_lead, b_lead = leads
-    for item in _compare_bodies(a, b, full_lengths, rules):
-        yield _Found(item.kind, item.tokens, item.at + a_lead, item.at_theirs + b_lead)
+    places = [list(range(lead, len(row))) for row, lead in zip((a, b), leads, strict=True)]
+    inside = [_find_bos(row, own, rules) for row, own in zip((a, b), places, strict=True)]
+    if len(inside[1]) > len(inside[0]):
+        yield _Found("bos inside", len(inside[1]) - len(inside[0]), *_part(a, b, *leads))
+        places = [[at for at in own if at not in bos] for own, bos in zip(places, inside, strict=True)]
+    bodies = (
+        _Row([row.ids[at] for at in own], [row.mask[at] for at in own])
+        for row, own in zip((a, b), places, strict=True)
+    )
+    a_places, b_places = ([*own, len(row)] for row, own in zip((a, b), places, strict=True))
+    for item in _compare_bodies(*bodies, full_lengths, rules):
+        yield _Found(item.kind, item.tokens, a_places[item.at], b_places[item.at_theirs])
+
+
+def _find_bos(row: _Row, places: Sequence[int], rules: Rules) -> set[int]:
+    """Places of BOS, where it is not what ends texts, too."""
+    return set() if rules.bos_id in rules.stop_ids else {at for at in places if row.ids[at] == rules.bos_id}
+
+
+def _part(a: _Row, b: _Row, a_lead: int, b_lead: int) -> tuple[int, int]:
+    """The first places in both whose tokens differ."""
+    start = _count_equal(a.ids[a_lead:], b.ids[b_lead:])
+    return a_lead + start, b_lead + start
 
 
 def _count_bos(ids: Sequence[int], bos_id: int | None) -> int:
@@ -155,6 +176,8 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
         yield _Found("missing stop" if only_stop else "cut end", left, start, start)
     elif not more and end == len(b):
         yield _Found("cut start", left, 0, 0)
+    elif not more and full_lengths[1] >= rules.max_tokens:
+        yield _Found("cut inside", left, start, start)
     elif not left and start == len(a):
         # Ours is the beginning of theirs; untrained tokens after it change nothing.
         if trained := sum(b.mask[start:]):

@@ -64,26 +64,22 @@ def keep_numbers() -> None:
 
 
 def _carry(function):
-    """A function of several rows at once, with a number for each row that it makes."""
+    """A function of several rows, asked for each row alone, so that what it makes of each is known: no row or several."""
 
     @functools.wraps(function)
     def carry(batch, *args, **kwargs):
         columns = dict(batch)
         numbers = columns.pop(NUMBER)
-        made = dict(function(columns, *args, **kwargs))
-        if _count_rows(made) != len(numbers):  # which of them are left is told by asking for each alone
-            counts = [
-                _count_rows(function({name: [cell] for name, cell in zip(columns, row, strict=True)}, *args, **kwargs))
-                for row in zip(*columns.values(), strict=True)
-            ]
-            numbers = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
-        return {**made, NUMBER: numbers}
+        rows = ({name: [columns[name][at]] for name in columns} for at in range(len(numbers)))
+        made = [dict(function(row, *args, **kwargs)) for row in rows]
+        counts = [len(next(iter(part.values()), ())) for part in made]
+        names = dict.fromkeys(name for part in made for name in part)
+        return {
+            **{name: [cell for part in made for cell in part.get(name, ())] for name in names},
+            NUMBER: [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)],
+        }
 
     return carry
-
-
-def _count_rows(columns: dict) -> int:
-    return len(next(iter(columns.values()), ()))
 
 
 def find_numbers(trainer, count: int) -> list[int]:
@@ -136,8 +132,11 @@ def keep_order(trainer, order: list[list[list[int]]], *, batch_rows: int) -> lis
     epochs = [[place_of[row] for step in epoch for row in step if row in place_of] for epoch in order]
     if not epochs[0]:
         raise Failure("its own preprocessing leaves no row to train on")
-    if NUMBER in (names := getattr(trainer.train_dataset, "column_names", None) or ()):
-        # Some trainers hand a collator every column.
-        kept = [name for name in names if name != NUMBER]
-        trainer.train_dataset = trainer.train_dataset.select_columns(kept)
     return [[rows[at : at + batch_rows] for at in range(0, len(rows), batch_rows)] for rows in epochs]
+
+
+def drop_numbers(trainer) -> None:
+    """Take the numbers off the trainer's data set: some trainers hand their collator every column."""
+    made = trainer.train_dataset
+    if NUMBER in (getattr(made, "column_names", None) or ()):
+        trainer.train_dataset = made.select_columns([name for name in made.column_names if name != NUMBER])
