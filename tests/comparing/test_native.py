@@ -101,14 +101,18 @@ def test_a_prompt_that_the_limit_shortened_at_its_end_was_cut_inside() -> None:
 def test_a_bos_before_each_turn_is_told_apart_from_what_else_differs() -> None:
     ids = [BOS, USER, 11, BOT, 21, EOS, USER, 12, BOT, 22, EOS]
     mask = [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
-    found = compare(
-        [*ids[:6], BOS, *ids[6:-1], NEWLINE], [*mask[:6], 0, *mask[6:-1], 1], ours=(ids, mask)
-    )
+    found = compare([*ids[:6], BOS, *ids[6:-1], NEWLINE], [*mask[:6], 0, *mask[6:-1], 1], ours=(ids, mask))
 
     assert kinds(found) == {"bos inside": 1, "missing stop": 1, "trained template": 1}
     bos, stop, _ = (kind.examples[0] for kind in found.kinds)
     assert (bos.at, bos.theirs) == (6, "<s><u>w12 <a>w22 \n")
     assert (stop.at, stop.ours, stop.theirs) == (10, "</s>", "\n")
+
+
+def test_a_bos_inside_that_is_trained_is_told_to_be() -> None:
+    found = compare([*IDS[:5], BOS, *IDS[5:]], [*MASK[:5], 1, *MASK[5:]])
+
+    assert kinds(found) == {"bos inside": 1, "trained template": 1}
 
 
 def test_a_bos_that_also_ends_texts_is_no_finding() -> None:

@@ -54,7 +54,7 @@ def test_the_limit_is_said_and_rows_are_not_taken_for_tokens(name: str, kind: di
     assert not arguments[tokens]
 
 
-# --- what is trained ----------------------------------------------------------------------------------------------------
+# --- what is trained --------------------------------------------------------------------------------------------------
 
 IN_TEMPLATE = "/run/framework/template.jinja"
 
@@ -87,7 +87,9 @@ def test_trl_gets_the_template_as_a_file() -> None:
     assert translate("trl").files["template.jinja"] == "{{ messages }}"
 
 
-@pytest.mark.parametrize(("trains", "last"), [("the answer", False), ("all answers", False), ("last answer", True)])
+@pytest.mark.parametrize(
+    ("trains", "last"), [("the answer", False), ("all answers", False), ("last answer", True)]
+)
 def test_unsloth_finds_answers_by_the_template_and_may_train_the_last_one(trains: str, last: bool) -> None:
     settings = read_settings("unsloth", trains=trains)
 
@@ -119,7 +121,9 @@ def test_axolotl_is_told_what_ends_a_turn_in_the_template() -> None:
     assert read_settings("axolotl", end_token="")["arguments"]["eot_tokens"] == ["<|end|>"]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("drop", "drop"), ("truncate", "truncate"), ("refuse", "raise")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("drop", "drop"), ("truncate", "truncate"), ("refuse", "raise")]
+)
 def test_axolotl_does_with_long_rows_what_the_job_does(ours: str, theirs: str) -> None:
     assert read_settings("axolotl", too_long=ours)["arguments"]["excess_length_strategy"] == theirs
 
@@ -139,13 +143,12 @@ def test_llamafactory_reads_the_template_off_the_tokenizer_that_it_is_given() ->
     info = json.loads(translate("llamafactory").files["dataset_info.json"])["handed"]
     assert (info["file_name"], info["formatting"]) == (settings["raw_file"], "sharegpt")
     assert settings["arguments"]["dataset_dir"] == "/run/framework"
-    assert [read_settings("llamafactory", trains=t)["arguments"]["mask_history"] for t in ("all answers", "last answer")] == [
-        False, True,
-    ]  # fmt: skip
+    for trains, masks in (("all answers", False), ("last answer", True)):
+        assert read_settings("llamafactory", trains=trains)["arguments"]["mask_history"] is masks
 
 
 def test_llamafactory_gets_a_template_for_prompts_that_adds_bos_and_eos_alone() -> None:
-    template = "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}"
+    template = "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
 
     assert read_settings("llamafactory", **COMPLETION)["chat_template"].startswith(template)
     with_bos = read_settings("llamafactory", **COMPLETION, bos="<s>")["chat_template"]
@@ -154,7 +157,7 @@ def test_llamafactory_gets_a_template_for_prompts_that_adds_bos_and_eos_alone() 
     assert (texts["arguments"]["stage"], texts["chat_template"]) == ("pt", None)
 
 
-# --- what cannot be told ------------------------------------------------------------------------------------------------
+# --- what cannot be told ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PORTS)
@@ -174,7 +177,12 @@ UNREADABLE = "LLaMA-Factory reads a chat template off a system turn alone"
     [
         (EVERY, {"kind": "several kinds"}, "data.train", "wants all rows of one shape"),
         (EVERY, {"extras": "tools"}, "data.train", "the rows have tools"),
-        (("trl", "llamafactory", "unsloth"), {"trains": "some answers"}, "data.train", "no weight for a single"),
+        (
+            ("trl", "llamafactory", "unsloth"),
+            {"trains": "some answers"},
+            "data.train",
+            "no weight for a single",
+        ),
         (("trl",), {"trains": "all answers"}, "data.template", "only where the chat template marks them"),
         (("axolotl",), {**TEXT, "too_long": "truncate"}, "data.too_long", "several rows of a text"),
         (("llamafactory",), {"system_turn": None}, "data.template", UNREADABLE),

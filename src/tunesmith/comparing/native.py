@@ -68,8 +68,8 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    ids: Sequence[int]
-    mask: Sequence[int]
+    ids: list[int]
+    mask: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -128,29 +128,23 @@ def find_differences(ours: TokenRow, theirs: TheirRow | None, rules: Rules) -> I
         kind = "extra bos" if leads[1] > leads[0] else "missing bos"
         yield _Found(kind, abs(leads[1] - leads[0]), min(leads), min(leads))
     full_lengths = len(a), len(b)
-    places = [list(range(lead, len(row))) for row, lead in zip((a, b), leads, strict=True)]
-    inside = [_find_bos(row, own, rules) for row, own in zip((a, b), places, strict=True)]
-    if len(inside[1]) > len(inside[0]):
-        yield _Found("bos inside", len(inside[1]) - len(inside[0]), *_part(a, b, *leads))
-        places = [[at for at in own if at not in bos] for own, bos in zip(places, inside, strict=True)]
-    bodies = (
-        _Row([row.ids[at] for at in own], [row.mask[at] for at in own])
-        for row, own in zip((a, b), places, strict=True)
-    )
-    a_places, b_places = ([*own, len(row)] for row, own in zip((a, b), places, strict=True))
-    for item in _compare_bodies(*bodies, full_lengths, rules):
-        yield _Found(item.kind, item.tokens, a_places[item.at], b_places[item.at_theirs])
+    bos = -1 if rules.bos_id is None or rules.bos_id in rules.stop_ids else rules.bos_id
+    a_places, b_places = range(leads[0], len(a)), range(leads[1], len(b))
+    more = _pick(b, b_places).ids.count(bos) - _pick(a, a_places).ids.count(bos)
+    if more > 0:
+        start = _count_equal(a.ids[leads[0] :], b.ids[leads[1] :])
+        yield _Found("bos inside", more, a_places.start + start, b_places.start + start)
+        if trained := sum(mark for token, mark in zip(b.ids, b.mask, strict=True) if token == bos):
+            yield _Found("trained template", trained, a_places.start + start, b_places.start + start)
+        a_places = [at for at in a_places if a.ids[at] != bos]
+        b_places = [at for at in b_places if b.ids[at] != bos]
+    for item in _compare_bodies(_pick(a, a_places), _pick(b, b_places), full_lengths, rules):
+        at, at_theirs = [*a_places, len(a)][item.at], [*b_places, len(b)][item.at_theirs]
+        yield _Found(item.kind, item.tokens, at, at_theirs)
 
 
-def _find_bos(row: _Row, places: Sequence[int], rules: Rules) -> set[int]:
-    """Places of BOS, where it is not what ends texts, too."""
-    return set() if rules.bos_id in rules.stop_ids else {at for at in places if row.ids[at] == rules.bos_id}
-
-
-def _part(a: _Row, b: _Row, a_lead: int, b_lead: int) -> tuple[int, int]:
-    """The first places in both whose tokens differ."""
-    start = _count_equal(a.ids[a_lead:], b.ids[b_lead:])
-    return a_lead + start, b_lead + start
+def _pick(row: _Row, places: Sequence[int]) -> _Row:
+    return _Row([row.ids[at] for at in places], [row.mask[at] for at in places])
 
 
 def _count_bos(ids: Sequence[int], bos_id: int | None) -> int:

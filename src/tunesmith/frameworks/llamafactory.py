@@ -95,12 +95,12 @@ class LlamaFactory:
             return None
         cure = "Choose another data.template, or compare by tokens"
         if "{{content}}" not in (raw.system_turn or ""):
-            finding = "LLaMA-Factory reads a chat template off a system turn alone, which this one does not write"
+            finding = (
+                "LLaMA-Factory reads a chat template off a system turn alone, which this one does not write"
+            )
             return Reason("data.template", finding, cure)
         if raw.bos and not (raw.system_turn or "").startswith(raw.bos):
-            finding = (
-                f"LLaMA-Factory takes the {raw.bos} that the tokenizer adds for the start of the chat template"
-            )
+            finding = f"LLaMA-Factory takes the {raw.bos} that the tokenizer adds for the start of the chat template"
             return Reason("data.template", finding, cure)
         return None
 

@@ -1,5 +1,4 @@
-"""Unsloth: its model and adapters under TRL's `SFTTrainer`, which it rewrites, on rows that are already tokenised, or on
-raw ones."""
+"""Unsloth: its model and adapters under TRL's `SFTTrainer`, which it rewrites, on rows that are tokenised, or raw."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from tunesmith.frameworks.trainer import (
 )
 from tunesmith.frameworks.trl import SFT, preprocessing_settings
 from tunesmith.job.spec import Job, LoraSpec
-
 
 # Its users render chats to texts, by the template that they give the tokenizer; then `train_on_responses_only` masks.
 _SAYS_ITSELF: dict[str, Any] = {"chat_template_path": None, "assistant_only_loss": False}

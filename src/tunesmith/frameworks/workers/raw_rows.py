@@ -64,7 +64,7 @@ def keep_numbers() -> None:
 
 
 def _carry(function):
-    """A function of several rows, asked for each row alone, so that what it makes of each is known: no row or several."""
+    """A function of several rows, asked for each row alone: it may make no row of one, or several."""
 
     @functools.wraps(function)
     def carry(batch, *args, **kwargs):

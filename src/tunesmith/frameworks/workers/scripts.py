@@ -93,7 +93,7 @@ def write_raw_file(run: Run) -> None:
 
 
 def link_base(run: Run, *, dtype: str, chat_template: str | None = None) -> None:
-    """The base in the scratch folder: links to its files, beside a config.json that names `dtype`, and the chat template
+    """The base in the scratch folder: links to its files, beside a config.json that names `dtype`, and a chat template
     if one is given."""
     folder = Path(run.handoff["scratch"]) / "base"
     folder.mkdir()
