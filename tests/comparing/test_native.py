@@ -98,6 +98,19 @@ def test_a_prompt_that_the_limit_shortened_at_its_end_was_cut_inside() -> None:
     assert kinds(compare([*IDS[:2], *IDS[4:]], [*MASK[:2], *MASK[4:]])) == {"other tokens": 2}
 
 
+def test_a_prompt_that_is_shortened_where_we_shorten_the_answer() -> None:
+    # Ten tokens are the limit. Ours lost the answer's 26, 27 and end; theirs lost the prompt's 12, 13, 14.
+    ours = [BOS, USER, 11, 12, 13, 14, BOT, 21, 22, 23], [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+    found = compare(
+        [BOS, USER, 11, BOT, 21, 22, 23, 26, 27, EOS], [0] * 4 + [1] * 6, ours=ours, max_tokens=10
+    )
+
+    assert kinds(found) == {"cut inside": 3, "not cut": 3}
+    cut, kept = (kind.examples[0] for kind in found.kinds)
+    assert (cut.at, cut.ours[:4]) == (3, "w12 ")
+    assert (kept.at, kept.ours, kept.theirs) == (10, "", "w26 w27 </s>")
+
+
 def test_a_bos_before_each_turn_is_told_apart_from_what_else_differs() -> None:
     ids = [BOS, USER, 11, BOT, 21, EOS, USER, 12, BOT, 22, EOS]
     mask = [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]

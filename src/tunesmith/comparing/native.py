@@ -17,6 +17,7 @@ from tunesmith.core.types import TokenRow
 IGNORED = -100
 MAX_EXAMPLES = 5
 _SHOWN_TOKENS, _SHOWN_CHARS = 12, 60
+_LEAST_TAIL = 4
 KINDS: dict[str, tuple[str, str]] = {
     "missing row": ("Row left out", "leaves out {rows}"),
     "cut end": ("Cut at the end", "cuts {tokens} from the end of {rows}"),
@@ -181,8 +182,19 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
         yield _Found("missing stop", 1, start, start)
         if trained := sum(b.mask[start:]):
             yield _Found("trained template", trained, start, start)
+    elif min(full_lengths) >= rules.max_tokens and (size := _find_tail(a.ids, b.ids, start)):
+        # Both at the limit: ours lost its end, theirs a piece before it.
+        yield _Found("cut inside", len(a) - size - start, start, start)
+        if trained := sum(b.mask[start + size :]):
+            yield _Found("not cut", trained, len(a), start + size)
     else:
         yield _Found("other tokens", max(left, more), start, start)
+
+
+def _find_tail(a: Sequence[int], b: Sequence[int], start: int) -> int:
+    """How many of a's last tokens b goes on with from `start`; 0 if too few to tell."""
+    sizes = range(len(a) - start - 1, _LEAST_TAIL - 1, -1)
+    return next((size for size in sizes if a[-size:] == b[start : start + size]), 0)
 
 
 def _holds(row: _Row, start: int, rules: Rules) -> bool:

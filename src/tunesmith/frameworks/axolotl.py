@@ -168,7 +168,8 @@ def _preprocessing(raw: RawRows, path: str) -> dict[str, Any]:
         "excess_length_strategy": _LONG_ROWS[raw.too_long],
         "min_sample_len": 2,
         "train_on_inputs": False,
-        "dataset_num_proc": 1,
+        # In its own process: another one would be reached through a file whose name may be too long for a socket.
+        "dataset_num_proc": 0,
         "dataset_exact_deduplication": False,
         **chat,
         "datasets": [{"path": path, "trust_remote_code": False, **_describe_rows(raw)}],
