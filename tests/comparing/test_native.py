@@ -77,6 +77,9 @@ def test_rows_that_train_the_same_have_no_difference(ids: list[int], mask: list[
         ([BOS, *IDS], [0, *MASK], {"extra bos": 1}),
         (IDS[1:], MASK[1:], {"missing bos": 1}),
         ([BOS, *IDS], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1], {"extra bos": 1, "trained prompt": 4}),
+        ([*IDS[:-1], NEWLINE, EOS], [*MASK, 1], {"trained template": 1}),
+        # More of an answer than we have is no template.
+        ([*IDS[:7], UNKNOWN, *IDS[7:]], [*MASK, 1], {"other tokens": 1}),
         (IDS[:6], MASK[:6], {"cut end": 3}),
         ([BOS, *IDS[4:]], [0, *MASK[4:]], {"cut start": 3}),
         ([*IDS[:6], UNKNOWN, 23, EOS], MASK, {"other tokens": 1}),

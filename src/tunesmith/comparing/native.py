@@ -159,12 +159,18 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
     """a, b: ours and theirs without BOS. full_lengths: with it, which is what a limit counts."""
     start = _count_equal(a.ids, b.ids)
     end = _count_equal(a.ids[start:][::-1], b.ids[start:][::-1])
-    left, more = len(a) - start - end, len(b) - start - end
     first = next((at for at, kept in enumerate(a.mask) if kept), len(a))
     yield from _compare_masks(a, b, range(start), 0, first, rules)
     yield from _compare_masks(a, b, range(len(a) - end, len(a)), len(b) - len(a), first, rules)
-    if not left and not more:
-        return
+    if max(len(a), len(b)) > start + end:
+        yield from _compare_middles(a, b, start, end, full_lengths, rules)
+
+
+def _compare_middles(
+    a: _Row, b: _Row, start: int, end: int, full_lengths: tuple[int, int], rules: Rules
+) -> Iterator[_Found]:
+    """Rows whose first `start` and last `end` tokens agree, and what lies between does not."""
+    left, more = len(a) - start - end, len(b) - start - end
     if not more and start == len(b):
         # Theirs is the beginning of ours.
         only_stop = left == 1 and a.ids[-1] in rules.stop_ids and full_lengths[1] < rules.max_tokens
@@ -182,6 +188,8 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
         yield _Found("missing stop", 1, start, start)
         if trained := sum(b.mask[start:]):
             yield _Found("trained template", trained, start, start)
+    elif not left and (trained := _count_before_stop(a, b, range(start, start + more), rules)):
+        yield _Found("trained template", trained, start, start)
     elif min(full_lengths) >= rules.max_tokens and (size := _find_tail(a.ids, b.ids, start)):
         # Both at the limit: ours lost its end, theirs a piece before it.
         yield _Found("cut inside", len(a) - size - start, start, start)
@@ -189,6 +197,13 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
             yield _Found("not cut", trained, len(a), start + size)
     else:
         yield _Found("other tokens", max(left, more), start, start)
+
+
+def _count_before_stop(a: _Row, b: _Row, places: range, rules: Rules) -> int:
+    """Trained tokens that theirs has more, if they stand between an answer of ours and its stop token."""
+    at = places.start
+    ends = at > 0 and a.mask[at - 1] and a.ids[at] in rules.stop_ids
+    return sum(b.mask[place] for place in places) if ends else 0
 
 
 def _find_tail(a: Sequence[int], b: Sequence[int], start: int) -> int:
