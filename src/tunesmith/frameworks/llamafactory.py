@@ -68,9 +68,8 @@ _OWN: dict[str, Any] = {
     "use_hyper_parallel": False,
     "use_swanlab": False,
 }
-
-
 _RAW_FILE = "raw.jsonl"
+# A chat template for prompts and completions that are no chat.
 _PLAIN = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
