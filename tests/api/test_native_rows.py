@@ -114,6 +114,45 @@ def test_fields_beside_roles_and_texts_are_told(tmp_path: Path) -> None:
     assert describe(tmp_path, rows).extras == "'name' in a message"
 
 
+def test_what_a_template_writes_is_told(tmp_path: Path) -> None:
+    raw = describe(tmp_path, [chat(word) for word in WORDS], too_long="truncate")
+
+    assert raw.system_turn == "<|bos|><|system|>{{content}}<|end|><|assistant|>"
+    assert (raw.end_token, raw.bos, raw.too_long) == ("<|end|>", "", "truncate")
+
+
+def test_answers_that_are_not_trained_are_marked_in_their_rows(tmp_path: Path) -> None:
+    rows = [chat(word, 2) for word in WORDS]
+    for row in rows[::2]:
+        row["messages"][1]["weight"] = 0
+    raw = describe(tmp_path, rows)
+
+    handed = [value for _, value in read_jsonl(Path(raw.rows))]
+    assert raw.trains == "some answers"
+    unmarked = [row for row in handed if "train" not in row]
+    marked = [row["train"] for row in handed if "train" in row]
+    assert unmarked
+    assert marked == [[False, False, False, True]] * (len(handed) - len(unmarked))
+    assert not any("weight" in message for row in handed for message in row["messages"])
+
+
+def test_a_template_without_system_turns_is_refused_for_llamafactory(tmp_path: Path) -> None:
+    (tmp_path / "plain.jinja").write_text(
+        "{{- bos_token -}}{%- for m in messages -%}"
+        "{%- if m.role == 'system' -%}{{- raise_exception('no system turns') -}}{%- endif -%}"
+        "{{- '<|' + m.role + '|>' + m.content + '<|end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}",
+        encoding="utf-8",
+    )
+    job, data = prepared(tmp_path, [chat(word) for word in WORDS], template=str(tmp_path / "plain.jinja"))
+
+    with pytest.raises(
+        JobError, match=r"data\.template: LLaMA-Factory reads a chat template off a system turn"
+    ):
+        check_native("llamafactory", job, data, BASE, place="arm")
+    check_native("axolotl", job, data, BASE, place="arm")
+
+
 def test_a_framework_that_cannot_be_told_so_is_refused(tmp_path: Path) -> None:
     job, data = prepared(tmp_path, [chat(word, 2) for word in WORDS])
 

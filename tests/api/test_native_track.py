@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from native_arms import compare_native, gates, join_tickets, kinds, read_both, read_tickets
 
-import tunesmith
 from tunesmith import api
-from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.comparison import Comparison
 from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.data.prepare import load_prepared
 from tunesmith.frameworks.adding import add_environment
@@ -46,49 +43,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def read_tickets(count: int = 14) -> list[dict[str, Any]]:
-    lines = (BUNDLED["tunesmith/tickets"] / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
-
-
-def compare(folder: Path, rows: list[dict[str, Any]], *, samples: bool = True, **data: Any) -> Comparison:
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    job = {
-        "model": "tunesmith/tiny",
-        "data": {
-            "train": str(folder / "rows.jsonl"), "split": {"validation": 0.1, "test": 0.15}, **data
-        },
-        "method": {"name": "lora", "rank": 2},
-        "train": {"epochs": 1, "batch_rows": 4, "learning_rate": 1e-3, "precision": "fp32"},
-        "evaluate": {"max_rows": 1, "max_new_tokens": 1, "precision": "fp32", "forgetting": False},
-        "compare": {
-            "arms": [{"method": "lora", "framework": "trl"}], "seeds": [0], "track": "native", "samples": samples
-        },
-    }  # fmt: skip
-    return tunesmith.compare(job, out=folder / "out")
-
-
-def read_both(folder: Path) -> list[tuple[list[int], list[int], list[int], list[int]]]:
-    """(our ids, our mask, TRL's ids, TRL's labels) of each row."""
-    ours = load_prepared(folder / "out" / "prepared").rows("train")
-    path = folder / "out" / "arms" / ARM / "parity" / "parity" / "framework" / "native.jsonl"
-    theirs = {line["row"]: line for _, line in read_jsonl(path)}
-    return [
-        (list(row.ids), list(row.mask), theirs[number]["input_ids"], theirs[number]["labels"])
-        for number, row in enumerate(ours)
-    ]
-
-
-def kinds(comparison: Comparison) -> dict[str, tuple[int, int]]:
-    return {kind.name: (kind.rows, kind.tokens) for kind in comparison.native[ARM].kinds}
-
-
-def gates(comparison: Comparison) -> dict[str, str]:
-    return {gate.name: gate.word for gate in comparison.parity[ARM].gates}
-
-
 def test_trl_makes_the_same_rows_of_tickets(tmp_path: Path) -> None:
-    comparison = compare(tmp_path, read_tickets())
+    comparison = compare_native(tmp_path, read_tickets())
 
     assert kinds(comparison) == {}
     assert comparison.native[ARM].same_rows == comparison.native[ARM].rows >= 10
@@ -101,7 +57,7 @@ def test_trl_makes_the_same_rows_of_tickets(tmp_path: Path) -> None:
 
 def test_an_end_that_the_template_does_not_mark_is_not_trained(tmp_path: Path) -> None:
     (tmp_path / "marked.jinja").write_text(MARKED, encoding="utf-8")
-    comparison = compare(tmp_path, read_tickets(), template=str(tmp_path / "marked.jinja"))
+    comparison = compare_native(tmp_path, read_tickets(), template=str(tmp_path / "marked.jinja"))
 
     both = read_both(tmp_path)
     assert kinds(comparison) == {"untrained stop": (len(both), len(both))}
@@ -122,7 +78,7 @@ def test_an_end_that_the_template_does_not_mark_is_not_trained(tmp_path: Path) -
     file = tmp_path / "out" / "arms" / ARM / "native.json"
     assert read_json(file)["says"] == shown["says"]
 
-    silent = compare(tmp_path, read_tickets(), samples=False, template=str(tmp_path / "marked.jinja"))
+    silent = compare_native(tmp_path, read_tickets(), samples=False, template=str(tmp_path / "marked.jinja"))
     assert kinds(silent) == kinds(comparison)
     assert silent.native[ARM].kinds[0].examples == []
     assert read_json(file)["kinds"][0]["examples"] == []
@@ -135,9 +91,8 @@ def test_all_answers_of_a_conversation_are_trained_where_the_template_marks_them
     inside = MARKED.replace("{% endgeneration %}{{- '<|end|>' -}}", "{{- '<|end|>' -}}{% endgeneration %}")
     assert inside != MARKED
     (tmp_path / "inside.jinja").write_text(inside, encoding="utf-8")
-    turns = [row["messages"] for row in read_tickets(28)]
-    rows = [{"messages": [*a, *b[1:]]} for a, b in zip(turns[::2], turns[1::2], strict=True)]
-    comparison = compare(tmp_path, rows, template=str(tmp_path / "inside.jinja"), max_tokens=2048)
+    template = str(tmp_path / "inside.jinja")
+    comparison = compare_native(tmp_path, join_tickets(), template=template, max_tokens=2048)
 
     assert kinds(comparison) == {}
     assert comparison.native[ARM].rows >= 10
@@ -165,7 +120,7 @@ def test_rows_that_trl_cuts_and_leaves_out_are_counted(
     rows = read_tickets()
     monkeypatch.setitem(PORTS, "trl", Short())
     monkeypatch.setattr(Short, "max_length", 160)
-    comparison = compare(tmp_path, rows)
+    comparison = compare_native(tmp_path, rows)
 
     ours = load_prepared(tmp_path / "out" / "prepared").rows("train")
     kept = [sum(row.mask[:160]) for row in ours]
@@ -186,7 +141,7 @@ def test_rows_that_trl_cuts_and_leaves_out_are_counted(
 
 def test_a_named_template_without_the_models_own_end_loses_it(tmp_path: Path) -> None:
     # `<|im_end|>` is no token of the tiny model: we end such rows with its EOS, TRL with the template's newline.
-    comparison = compare(tmp_path, read_tickets(), template="chatml", max_tokens=2048)
+    comparison = compare_native(tmp_path, read_tickets(), template="chatml", max_tokens=2048)
 
     both = read_both(tmp_path)
     newline = both[0][2][-1]
@@ -202,7 +157,7 @@ def test_a_named_template_without_the_models_own_end_loses_it(tmp_path: Path) ->
 
 def test_a_completion_that_goes_on_in_a_word_is_tokenised_otherwise(tmp_path: Path) -> None:
     rows = [{"prompt": f"Order {n}: the parcel is la", "completion": f"te since May {n}."} for n in range(14)]
-    comparison = compare(tmp_path, rows)
+    comparison = compare_native(tmp_path, rows)
 
     split = 0
     for ids, mask, their_ids, labels in read_both(tmp_path):

@@ -77,6 +77,9 @@ def test_rows_that_train_the_same_have_no_difference(ids: list[int], mask: list[
         ([BOS, *IDS], [0, *MASK], {"extra bos": 1}),
         (IDS[1:], MASK[1:], {"missing bos": 1}),
         ([BOS, *IDS], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1], {"extra bos": 1, "trained prompt": 4}),
+        ([*IDS[:-1], NEWLINE, EOS], [*MASK, 1], {"trained template": 1}),
+        # More of an answer than we have is no template.
+        ([*IDS[:7], UNKNOWN, *IDS[7:]], [*MASK, 1], {"other tokens": 1}),
         (IDS[:6], MASK[:6], {"cut end": 3}),
         ([BOS, *IDS[4:]], [0, *MASK[4:]], {"cut start": 3}),
         ([*IDS[:6], UNKNOWN, 23, EOS], MASK, {"other tokens": 1}),
@@ -90,6 +93,50 @@ def test_each_way_to_differ_is_named(ids: list[int], mask: list[int], expected: 
 
 def test_a_stop_token_that_the_limit_took_was_cut() -> None:
     assert kinds(compare(IDS[:-1], MASK[:-1], max_tokens=8)) == {"cut end": 1}
+
+
+def test_a_prompt_that_the_limit_shortened_at_its_end_was_cut_inside() -> None:
+    assert kinds(compare([*IDS[:2], *IDS[4:]], [*MASK[:2], *MASK[4:]], max_tokens=7)) == {"cut inside": 2}
+    # What is missing without a limit's doing is no cut.
+    assert kinds(compare([*IDS[:2], *IDS[4:]], [*MASK[:2], *MASK[4:]])) == {"other tokens": 2}
+
+
+def test_a_prompt_that_is_shortened_where_we_shorten_the_answer() -> None:
+    # Ten tokens are the limit. Ours lost the answer's 26, 27 and end; theirs lost the prompt's 12, 13, 14.
+    ours = [BOS, USER, 11, 12, 13, 14, BOT, 21, 22, 23], [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+    found = compare(
+        [BOS, USER, 11, BOT, 21, 22, 23, 26, 27, EOS], [0] * 4 + [1] * 6, ours=ours, max_tokens=10
+    )
+
+    assert kinds(found) == {"cut inside": 3, "not cut": 3}
+    cut, kept = (kind.examples[0] for kind in found.kinds)
+    assert (cut.at, cut.ours[:4]) == (3, "w12 ")
+    assert (kept.at, kept.ours, kept.theirs) == (10, "", "w26 w27 </s>")
+
+
+def test_a_bos_before_each_turn_is_told_apart_from_what_else_differs() -> None:
+    ids = [BOS, USER, 11, BOT, 21, EOS, USER, 12, BOT, 22, EOS]
+    mask = [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+    found = compare([*ids[:6], BOS, *ids[6:-1], NEWLINE], [*mask[:6], 0, *mask[6:-1], 1], ours=(ids, mask))
+
+    assert kinds(found) == {"bos inside": 1, "missing stop": 1, "trained template": 1}
+    bos, stop, _ = (kind.examples[0] for kind in found.kinds)
+    assert (bos.at, bos.theirs) == (6, "<s><u>w12 <a>w22 \n")
+    assert (stop.at, stop.ours, stop.theirs) == (10, "</s>", "\n")
+
+
+def test_a_bos_inside_that_is_trained_is_told_to_be() -> None:
+    found = compare([*IDS[:5], BOS, *IDS[5:]], [*MASK[:5], 1, *MASK[5:]])
+
+    assert kinds(found) == {"bos inside": 1, "trained template": 1}
+
+
+def test_a_bos_that_also_ends_texts_is_no_finding() -> None:
+    rules = Rules(stop_ids=(BOS,), bos_id=BOS, max_tokens=100, decode=decode)
+    ours = row([USER, 11, BOT, 21, BOS], [0, 0, 0, 1, 1])
+    theirs = their([USER, 11, BOS, BOT, 21, BOS], [0, 0, 0, 0, 1, 1])
+
+    assert kinds(compare_rows("trl", [ours], {0: theirs}, rules)) == {"other tokens": 1}
 
 
 def test_rows_that_only_we_cut_are_not_cut() -> None:

@@ -13,11 +13,10 @@ import pytest
 from tunesmith.core.errors import ArmFailed, DataError
 from tunesmith.core.records import StepRecord
 from tunesmith.frameworks.catalog import FRAMEWORKS
-from tunesmith.frameworks.handoff import Handoff, Lora, RawRows
+from tunesmith.frameworks.handoff import Handoff, Lora
 from tunesmith.frameworks.port import (
     FrameworkRecord,
     HardwarePort,
-    NativePort,
     collect_parity,
     collect_training,
 )
@@ -380,78 +379,3 @@ def test_a_record_without_weights_is_no_result(handoff: Handoff) -> None:
 def test_a_missing_parity_record_is_told(handoff: Handoff) -> None:
     with pytest.raises(ArmFailed, match="left no parity record"):
         collect_parity(handoff, framework="trl", log=Path("x.log"))
-
-
-# --- the native track -------------------------------------------------------------------------------------------------
-
-RAW = RawRows(
-    rows="/raw.jsonl", kind="chat", trains="the answer", max_tokens=512, stop_token="<|end|>",
-    template="{{ messages }}", marks_answers=False, extras="", report="/run/framework/native.jsonl",
-)  # fmt: skip
-
-
-def native_settings(**changes: Any) -> dict[str, Any]:
-    handoff = dataclasses.replace(HANDOFF, raw=dataclasses.replace(RAW, **changes))
-    assert Handoff.from_json(json.loads(json.dumps(handoff.to_json())), place="handoff.json") == handoff
-    return settings_of(handoff)
-
-
-@pytest.mark.parametrize(
-    ("changes", "splits", "completion", "assistant", "template"),
-    [
-        ({}, True, True, False, "/run/framework/template.jinja"),
-        ({"marks_answers": True}, False, False, True, "/run/framework/template.jinja"),
-        (
-            {"marks_answers": True, "trains": "all answers"},
-            False,
-            False,
-            True,
-            "/run/framework/template.jinja",
-        ),
-        (
-            {"marks_answers": True, "trains": "last answer"},
-            True,
-            True,
-            False,
-            "/run/framework/template.jinja",
-        ),
-        ({"kind": "completion", "template": None}, False, True, False, None),
-        ({"kind": "text", "trains": "everything", "template": None}, False, False, False, None),
-    ],
-)
-def test_trl_is_told_what_its_own_preprocessing_trains(
-    changes: dict[str, Any], splits: bool, completion: bool, assistant: bool, template: str | None
-) -> None:
-    settings = native_settings(**changes)
-    sft = settings["sft"]
-
-    assert settings["splits_answer"] is splits
-    assert (sft["completion_only_loss"], sft["assistant_only_loss"]) == (completion, assistant)
-    assert sft["chat_template_path"] == template
-    assert (sft["max_length"], sft["eos_token"], sft["packing"]) == (512, "<|end|>", False)
-    assert sft["dataset_kwargs"] is None
-
-
-def test_the_template_goes_along_as_a_file() -> None:
-    files = PORTS["trl"].translate(dataclasses.replace(HANDOFF, raw=RAW)).files
-
-    assert files["template.jinja"] == "{{ messages }}"
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"kind": "several kinds"}, "data.train"),
-        ({"extras": "tools"}, "data.train"),
-        ({"trains": "some answers", "marks_answers": True}, "data.train"),
-        ({"trains": "all answers"}, "data.template"),
-    ],
-)
-def test_what_trls_preprocessing_cannot_be_told_is_a_reason(changes: dict[str, Any], key: str) -> None:
-    port = PORTS["trl"]
-    assert isinstance(port, NativePort)
-
-    assert port.can_prepare(RAW) is None
-    reason = port.can_prepare(dataclasses.replace(RAW, **changes))
-    assert reason is not None
-    assert reason.key == key

@@ -325,3 +325,64 @@ def test_what_the_collator_makes_is_written_by_row_without_padding(hf: Any, tmp_
         {"row": 0, "input_ids": [5, 6], "labels": [-100, 6]},
         {"row": 1, "input_ids": [7, 8], "labels": [-100, 8]},
     ]
+
+
+def test_several_rows_of_one_have_no_place_in_the_order(hf: Any) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+    trainer = SimpleNamespace(train_dataset=Rows({"tunesmith_row": number} for number in (0, 1, 1)))
+
+    with pytest.raises(Exception, match="makes several rows of one"):
+        raw_rows.find_numbers(trainer, 2)
+
+
+def write_raw(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_raw_rows_say_what_is_trained_in_a_frameworks_words(hf: Any, tmp_path: Path) -> None:
+    raw_rows = importlib.import_module("raw_rows")
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant") * 2]
+    path = write_raw(
+        tmp_path / "raw.jsonl",
+        {"messages": turns, "train": [False, False, False, True]},
+        {"messages": turns[:2]},
+    )
+
+    assert raw_rows.number_rows(path) == [
+        {"messages": turns, "tunesmith_row": 0}, {"messages": turns[:2], "tunesmith_row": 1}
+    ]  # fmt: skip
+    split = raw_rows.number_rows(path, splits_answer=True)
+    assert split[0] == {"prompt": turns[:3], "completion": turns[3:], "tunesmith_row": 0}
+    marked = raw_rows.number_rows(path, train_field="train")
+    assert [[m["train"] for m in row["messages"]] for row in marked] == [
+        [False, False, False, True], [False, True]
+    ]  # fmt: skip
+
+
+def test_numbers_follow_rows_through_what_takes_off_all_columns(
+    hf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    raw_rows = importlib.import_module("raw_rows")
+    for name in ("map", "remove_columns"):
+        monkeypatch.setattr(datasets.Dataset, name, getattr(datasets.Dataset, name))
+    raw_rows.keep_numbers()
+    rows = datasets.Dataset.from_list(
+        [{"text": text, "tunesmith_row": number} for number, text in enumerate(["", "abcd", "ef", "gh"])]
+    )
+
+    def halve(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        assert batch.keys() == {"text"}
+        return {"half": [text[at : at + 2] for text in batch["text"] for at in range(0, len(text), 2)]}
+
+    one = rows.map(lambda row: {"size": len(row["text"])}, remove_columns=rows.column_names)
+    assert one[:] == {"tunesmith_row": [0, 1, 2, 3], "size": [0, 4, 2, 2]}
+    # As many rows as before, and yet not one of each.
+    halves = rows.map(halve, batched=True, remove_columns=rows.column_names)
+    assert halves[:] == {"half": ["ab", "cd", "ef", "gh"], "tunesmith_row": [1, 1, 2, 3]}
+    assert halves.filter(lambda row: row["half"] > "b").remove_columns(["half", "tunesmith_row"])[:] == {
+        "tunesmith_row": [1, 2, 3]
+    }
+    plain = rows.select_columns(["text"]).map(halve, batched=True, remove_columns="text")
+    assert plain.column_names == ["half"]

@@ -10,11 +10,11 @@ from tunesmith.api.trainable import load_job_tokenizer
 from tunesmith.comparing.native import Rules, TheirRow, compare_rows
 from tunesmith.core.checked import read_checked
 from tunesmith.core.comparison import native_to_json
-from tunesmith.core.errors import JobError
+from tunesmith.core.errors import DataError, JobError
 from tunesmith.core.jsonl import read_jsonl, write_json, write_jsonl
 from tunesmith.core.native import NativeTokens
 from tunesmith.core.rundir import RunDir
-from tunesmith.core.types import Conversation
+from tunesmith.core.types import Conversation, Message
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import Renderer
 from tunesmith.frameworks.handoff import RawRows
@@ -58,15 +58,20 @@ def describe_raw(job: Job, prepared: Prepared, base: Path, *, report: Path) -> R
         write_jsonl(path, map(show_raw, conversations))
     kinds = {conversation.kind for conversation in conversations}
     tokenizer = load_job_tokenizer(job, base)
-    template = Renderer(tokenizer, job.data).template if kinds == {"chat"} else None
+    renderer = Renderer(tokenizer, job.data) if kinds == {"chat"} else None
+    ends = {number: text for text, number in tokenizer.added_tokens.items()}
     return RawRows(
         rows=str(path.absolute()),
         kind=conversations[0].kind if len(kinds) == 1 else "several kinds",
         trains=_name_trained(conversations),
         max_tokens=job.data.max_tokens,
+        too_long=job.data.too_long,
+        bos=(tokenizer.bos_token or "") if tokenizer.adds_bos else "",
         stop_token=tokenizer.eos_token or "",
-        template=template.source if template else None,
-        marks_answers=bool(template and template.marks_generation),
+        template=renderer.template.source if renderer else None,
+        end_token=ends.get(renderer.end_token, "") if renderer and renderer.end_token is not None else "",
+        system_turn=_render_system(renderer) if renderer else None,
+        marks_answers=bool(renderer and renderer.template.marks_generation),
         extras=next(filter(None, map(_name_extras, conversations)), ""),
         report=str(report.absolute()),
     )
@@ -78,7 +83,19 @@ def show_raw(conversation: Conversation) -> dict[str, Any]:
         return {"text": conversation.answer}
     if conversation.kind == "completion":
         return {"prompt": conversation.messages[0].content, "completion": conversation.answer}
-    return {"messages": [{"role": m.role, "content": m.content} for m in conversation.messages]}
+    row: dict[str, Any] = {
+        "messages": [{"role": m.role, "content": m.content} for m in conversation.messages]
+    }
+    if any(m.role == "assistant" and m.weight <= 0 for m in conversation.messages):
+        row["train"] = [m.role == "assistant" and m.weight > 0 for m in conversation.messages]
+    return row
+
+
+def _render_system(renderer: Renderer) -> str | None:
+    try:
+        return renderer.render_prompt_text([Message("system", "{{content}}")])
+    except DataError:
+        return None
 
 
 def _name_trained(

@@ -17,13 +17,16 @@ from tunesmith.core.types import TokenRow
 IGNORED = -100
 MAX_EXAMPLES = 5
 _SHOWN_TOKENS, _SHOWN_CHARS = 12, 60
+_LEAST_TAIL = 4
 KINDS: dict[str, tuple[str, str]] = {
     "missing row": ("Row left out", "leaves out {rows}"),
     "cut end": ("Cut at the end", "cuts {tokens} from the end of {rows}"),
     "cut start": ("Cut at the start", "cuts {tokens} from the start of {rows}"),
+    "cut inside": ("Cut inside", "leaves {tokens} out of the middle of {rows}"),
     "not cut": ("Not cut where ours is", "keeps {tokens} that we cut from {rows}"),
     "extra bos": ("BOS more", "begins {rows} with a BOS too many"),
     "missing bos": ("BOS missing", "begins {rows} without BOS"),
+    "bos inside": ("BOS inside", "writes {tokens} of BOS more inside of {rows}"),
     "missing stop": ("Stop token missing", "ends {rows} without the stop token"),
     "untrained stop": ("Stop token not trained", "does not train the stop token in {rows}"),
     "trained prompt": ("Prompt trained", "trains {tokens} of the prompt in {rows}"),
@@ -66,8 +69,8 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    ids: Sequence[int]
-    mask: Sequence[int]
+    ids: list[int]
+    mask: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,10 +129,23 @@ def find_differences(ours: TokenRow, theirs: TheirRow | None, rules: Rules) -> I
         kind = "extra bos" if leads[1] > leads[0] else "missing bos"
         yield _Found(kind, abs(leads[1] - leads[0]), min(leads), min(leads))
     full_lengths = len(a), len(b)
-    a, b = (_Row(row.ids[lead:], row.mask[lead:]) for row, lead in zip((a, b), leads, strict=True))
-    a_lead, b_lead = leads
-    for item in _compare_bodies(a, b, full_lengths, rules):
-        yield _Found(item.kind, item.tokens, item.at + a_lead, item.at_theirs + b_lead)
+    bos = -1 if rules.bos_id is None or rules.bos_id in rules.stop_ids else rules.bos_id
+    a_places, b_places = range(leads[0], len(a)), range(leads[1], len(b))
+    more = _pick(b, b_places).ids.count(bos) - _pick(a, a_places).ids.count(bos)
+    if more > 0:
+        start = _count_equal(a.ids[leads[0] :], b.ids[leads[1] :])
+        yield _Found("bos inside", more, a_places.start + start, b_places.start + start)
+        if trained := sum(mark for token, mark in zip(b.ids, b.mask, strict=True) if token == bos):
+            yield _Found("trained template", trained, a_places.start + start, b_places.start + start)
+        a_places = [at for at in a_places if a.ids[at] != bos]
+        b_places = [at for at in b_places if b.ids[at] != bos]
+    for item in _compare_bodies(_pick(a, a_places), _pick(b, b_places), full_lengths, rules):
+        at, at_theirs = [*a_places, len(a)][item.at], [*b_places, len(b)][item.at_theirs]
+        yield _Found(item.kind, item.tokens, at, at_theirs)
+
+
+def _pick(row: _Row, places: Sequence[int]) -> _Row:
+    return _Row([row.ids[at] for at in places], [row.mask[at] for at in places])
 
 
 def _count_bos(ids: Sequence[int], bos_id: int | None) -> int:
@@ -143,18 +159,26 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
     """a, b: ours and theirs without BOS. full_lengths: with it, which is what a limit counts."""
     start = _count_equal(a.ids, b.ids)
     end = _count_equal(a.ids[start:][::-1], b.ids[start:][::-1])
-    left, more = len(a) - start - end, len(b) - start - end
     first = next((at for at, kept in enumerate(a.mask) if kept), len(a))
     yield from _compare_masks(a, b, range(start), 0, first, rules)
     yield from _compare_masks(a, b, range(len(a) - end, len(a)), len(b) - len(a), first, rules)
-    if not left and not more:
-        return
+    if max(len(a), len(b)) > start + end:
+        yield from _compare_middles(a, b, start, end, full_lengths, rules)
+
+
+def _compare_middles(
+    a: _Row, b: _Row, start: int, end: int, full_lengths: tuple[int, int], rules: Rules
+) -> Iterator[_Found]:
+    """Rows whose first `start` and last `end` tokens agree, and what lies between does not."""
+    left, more = len(a) - start - end, len(b) - start - end
     if not more and start == len(b):
         # Theirs is the beginning of ours.
         only_stop = left == 1 and a.ids[-1] in rules.stop_ids and full_lengths[1] < rules.max_tokens
         yield _Found("missing stop" if only_stop else "cut end", left, start, start)
     elif not more and end == len(b):
         yield _Found("cut start", left, 0, 0)
+    elif not more and full_lengths[1] >= rules.max_tokens:
+        yield _Found("cut inside", left, start, start)
     elif not left and start == len(a):
         # Ours is the beginning of theirs; untrained tokens after it change nothing.
         if trained := sum(b.mask[start:]):
@@ -164,8 +188,28 @@ def _compare_bodies(a: _Row, b: _Row, full_lengths: tuple[int, int], rules: Rule
         yield _Found("missing stop", 1, start, start)
         if trained := sum(b.mask[start:]):
             yield _Found("trained template", trained, start, start)
+    elif not left and (trained := _count_before_stop(a, b, range(start, start + more), rules)):
+        yield _Found("trained template", trained, start, start)
+    elif min(full_lengths) >= rules.max_tokens and (size := _find_tail(a.ids, b.ids, start)):
+        # Both at the limit: ours lost its end, theirs a piece before it.
+        yield _Found("cut inside", len(a) - size - start, start, start)
+        if trained := sum(b.mask[start + size :]):
+            yield _Found("not cut", trained, len(a), start + size)
     else:
         yield _Found("other tokens", max(left, more), start, start)
+
+
+def _count_before_stop(a: _Row, b: _Row, places: range, rules: Rules) -> int:
+    """Trained tokens that theirs has more, if they stand between an answer of ours and its stop token."""
+    at = places.start
+    ends = at > 0 and a.mask[at - 1] and a.ids[at] in rules.stop_ids
+    return sum(b.mask[place] for place in places) if ends else 0
+
+
+def _find_tail(a: Sequence[int], b: Sequence[int], start: int) -> int:
+    """How many of a's last tokens b goes on with from `start`; 0 if too few to tell."""
+    sizes = range(len(a) - start - 1, _LEAST_TAIL - 1, -1)
+    return next((size for size in sizes if a[-size:] == b[start : start + size]), 0)
 
 
 def _holds(row: _Row, start: int, rules: Rules) -> bool:

@@ -1,12 +1,13 @@
-"""Axolotl: its own `train`, on a data set that is already tokenised."""
+"""Axolotl: its own `train`, on a data set that is already tokenised, or on raw rows."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.handoff import Handoff, RawRows
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.preprocessing import can_prepare_rows
 from tunesmith.frameworks.trainer import (
     OPTIMIZERS,
     SCHEDULES,
@@ -60,7 +61,7 @@ _OWN: dict[str, Any] = {
 
 
 class Axolotl:
-    """See `Port`."""
+    """See `NativePort`."""
 
     name = "axolotl"
 
@@ -83,12 +84,25 @@ class Axolotl:
             return Reason("train.precision", finding, "Set train.precision: fp32")
         return _can_train_whole(precision) if isinstance(job.method_spec, FullSpec) else None
 
+    def can_prepare(self, raw: RawRows) -> Reason | None:
+        """See `NativePort`."""
+        if reason := can_prepare_rows(raw, title="Axolotl", weighs_answers=True):
+            return reason
+        if raw.kind == "text" and raw.too_long == "truncate":
+            finding = "Axolotl makes several rows of a text above the limit, the job cuts it"
+            return Reason("data.too_long", finding, "Set data.too_long: drop, or compare by tokens")
+        return None
+
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
+        raw = handoff.raw
         arguments = _OWN | _train_arguments(handoff) | _lora_arguments(handoff)
+        if raw:
+            arguments |= _preprocessing(raw, arguments["datasets"][0]["path"])
         settings = {
             "handoff": handoff.to_json(),
             "arguments": arguments,
+            **({"train_field": _train_field(raw)} if raw else {}),
             "expected": expected_settings(handoff),
         }
         return Translation(
@@ -133,6 +147,61 @@ def _train_arguments(handoff: Handoff) -> dict[str, Any]:
         "dataloader_pin_memory": on_gpu,
         "logging_steps": handoff.total_steps + 1,
     }
+
+
+_LONG_ROWS = {"drop": "drop", "truncate": "truncate", "refuse": "raise"}
+
+
+def _preprocessing(raw: RawRows, path: str) -> dict[str, Any]:
+    """What says the same as the job to Axolotl's own preprocessing."""
+    chat = {}
+    if raw.kind == "chat":
+        chat = {
+            "chat_template": "jinja",
+            "chat_template_jinja": raw.template,
+            # It looks for what ends a turn behind the turn's text.
+            "eot_tokens": [raw.end_token or raw.stop_token],
+        }
+    return {
+        "skip_prepare_dataset": False,
+        "sequence_len": raw.max_tokens,
+        "excess_length_strategy": _LONG_ROWS[raw.too_long],
+        "min_sample_len": 2,
+        "train_on_inputs": False,
+        # In its own process: another one would be reached through a file whose name may be too long for a socket.
+        "dataset_num_proc": 0,
+        "dataset_exact_deduplication": False,
+        **chat,
+        "datasets": [{"path": path, "trust_remote_code": False, **_describe_rows(raw)}],
+    }
+
+
+def _describe_rows(raw: RawRows) -> dict[str, Any]:
+    if raw.kind == "text":
+        return {"type": "completion", "field": "text"}
+    if raw.kind == "completion":
+        # A format of its user's: the prompt alone, and nothing before or after it.
+        texts = {"field_instruction": "prompt", "field_output": "completion", "field_system": "system"}
+        plain = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
+        return {"type": {**texts, "field_input": "input", "system_prompt": "", **plain}}
+    return {
+        "type": "chat_template",
+        "chat_template": "jinja",
+        "chat_template_jinja": raw.template,
+        "field_messages": "messages",
+        "message_property_mappings": {"role": "role", "content": "content"},
+        "message_field_training": _train_field(raw),
+        "roles_to_train": ["assistant"],
+        "train_on_eos": "turn",
+        "train_on_eot": "turn",
+        "drop_system_message": False,
+        "split_thinking": False,
+    }
+
+
+def _train_field(raw: RawRows) -> str | None:
+    """The key of a message that says whether it is trained, where not all answers are."""
+    return "train" if raw.trains in ("last answer", "some answers") else None
 
 
 def _warmup(handoff: Handoff) -> dict[str, float | None]:

@@ -29,10 +29,14 @@ class RawRows:
     """Training rows as our data layer read them, for a framework's own preprocessing (`compare.track: native`).
 
     rows:     JSONL, a line for each of `Handoff.rows`: {"messages": [{"role", "content"}]}, {"prompt", "completion"} or
-              {"text"}, by `kind`.
+              {"text"}, by `kind`. A chat with an answer that is not trained also has {"train": [bool of each message]}.
     trains:   what the loss is over: "the answer", the only one of each row; "all answers"; "last answer" of several;
               "some answers", by weights; of a text "everything".
+    too_long: what the job does with rows above `max_tokens`. Those that it drops are not among `rows`.
+    bos:      what the tokenizer writes before plain text by itself; "" if nothing.
     template: the chat template's source, None for rows that are no chat.
+    end_token: what ends an answer in the template, where that is one token; else "".
+    system_turn: what the template writes for a system turn of `{{content}}` alone; None if it refuses.
     marks_answers: the template has `{% generation %}`.
     extras:   the first thing in the rows beside roles and texts, as in "tool calls"; "" if there is none.
     report:   where the worker writes {"row", "input_ids", "labels"} of each row that is left, one a line.
@@ -42,8 +46,12 @@ class RawRows:
     kind: Literal["chat", "completion", "text", "several kinds"]
     trains: Literal["the answer", "all answers", "last answer", "some answers", "everything"]
     max_tokens: int
+    too_long: Literal["drop", "truncate", "refuse"]
+    bos: str
     stop_token: str
     template: str | None
+    end_token: str
+    system_turn: str | None
     marks_answers: bool
     extras: str
     report: str

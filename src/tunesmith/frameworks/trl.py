@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.frameworks.handoff import Handoff, RawRows
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.preprocessing import can_prepare_rows
 from tunesmith.frameworks.trainer import (
     can_trainer,
     lora_settings,
@@ -16,6 +17,7 @@ from tunesmith.frameworks.trainer import (
 )
 from tunesmith.job.spec import Job
 
+_TEMPLATE = "template.jinja"
 # What TRL adds to transformers' arguments. Rows come tokenised and cut; nothing may pack, pad or mask them otherwise.
 SFT: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -48,14 +50,8 @@ class Trl:
 
     def can_prepare(self, raw: RawRows) -> Reason | None:
         """See `NativePort`."""
-        if raw.kind == "several kinds":
-            return Reason("data.train", "TRL wants all rows of one shape", "Compare one source at a time")
-        if raw.extras:
-            finding = f"the rows have {raw.extras}, which TRL's data sets fill up with empty fields"
-            return Reason("data.train", finding, "Take these rows out, or compare by tokens")
-        if raw.trains == "some answers":
-            finding = "TRL has no weight for a single answer"
-            return Reason("data.train", finding, "Leave weights of answers out, or compare by tokens")
+        if reason := can_prepare_rows(raw, title="TRL"):
+            return reason
         if raw.trains == "all answers" and not raw.marks_answers:
             finding = "TRL trains several answers of a row only where the chat template marks them ({% generation %})"
             return Reason("data.template", finding, "Give data.template a Jinja file that does")
@@ -68,7 +64,7 @@ class Trl:
             "handoff": handoff.to_json(),
             "sft": trainer_settings(handoff)
             | SFT
-            | (_preprocessing(raw, f"{handoff.scratch}/{_TEMPLATE}") if raw else {}),
+            | (preprocessing_settings(raw, handoff, splits_answer=splits_answer(raw)) if raw else {}),
             **({"splits_answer": splits_answer(raw)} if raw else {}),
             "lora": lora_settings(handoff),
             "quantization": quantization_settings(handoff),
@@ -80,24 +76,23 @@ class Trl:
         return Translation(files=files, argv=(str(WORKERS / "run_trl.py"), f"{handoff.scratch}/trl.json"))
 
 
-def _preprocessing(raw: RawRows, template: str) -> dict[str, Any]:
-    """What says the same as the job to TRL's own preprocessing. Where the template marks answers, TRL masks by that;
-    else the last answer is what TRL calls a completion."""
+def preprocessing_settings(raw: RawRows, handoff: Handoff, *, splits_answer: bool = False) -> dict[str, Any]:
+    """What says the same as the job to TRL's own preprocessing.
+
+    splits_answer: a chat is handed over as a prompt and its completion; else the answers of a chat are what is trained.
+    """
     return {
         "dataset_kwargs": None,
         "dataset_text_field": "text",
         "dataset_num_proc": None,
         "max_length": raw.max_tokens,
-        "completion_only_loss": splits_answer(raw) or raw.kind == "completion",
-        "assistant_only_loss": raw.kind == "chat" and not splits_answer(raw),
+        "completion_only_loss": splits_answer or raw.kind == "completion",
+        "assistant_only_loss": raw.kind == "chat" and not splits_answer,
         "eos_token": raw.stop_token or None,
-        "chat_template_path": None if raw.template is None else template,
+        "chat_template_path": None if raw.template is None else f"{handoff.scratch}/{_TEMPLATE}",
     }
 
 
 def splits_answer(raw: RawRows) -> bool:
-    """Whether a chat is handed over as a prompt and its completion, because nothing marks what is trained in it."""
+    """Whether nothing marks what is trained in a chat: then the last answer is what TRL calls a completion."""
     return raw.kind == "chat" and (raw.trains == "last answer" or not raw.marks_answers)
-
-
-_TEMPLATE = "template.jinja"

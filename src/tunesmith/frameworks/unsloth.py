@@ -1,12 +1,13 @@
-"""Unsloth: its model and adapters under TRL's `SFTTrainer`, which it rewrites, on rows that are already tokenised."""
+"""Unsloth: its model and adapters under TRL's `SFTTrainer`, which it rewrites, on rows that are tokenised, or raw."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from tunesmith.frameworks.handoff import Handoff
+from tunesmith.frameworks.handoff import Handoff, RawRows
 from tunesmith.frameworks.port import WORKERS, Reason, Translation
+from tunesmith.frameworks.preprocessing import can_prepare_rows
 from tunesmith.frameworks.trainer import (
     can_trainer,
     expected_settings,
@@ -14,12 +15,15 @@ from tunesmith.frameworks.trainer import (
     trainer_settings,
     weights_dtype,
 )
-from tunesmith.frameworks.trl import SFT
+from tunesmith.frameworks.trl import SFT, preprocessing_settings
 from tunesmith.job.spec import Job, LoraSpec
+
+# Its users render chats to texts, by the template that they give the tokenizer; then `train_on_responses_only` masks.
+_SAYS_ITSELF: dict[str, Any] = {"chat_template_path": None, "assistant_only_loss": False}
 
 
 class Unsloth:
-    """See `Port`."""
+    """See `NativePort`."""
 
     name = "unsloth"
 
@@ -40,10 +44,17 @@ class Unsloth:
             return Reason("train.precision", finding, "Set train.precision: bf16")
         return None
 
+    def can_prepare(self, raw: RawRows) -> Reason | None:
+        """See `NativePort`."""
+        return can_prepare_rows(raw, title="Unsloth")
+
     def translate(self, handoff: Handoff) -> Translation:
         """See `Port`."""
+        raw = handoff.raw
         # TRL's chunked loss would stand in the way of Unsloth's own.
         arguments = trainer_settings(handoff) | SFT | {"loss_type": "nll"}
+        if raw:
+            arguments |= preprocessing_settings(raw, handoff) | _SAYS_ITSELF
         settings = {
             "handoff": handoff.to_json(),
             "model": {
@@ -63,6 +74,7 @@ class Unsloth:
             },
             "lora": _lora_arguments(handoff),
             "sft": arguments,
+            **(_masking(raw) if raw else {}),
             "expected": expected_settings(handoff),
         }
         return Translation(
@@ -76,6 +88,20 @@ class Unsloth:
                 "UNSLOTH_CPU_FROZEN_BF16": "0",
             },
         )
+
+
+def _masking(raw: RawRows) -> dict[str, Any]:
+    """The chat template, and arguments for `train_on_responses_only`; None for rows that are no chat."""
+    masking = {
+        # None: read off the template.
+        "instruction_part": None,
+        "response_part": None,
+        "force_match": True,
+        "num_proc": 1,
+        "last_response_only": raw.trains == "last answer",
+        "mask_out_tokens": None,
+    }
+    return {"chat_template": raw.template, "masking": masking if raw.kind == "chat" else None}
 
 
 def _lora_arguments(handoff: Handoff) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from capture import IGNORED, Capture, saved_name
 from frozen import check_base, count_values, keep_layout
-from raw_rows import keep_order, write_made
+from raw_rows import drop_numbers, keep_order, write_made
 from safetensors.torch import load_file
 from validation import measure_loss
 from worker import Failure, Run, peak_resident_bytes, write_json
@@ -113,6 +113,7 @@ class _Watcher(transformers.TrainerCallback):
             if self.capture:
                 write_made(trainer, raw["report"])
             self.order = keep_order(trainer, self.order, batch_rows=handoff["batch_rows"])
+            drop_numbers(trainer)
         rows = sum(map(len, self.order[0]))
         if len(trainer.train_dataset) != rows:
             raise Failure(f"trains on {len(trainer.train_dataset)} rows, and was handed {rows}")

@@ -19,8 +19,11 @@ def work(run: Run) -> None:
         run, framework="llamafactory", versions=hf.read_versions("llamafactory", "trl", "peft", "datasets")
     )
     run.enter("loading")
-    scripts.link_base(run, dtype=run.settings["weights"])
-    scripts.write_rows(run)
+    scripts.link_base(run, dtype=run.settings["weights"], chat_template=run.settings.get("chat_template"))
+    if run.handoff.get("raw"):
+        scripts.write_raw_file(run)
+    else:
+        scripts.write_rows(run)
     # It checks, reads and loads in one call.
     run.enter("building")
     scripts.run_until_trained(run, lambda: run_exp(run.settings["arguments"]))

@@ -30,7 +30,7 @@ def work(run: Run) -> None:
         }  # accelerate asks for a number
     model = transformers.AutoModelForCausalLM.from_pretrained(handoff["model"], **chosen)
     if raw := handoff.get("raw"):
-        rows = raw_rows.number_rows(hf.read_rows(raw["rows"]), splits_answer=settings["splits_answer"])
+        rows = raw_rows.number_rows(raw["rows"], splits_answer=settings["splits_answer"])
     else:
         rows = hf.read_rows(handoff["rows"])
     run.enter("building")

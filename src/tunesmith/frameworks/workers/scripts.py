@@ -10,9 +10,12 @@ import json
 import os
 from pathlib import Path
 
+import raw_rows
 import transformers
 from hf import read_rows
 from worker import Failure, Run
+
+TEMPLATE = "chat_template.jinja"
 
 
 class Trained(BaseException):
@@ -66,22 +69,40 @@ def check_settings(trainer, expected: dict) -> None:
 
 
 def write_rows(run: Run) -> None:
-    """The rows as a folder of `datasets`, in the scratch folder."""
+    """The rows as a folder of `datasets`, in the scratch folder: tokenised, or raw and numbered."""
     import datasets
 
+    folder = f"{run.handoff['scratch']}/rows"
+    if raw := run.handoff.get("raw"):
+        raw_rows.keep_numbers()
+        rows = raw_rows.number_rows(raw["rows"], train_field=run.settings["train_field"])
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+        return
     rows = read_rows(run.handoff["rows"])
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
-    datasets.Dataset.from_dict(columns).save_to_disk(f"{run.handoff['scratch']}/rows")
+    datasets.Dataset.from_dict(columns).save_to_disk(folder)
 
 
-def link_base(run: Run, *, dtype: str) -> None:
-    """The base in the scratch folder: links to its files, beside a config.json that names `dtype`."""
+def write_raw_file(run: Run) -> None:
+    """Raw rows, numbered, as the file that the settings name."""
+    raw_rows.keep_numbers()
+    rows = raw_rows.number_rows(run.handoff["raw"]["rows"])
+    path = Path(run.handoff["scratch"]) / run.settings["raw_file"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def link_base(run: Run, *, dtype: str, chat_template: str | None = None) -> None:
+    """The base in the scratch folder: links to its files, beside a config.json that names `dtype`, and a chat template
+    if one is given."""
     folder = Path(run.handoff["scratch"]) / "base"
     folder.mkdir()
+    ours = {"config.json"} | ({TEMPLATE} if chat_template is not None else set())
     for path in Path(run.handoff["model"]).iterdir():
-        if path.is_file() and path.name != "config.json":
+        if path.is_file() and path.name not in ours:
             os.symlink(path.resolve(), folder / path.name)
+    if chat_template is not None:
+        (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
     config = json.loads((Path(run.handoff["model"]) / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(
         json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}), encoding="utf-8"
