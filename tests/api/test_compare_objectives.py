@@ -14,7 +14,7 @@ import tunesmith
 from tunesmith import api
 from tunesmith.api.alignment import measure_kl, score_pairs
 from tunesmith.core.bundled import BUNDLED
-from tunesmith.core.errors import DataError
+from tunesmith.core.errors import DataError, JobError
 from tunesmith.core.events import Event
 from tunesmith.core.jsonl import read_json, read_jsonl
 from tunesmith.data.prepare import load_prepared
@@ -186,3 +186,26 @@ def test_a_judge_prefers_answers_of_an_arm_or_of_its_start(
     )
     tunesmith.compare(job, out=out)
     assert len(loopback.asked) == asked
+
+
+def test_a_reward_that_changed_is_trained_with_and_judged_by_again(finished: Path) -> None:
+    out = finished / "changed"
+    job = make_job(finished)
+    job["compare"]["arms"] = [job["compare"]["arms"][0], job["compare"]["arms"][2]]
+    tunesmith.compare(job, out=out)
+    (finished / "rewards.py").write_text(
+        "def opens(completions, **kwargs):\n    return [7.0 for _ in completions]\n"
+    )
+    events: list[Event] = []
+    tunesmith.compare(job, out=out, on_event=events.append)
+    assert {event.task for event in events if event.kind == "step"} == {"grpo seed 0"}
+    arms = api.comparison_json(api.report(out), out)["arms"]
+    assert [arm["metrics"]["reward"]["value"] for arm in arms] == [7.0, 7.0]
+
+
+def test_an_arm_with_a_reward_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    job["compare"]["arms"][2]["objective"]["rewards"] = ["exact_mtach"]
+    with pytest.raises(JobError, match=r"compare\.arms, grpo: objective\.rewards\[0\] .*'exact_match'"):
+        tunesmith.compare(job, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

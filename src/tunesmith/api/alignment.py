@@ -56,7 +56,9 @@ def reward_answers(
     answers, log = read_answers(run), run.root / "rewards.log"
     asked = [number for number, answer in enumerate(answers) if answer.answer is not None]
     said = [_as_answer(answers[number], prompts[number], renderer) for number in asked]
-    with open_rewards(terms, prompts=prompts, renderer=renderer, log=log, device=device) as rewards:
+    with open_rewards(
+        terms, prompts=prompts, renderer=renderer, log=log, device=device, key="evaluate.rewards"
+    ) as rewards:
         found: dict[int, float] = dict(zip(asked, rewards(said).total, strict=True))
     return [found.get(number) for number in range(len(answers))]
 

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.api.arm_data import prepare_arms, prepare_preferences
-from tunesmith.api.fingerprints import fingerprint_data, fingerprint_model
+from tunesmith.api.fingerprints import (
+    fingerprint_data,
+    fingerprint_model,
+    fingerprint_objective,
+    fingerprint_rewards,
+)
 from tunesmith.api.foreign import describe_framework
 from tunesmith.api.gates import Gatekeeper
 from tunesmith.api.native import check_native
 from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
+from tunesmith.api.rewards import check_rewards
 from tunesmith.api.tasks import JudgeTask, Task, TrainTask
 from tunesmith.api.training import prepare, resolve_learning_rate
 from tunesmith.api.win_rates import judge_answers
@@ -67,6 +73,7 @@ def compare(
     job = job if isinstance(job, Job) else job_from(job)
     arms = plan_arms(job)
     check_comparison(job)
+    check_rewards(job.evaluate.reward_terms, key="evaluate.rewards")
     base = open_job(job, arms)
     with open_run(out, fresh=fresh, verb="compare") as run:
         prepared, _ = prepare(job, base, run, on_bad_row=on_bad_row, on_event=on_event)
@@ -314,6 +321,7 @@ class _Comparing:
             key=hash_json(
                 {
                     "job": identity,
+                    **fingerprint_objective(job, self.base.folder),
                     **self._shared_hashes(("train", "validation"), self._rows_of(arm)),
                     **({"framework": describe_framework(arm.framework)} if arm.is_foreign else {}),
                     **({"track": "native"} if native else {}),
@@ -346,6 +354,7 @@ class _Comparing:
         folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
         quantize = arm.quantize.model_dump(mode="json") if arm.quantize else None
         job = job_of_arm(self.job, arm, seed=seed).model_dump(mode="json", exclude={"compare"})
+        rewards = self.job.evaluate.reward_terms
         general = (
             str(self.job.evaluate.general or GENERAL_TEXT)
             if self.job.evaluate.forgetting and (trained or arm.quantize)
@@ -366,6 +375,7 @@ class _Comparing:
                     "files": self._hash_named_files(general),
                     **self._shared_hashes(("train", "validation", "test"), self.prepared),
                     **({"preferences": self.pairs.fingerprints} if self.pairs else {}),
+                    **({"rewards": fingerprint_rewards(rewards)} if rewards else {}),
                     **({"start": self._key_of_start(arm, seed, arms)} if arm.starts_from else {}),
                 }
             ),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.fingerprint import hash_bytes, hash_code, hash_file, hash_json, hash_text
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.stream import find_stream_sources
-from tunesmith.job.objective import DistillSpec
+from tunesmith.job.objective import DistillSpec, RewardTerm, RolloutSpec
 from tunesmith.job.spec import Job
 
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
@@ -17,17 +17,40 @@ MAX_HASHED_BYTES = 4 << 30
 
 
 def fingerprint_run(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, str]:
-    """Hashes of what a training rests on: data, base model, our code; of a distillation its teacher."""
-    found = {
+    """Hashes of what a training rests on: data, base model, our code, and what its objective names."""
+    return {
         **fingerprint_data(job, prepared),
         "model": fingerprint_model(Path(task.model_folder), task.revision),
         "code": hash_code(),
+        **fingerprint_objective(job, Path(task.model_folder)),
     }
+
+
+def fingerprint_objective(job: Job, model_folder: Path) -> dict[str, str]:
+    """Hashes of files that an objective names: of a distillation its teacher, of PPO and GRPO their rewards."""
     if isinstance(job.objective_spec, DistillSpec):
         from tunesmith.api.teacher import check_teacher, fingerprint_teacher
 
-        found["teacher"] = fingerprint_teacher(check_teacher(job, Path(task.model_folder)))
-    return found
+        return {"teacher": fingerprint_teacher(check_teacher(job, model_folder))}
+    if isinstance(job.objective_spec, RolloutSpec):
+        return {"rewards": fingerprint_rewards(job.objective_spec.terms)}
+    return {}
+
+
+def fingerprint_rewards(terms: Sequence[RewardTerm]) -> str:
+    """Hash of the files that rewards are: functions, schemas, reward models."""
+    parts: list[str] = []
+    for term in terms:
+        file = Path(term.source.rpartition(":")[0])
+        if file.suffix == ".py":
+            parts.append(hash_file(file))
+        elif term.schema_file is not None:
+            parts.append(hash_file(Path(term.schema_file)))
+        elif Path(term.source).is_dir():
+            parts.append(fingerprint_model(Path(term.source), None))
+        else:
+            parts.append(term.source)
+    return hash_text("\n".join(parts))
 
 
 def fingerprint_model(folder: Path, revision: str | None) -> str:

@@ -42,12 +42,7 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
     Raises ModelError, and SetupError for what this machine lacks.
     """
     base = open_base(job)
-    if isinstance(job.objective_spec, RolloutSpec):
-        check_rewards(job.objective_spec.terms)
-    if isinstance(job.objective_spec, DistillSpec):
-        from tunesmith.api.teacher import check_teacher  # which stands on what begins here
-
-        check_teacher(job, base.folder)
+    _check_objective(job, base)
     check_trackers(job.train.trackers)
     if job.train.precision == "fp16":
         from tunesmith.api.devices import pick_device, pick_dtype
@@ -57,15 +52,27 @@ def open_job(job: Job, arms: Sequence[PlannedArm] = ()) -> ResolvedModel:
         check_quantize(job.method_spec.qat_spec, base, place="method.qat")
     for arm in arms:
         place = f"compare.arms, {arm.name}"
-        if isinstance(arm.method, LoraSpec):
-            try:
+        try:
+            if isinstance(arm.method, LoraSpec):
                 check_lora(arm.method, load_config(base.folder))
-            except ModelError as e:
-                raise ModelError(f"{place}: {e.place}", e.finding, rule=e.rule, cure=e.cure) from None
+            if arm.trains:
+                _check_objective(job_of_arm(job, arm, seed=arm.seeds[0]), base)
+        except (JobError, ModelError) as e:
+            raise type(e)(f"{place}: {e.place}", e.finding, rule=e.rule, cure=e.cure) from None
         check_quantize(arm.quantize, base, place=place)
         if arm.is_foreign:
             check_framework(arm.framework, job_of_arm(job, arm, seed=arm.seeds[0]), place=place)
     return base
+
+
+def _check_objective(job: Job, base: ResolvedModel) -> None:
+    """Raise JobError or ModelError for rewards or a teacher that cannot be used."""
+    if isinstance(job.objective_spec, RolloutSpec):
+        check_rewards(job.objective_spec.terms)
+    if isinstance(job.objective_spec, DistillSpec):
+        from tunesmith.api.teacher import check_teacher  # which stands on what begins here
+
+        check_teacher(job, base.folder)
 
 
 def check_framework(name: str, job: Job, *, place: str) -> None:

@@ -70,9 +70,10 @@ class Rewards:
         return Scored(total, terms, missing)
 
 
-def check_rewards(terms: Sequence[RewardTerm]) -> None:
-    """Raise JobError or ModelError for what can be said without data: unknown names, missing settings and files."""
-    for place, term in zip(_name_places(terms), terms, strict=True):
+def check_rewards(terms: Sequence[RewardTerm], *, key: str = "objective.rewards") -> None:
+    """Raise JobError or ModelError for what can be said without data: unknown names, missing settings and files. key:
+    where the job names them."""
+    for place, term in zip(_name_places(terms, key), terms, strict=True):
         check_settings(term, place)
         if term.source == "regex":
             check_pattern(cast("str", term.pattern), place)
@@ -96,21 +97,22 @@ def open_rewards(
     log: Path,
     device: Any = "cpu",
     dtype: Any = None,
+    key: str = "objective.rewards",
 ) -> Generator[Rewards]:
     """The rewards of a job while the block runs; functions are imported and reward models loaded at once.
 
     prompts: all that will be answered; functions are given their columns.
     renderer: of the model that is trained. log: gets what functions print.
-    device, dtype: of reward models (default: float32).
+    device, dtype: of reward models (default: float32). key: where the job names the rewards.
     Raises JobError or ModelError, in one line, for what can be told before the first answer.
     """
-    check_rewards(terms)
+    check_rewards(terms, key=key)
     process = RewardProcess(log)
     columns = list(
         dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in _ARGUMENTS)
     )
     try:
-        places = _name_places(terms)
+        places = _name_places(terms, key)
         opened = [
             _open_term(
                 term,
@@ -236,8 +238,8 @@ def _shorten(source: str) -> str:
     return Path(source).name or source
 
 
-def _name_places(terms: Sequence[RewardTerm]) -> list[str]:
-    return [f"objective.rewards[{number}] ({_shorten(term.source)})" for number, term in enumerate(terms)]
+def _name_places(terms: Sequence[RewardTerm], key: str) -> list[str]:
+    return [f"{key}[{number}] ({_shorten(term.source)})" for number, term in enumerate(terms)]
 
 
 def _name_terms(terms: Sequence[RewardTerm]) -> list[str]:
