@@ -240,9 +240,16 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def write_adapter(
-    folder: Path, config: dict[str, Any], *, rank: int, alpha: int, seed: int, device: str
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    rank: int,
+    alpha: int,
+    seed: int,
+    device: str,
+    deviation_b: float = 1e-3,
 ) -> None:
-    """A LoRA adapter on all linear layers, in PEFT's format. B is not zero, so that A has a gradient, too."""
+    """A LoRA adapter on all linear layers, in PEFT's format. B is not zero by default, so that A has a gradient, too."""
     from safetensors.torch import save_file
 
     if (folder / "adapter_config.json").is_file():
@@ -256,7 +263,7 @@ def write_adapter(
         outputs, inputs = shape
         drawn = {
             "lora_A": _draw(module + "A", (rank, inputs), seed=seed, device=device, std=inputs**-0.5),
-            "lora_B": _draw(module + "B", (outputs, rank), seed=seed, device=device, std=1e-3),
+            "lora_B": _draw(module + "B", (outputs, rank), seed=seed, device=device, std=deviation_b),
         }
         for part, tensor in drawn.items():
             tensors[f"base_model.model.{module}.{part}.weight"] = tensor.cpu()
