@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 def write_ticket_pairs(tickets: Path, path: Path, *, count: int) -> None:
     """Pairs of a right and a wrong record of a ticket: two values of the wrong one are another ticket's."""
-    rows = read_rows(tickets / "train.jsonl")[: count + 1]
+    rows: list[Any] = read_rows(tickets / "train.jsonl")[: count + 1]
     with path.open("w", encoding="utf-8") as file:
-        for row, other in zip(rows, rows[1:], strict=False):
-            *prompt, answer = row["messages"]  # type: ignore[index]
-            chosen, strange = answer["content"], json.loads(other["messages"][-1]["content"])  # type: ignore[index]
+        for row, other in pairwise(rows):
+            *prompt, answer = row["messages"]
+            chosen, strange = answer["content"], json.loads(other["messages"][-1]["content"])
             wrong = json.loads(chosen)
             changed = [key for key in wrong if key in strange and strange[key] != wrong[key]][-2:]
             wrong |= {key: strange[key] for key in changed} if changed else {"order": "unknown"}

@@ -22,6 +22,7 @@ import torch
 import transformers
 import trl
 from safetensors.torch import load_file
+
 from trl_worker import Stopwatch, describe_run
 
 

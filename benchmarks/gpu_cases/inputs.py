@@ -249,7 +249,7 @@ def write_adapter(
     device: str,
     deviation_b: float = 1e-3,
 ) -> None:
-    """A LoRA adapter on all linear layers, in PEFT's format. B is not zero by default, so that A has a gradient, too."""
+    """A LoRA adapter on all linear layers, in PEFT's format. Unless B is zero, A has a gradient, too."""
     from safetensors.torch import save_file
 
     if (folder / "adapter_config.json").is_file():

@@ -222,8 +222,8 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
                 **{k: v for k, v in fingerprints.items() if k != "code"},
             },
             planner=planner,
-            # A recorded batch has places for tokens, none for numbers of rows.
-            record_graphs=kind_of_rows(job.objective) == "answers" and records_graphs(model, device),
+            # Sampled answers are of all lengths, and to sample them needs the memory that graphs would hold.
+            record_graphs=kind_of_rows(job.objective) != "prompts" and records_graphs(model, device),
         )
     trained = time.perf_counter()
     if job.data.streaming and (skipped := rejects.write()):

@@ -54,6 +54,7 @@ def ppo_objective(spec: PpoSpec, *, terms: Sequence[str] = ()) -> Objective:
         losses_K, found = _weigh(logps_K, batch, spec, terms)
         values_K, numbers = expect(model, hidden_KD, batch), batch.numbers
         value_K = clipped_value_loss(values_K, numbers[OLD_VALUE], numbers[RETURN], clip=spec.value_clip)
+        value_K = value_K * (batch.targets_K >= 0)
         kl_K = (logps_K - numbers[TOKEN_REFERENCE]).detach()
         means_N = sum_rows(value_K.detach(), batch) / count_row_targets(batch)
         found |= {"kl": kl_K.sum(), "value_loss": means_N.sum()}

@@ -6,9 +6,9 @@ shape of a step has run twice, the next step records them, and from then on they
 same order. Rows of all lengths give micro-batches of many shapes; where kernels take any lengths, a shape is not much
 more than a number of tokens, and comes back, too.
 
-What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
-gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
-Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives the pool
+What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, sums of losses and
+measures, gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else
+may use. Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives the pool
 back, and only steps of few shapes are recorded.
 """
 
@@ -38,7 +38,7 @@ RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
 class FixedBatch(Protocol):
     """A batch whose kernels follow from `signature` alone (see `layout.Batch`)."""
 
-    def signature(self, *, any_lengths: bool) -> Hashable: ...
+    def signature(self, *, any_lengths: bool, by_rows: bool) -> Hashable: ...
     def fixed(self, *, any_lengths: bool) -> Any: ...
     def copy_(self, batch: Any) -> None: ...
 
@@ -54,7 +54,7 @@ class GraphRunner:
     hold_gradients: makes gradients stay where they are; False if they can't.
     refresh: brings what is computed with up to date with the weights, at the start of a step; False if nothing is.
     num_sums:    what a pass adds up: its loss, and measures.
-    any_lengths: as `layout.Batch.signature` takes it.
+    any_lengths, by_rows: as `layout.Batch.signature` takes them.
     has_room: memory suffices for graphs beside ordinary passes. Whoever runs out of it says so.
     failure: why nothing is recorded any more; empty while it is.
     """
@@ -68,9 +68,10 @@ class GraphRunner:
         device: torch.device,
         num_sums: int = 1,
         any_lengths: bool = False,
+        by_rows: bool = False,
         has_room: bool = False,
     ) -> None:
-        self._any_lengths, self.has_room = any_lengths, has_room
+        self._any_lengths, self._by_rows, self.has_room = any_lengths, by_rows, has_room
         self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
         self._factor = torch.ones((), device=device)
         self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
@@ -102,7 +103,7 @@ class GraphRunner:
     def run(self, batch: FixedBatch, factor: float) -> None:
         """Gradients of a micro-batch's loss times `factor`, and what is summed up to the step's sums."""
         self._factor.fill_(factor)
-        key = batch.signature(any_lengths=self._any_lengths)
+        key = batch.signature(any_lengths=self._any_lengths, by_rows=self._by_rows)
         if key not in self._passes and len(self._passes) > (_MOST_COUNTED if self.has_room else _MOST_SHAPES):
             self._passes.clear()
         self._shapes.add(key)
