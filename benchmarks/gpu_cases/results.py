@@ -199,7 +199,7 @@ def _speed_table(cases: Mapping[str, Record]) -> list[str]:
             continue
         ratio = record["ratio"]
         lines.append(
-            f"{head}| {_rate(record['ours'])} | {_rate(record['peer'])} "
+            f"{head}| {_rate(record['ours'], case.unit)} | {_rate(record['peer'], case.unit)} "
             f"| {_tell(ratio['of_medians'], case.bar)} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}) | {aim} "
             f"| {_reached(verdict)} | {_memory(record['ours'])} | {_memory(record['peer'])} |"
         )
@@ -233,8 +233,11 @@ def _name_peer(case: Case, record: Record | None) -> str:
     return f"{case.peer.label} ({setting})" if several else case.peer.label
 
 
-def _rate(side: Mapping[str, Any]) -> str:
+def _rate(side: Mapping[str, Any], unit: str) -> str:
+    """Median and range; of what is not tokens, its name."""
     low, high = side["tokens_per_second_range"]
+    if unit != "tokens":
+        return f"{side['tokens_per_second']:,.1f} ({low:,.1f} to {high:,.1f}) {unit}"
     return f"{side['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
@@ -278,8 +281,8 @@ def _origins(cases: Mapping[str, Record]) -> list[str]:
                 versions.setdefault(package, set()).add(version)
         parity = record["parity"]
         distances = (
-            "skipped"
-            if parity == "skipped"
+            parity
+            if isinstance(parity, str)
             else " / ".join(f"{parity[who]['distance']['total']:.3g}" for who in ("ours", "peer"))
         )
         speed = CASES[name].measure == "speed"

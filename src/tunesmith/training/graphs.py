@@ -8,8 +8,8 @@ more than a number of tokens, and comes back, too.
 
 What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, sums of losses and
 measures, gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else
-may use. Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives the pool
-back, and only steps of few shapes are recorded.
+may use. Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives
+the pool back, and only steps of few shapes are recorded.
 """
 
 from __future__ import annotations
