@@ -81,17 +81,23 @@ class Sampler:
         """Answers to prompts, those to one prompt together, and their tokens with the one that stopped each. What is
         drawn follows from seed, `name` and the prompt's number."""
         from tunesmith.infer.generate import generate
+        from tunesmith.infer.together import sample_together
+        from tunesmith.models.decoder import Decoder
 
         wanted = [(number, sample) for number in numbers for sample in range(samples)]
-        found = generate(
-            self.model,
-            [self.prompts[number].ids for number, _ in wanted],
-            max_new_tokens=self.spec.max_new_tokens,
-            stop_ids=self.renderer.stop_ids,
-            sampling=SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
-            keys=[f"{name}/{number}/{sample}" for number, sample in wanted],
-            on_progress=self.on_progress,
-        )
+        asked = [self.prompts[number].ids for number, _ in wanted]
+        model, most = self.model, self.spec.max_new_tokens
+        rest: Any = {
+            "stop_ids": self.renderer.stop_ids,
+            "sampling": SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
+            "keys": [f"{name}/{number}/{sample}" for number, sample in wanted],
+            "on_progress": self.on_progress,
+        }
+        # Of what is judged nothing may depend on the batch; of what is drawn its last bits may.
+        if isinstance(model, Decoder) and model.device.type == "cuda" and not greedy:
+            found = sample_together(model, asked, max_new_tokens=most, **rest)
+        else:
+            found = generate(model, asked, max_new_tokens=most, **rest)
         sampled = [one.ids if one.stop_id is None else [*one.ids, one.stop_id] for one in found]
         answers = [
             Answer(

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from tunesmith.models.recording import leave_recording, name_cause, record
 
 # The first pass of a shape compiles, the second finds every buffer made.
 _PASSES_BEFORE = 2
@@ -150,36 +151,12 @@ class GraphRunner:
             return self._graphs[key]
         except RuntimeError as error:
             # Nothing was computed. Step by step it may well fit, or run.
-            self.failure = _name_cause(error)
+            self.failure = name_cause(error)
         finally:
-            _leave_recording(stream, self._pool)
+            leave_recording(stream, self._pool)
         # Only now, when no traceback holds them any more, can the pass's tensors go.
         self.release()
         return None
 
     def _capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
-        return graph
-
-
-def _name_cause(error: BaseException) -> str:
-    """What broke a recording off, which comes before what ending it then raised."""
-    cause = error.__context__ or error
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
-
-
-def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
-    """What torch leaves undone when it can't end a recording that broke off: its stream is still the current one, on
-    which nothing waits for the batches that are copied, its pool still counts as in use, and its random generator
-    still takes itself for recorded, and refuses to draw."""
-    if torch.cuda.current_stream() == stream:
-        return
-    torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[stream.device_index]
-    generator.graphsafe_set_state(generator.clone_state())
-    with suppress(RuntimeError):  # where the recording ended, and only its graph could not be made
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        torch._C._cuda_releasePool(stream.device_index, pool)
+        return record(function, self._pool)
