@@ -24,6 +24,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -192,7 +193,7 @@ def compare(bench: Bench, *, rounds: int, candidate_steps: int) -> dict[str, Any
     say("TRL's best settings on this machine:")
     shortened = min(bench.steps, candidate_steps)
     best, tried = find_best_settings(
-        lambda name: train_trl(bench, name, **CANDIDATES[name], steps=shortened), list(CANDIDATES)
+        lambda name: train_trl(bench, name, **CANDIDATES[name], steps=shortened), bench.candidates
     )
     runs: list[Measured] = []
     for number in range(1, rounds + 1):
@@ -229,7 +230,14 @@ def compare(bench: Bench, *, rounds: int, candidate_steps: int) -> dict[str, Any
 
 
 def make_bench(
-    folder: Path, *, steps: int, batch_rows: int, precision: str, threads: int, seed: int
+    folder: Path,
+    *,
+    steps: int,
+    batch_rows: int,
+    precision: str,
+    threads: int,
+    seed: int,
+    candidates: Sequence[str] = tuple(CANDIDATES),
 ) -> Bench:
     """The bundled model, and as many pairs as the steps of one epoch take."""
     tickets, pairs = copy_bundled("tunesmith/tickets", folder), folder / "pairs.jsonl"
@@ -245,6 +253,7 @@ def make_bench(
         seed=seed,
         threads=threads,
         precision=precision,
+        candidates=tuple(candidates),
         learning_rate=LEARNING_RATE,
         job={"objective": "dpo", "data": {"train": str(pairs), "split": split}},
     )
@@ -258,6 +267,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each side; 0 leaves it to torch")
     parser.add_argument("--precision", default="auto", help="ours: auto, bf16 or fp32")
     parser.add_argument("--candidate-steps", type=int, default=20, help="steps of each of TRL's settings")
+    parser.add_argument(
+        "--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME",
+        help="TRL's settings tried, default all: " + "; ".join(CANDIDATES),
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DPO_RESULT)
     given = parser.parse_args()
@@ -271,6 +284,7 @@ def main() -> None:
             precision=given.precision,
             threads=given.threads,
             seed=given.seed,
+            candidates=given.candidates,
         )
         record = compare(bench, rounds=given.rounds, candidate_steps=given.candidate_steps)
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function does on a GPU, recorded once and replayed, and how to get out of a recording that failed."""
+"""CUDA graphs: what a function does on a GPU, recorded once and replayed; and a way out of a recording that failed."""
 
 from __future__ import annotations
 
