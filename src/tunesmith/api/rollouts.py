@@ -35,6 +35,7 @@ class Sampler:
 
     judge:       answers -> what each is worth.
     make_batch:  (rows, device) -> batch, as training makes it.
+    trained_once: a rollout is one step's answers, trained on once: by the weights that sampled them.
     frozen:      the reference; None where the objective asks for none.
     on_progress: called with (answers sampled, answers in all).
     """
@@ -48,6 +49,7 @@ class Sampler:
     frozen: FrozenStart | None
     seed: int
     budget_tokens: int
+    trained_once: bool = False
     on_progress: Callable[[int, int], None] = lambda done, total: None
 
     def collect(self, numbers: Sequence[int], epoch: int) -> list[TokenRow]:
@@ -66,7 +68,7 @@ class Sampler:
         return [
             replace(row, numbers={**facts, **more, **{name: worth[name][place] for name in worth}})
             for place, (row, facts, more) in enumerate(
-                zip(rows, known, weigh(scored.total, known), strict=True)
+                zip(rows, known, weigh(scored.total, rows, known), strict=True)
             )
         ]
 
@@ -119,6 +121,8 @@ class Sampler:
         from tunesmith.methods.policy_objectives import OLD, OLD_VALUE, TOKEN_REFERENCE, expect
 
         temperature = self.spec.temperature
+        if self.trained_once and self.frozen is None and isinstance(self.spec, GrpoSpec):
+            return [{} for _ in rows]  # the loss knows the only thing that is asked for
 
         def now(batch: Any) -> Mapping[str, Tensor]:
             hidden_KD = source_states(self.model, batch)
@@ -167,10 +171,10 @@ class Sampler:
     # --- what tokens weigh --------------------------------------------------------------------------------------------
 
     def _compare(
-        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+        self, rewards: Sequence[float], rows: Sequence[TokenRow], _known: Sequence[Mapping[str, list[float]]]
     ) -> list[dict[str, list[float]]]:
         from tunesmith.methods.policy import compare_in_group
-        from tunesmith.methods.policy_objectives import ADVANTAGE, OLD
+        from tunesmith.methods.policy_objectives import ADVANTAGE
 
         assert isinstance(self.spec, GrpoSpec)
         size = self.spec.samples
@@ -178,10 +182,10 @@ class Sampler:
         for start in range(0, len(rewards), size):
             group = rewards[start : start + size]
             found += compare_in_group(group, by_deviation=self.spec.scale == "group").tolist()
-        return [{ADVANTAGE: [one] * len(facts[OLD])} for one, facts in zip(found, known, strict=True)]
+        return [{ADVANTAGE: [one] * row.num_targets} for one, row in zip(found, rows, strict=True)]
 
     def _estimate(
-        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+        self, rewards: Sequence[float], _rows: Sequence[TokenRow], known: Sequence[Mapping[str, list[float]]]
     ) -> list[dict[str, list[float]]]:
         from tunesmith.methods.policy import estimate_advantages, whiten
         from tunesmith.methods.policy_objectives import ADVANTAGE, OLD_VALUE, RETURN

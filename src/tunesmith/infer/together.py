@@ -1,10 +1,10 @@
 """Continue prompts side by side until the last one is done: what a GPU samples rollouts with.
 
 `generate` moves sequences to where their length belongs, so that a result never depends on the batch; for every token
-the host decides anew what is computed, and a GPU waits for it. Here all sequences of a batch lie in one block as long as
-the longest may get, tokens are chosen and kept on the device, and every step is the same kernels over the same memory: a
-GPU records it once and replays it. Prompts that are alike are read once. Answers that are done are computed on with the
-others.
+the host decides anew what is computed, and a GPU waits for it. Here all sequences of a batch lie in one block as long
+as the longest may get, tokens are chosen and kept on the device, and every step is the same kernels over the same
+memory: a GPU records it once and replays it. Prompts that are alike are read once. Answers that are done are computed
+on with the others.
 
 Results follow from the same draws as `generate`'s; their last bits depend on what else is in the batch.
 

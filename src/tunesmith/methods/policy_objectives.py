@@ -1,7 +1,7 @@
 """PPO and GRPO as objectives: what a batch of sampled answers costs.
 
-Rows are prompts with a sampled answer. What sampling knew of them travels as their numbers, one for each token of the
 Rows are prompts with a sampled answer. What sampling knew of them travels as their numbers, one for each token of an
+answer, and its reward.
 
 K: sampled tokens of a batch  N: answers
 """
@@ -80,7 +80,9 @@ def _weigh(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy losses of tokens, and what is worth logging."""
     numbers: Mapping[str, Tensor] = batch.numbers
-    given = (logps_K, numbers[OLD].to(logps_K.dtype), numbers[ADVANTAGE])
+    # Of answers that the weights as they are have sampled, what they say is what they said.
+    old_K = numbers[OLD].to(logps_K.dtype) if OLD in numbers else logps_K.detach()
+    given = (logps_K, old_K, numbers[ADVANTAGE])
     counts_N = count_row_targets(batch)
     clipped_N = sum_rows(
         count_clipped(*(t.detach() for t in given), clip=spec.clip, clip_high=clip_high), batch
