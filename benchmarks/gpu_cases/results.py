@@ -20,7 +20,9 @@ are held to eager transformers and PEFT in fp32 on a shortened model of the same
 are interleaved (A, B, A, B); a speed is the median over rounds, with the lowest and highest round in brackets, and
 warm-up is left out. Unless a row says otherwise: Llama-3.1-8B shape, LoRA of rank 16 on all linear layers, rows of
 2,048 tokens, 16,384 tokens in an optimizer step, bf16 on both sides. Peak is `max_memory_allocated` while training,
-with the reserved memory beside it. Tokens are never padding.
+with the reserved memory beside it. Tokens are never padding. Of DPO the reference's pass comes before the steps that
+are timed, on both sides (where TRL asks it in every step, its setting says so); of GRPO a step is a whole rollout,
+sampled, judged and trained on, speeds count answers, and no gradients are compared.
 """
 
 AGAIN = """## Measuring again
@@ -32,6 +34,7 @@ python benchmarks/slim_wheels.py --out .whl                                     
 python benchmarks/gpu.py --list
 python benchmarks/gpu.py --case lora-bf16 --case lora-fp8 --wheels .whl
 python benchmarks/gpu.py --tune full-8b --case full-8b --wheels .whl                 # TRL's fastest settings first
+python benchmarks/gpu.py --tune dpo-1.5b --tune grpo-1.5b --case dpo-1.5b --case grpo-1.5b --wheels .whl --minutes 25
 python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer LLAMA3 --rows ROWS      # for the real lengths
 python benchmarks/gpu.py --case real-lengths --rows ROWS --wheels .whl
 python benchmarks/gpu.py --table                                                     # this page
@@ -145,7 +148,7 @@ def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), *, more: S
 
 
 def read_cpu_results(folder: Path) -> list[Record]:
-    """The records of cpu_vs_trl.py, the bundled model first."""
+    """The records of cpu_vs_trl.py and cpu_dpo_vs_trl.py, the bundled model first."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu_vs_trl*.json"))]
 
 
@@ -156,7 +159,8 @@ def _cpu_table(cpu: Sequence[Mapping[str, Any]]) -> list[str]:
         "## On a CPU",
         "",
         "LoRA against TRL and PEFT, same token ids and labels, interleaved. Times: TRL's CPU seconds of training over",
-        "ours, of the medians, with the lowest and highest round in brackets. Made by `benchmarks/cpu_vs_trl.py`.",
+        "ours, of the medians, with the lowest and highest round in brackets. DPO's seconds hold the reference's pass",
+        "on both sides. Made by `benchmarks/cpu_vs_trl.py` and `cpu_dpo_vs_trl.py`.",
         "",
         "| what | ours, tokens per CPU second | TRL's defaults, times | its best settings, times | best settings "
         "| rows x steps x rounds | CPU, threads | commit |",
