@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -93,6 +93,9 @@ class Bench:
     candidate_steps: int = 20
     candidates: tuple[str, ...] = tuple(CANDIDATES)
     lora: dict[str, int] | None = field(default_factory=lambda: dict(LORA))
+    learning_rate: float = LEARNING_RATE
+    # Keys of our job beyond those that all benchmarks share.
+    job: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def rows_file(self) -> Path:
@@ -138,10 +141,11 @@ def describe_job(bench: Bench) -> dict[str, Any]:
         "model": str(bench.model),
         "data": {"train": str(bench.data)},
         "method": {"name": "lora", **bench.lora} if bench.lora else "full",
+        **bench.job,
         "train": {
             "steps": bench.steps,
             "batch_rows": bench.batch_rows,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": bench.learning_rate,
             "schedule": "linear",
             "warmup": 0.0,
             "seed": bench.seed,
@@ -163,30 +167,40 @@ def train_trl(
         "steps": steps or bench.steps,
         "batch_rows": bench.batch_rows,
         "lora": bench.lora,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": bench.learning_rate,
         "seed": bench.seed,
         "sft": sft,
         "weights": weights,
     }
-    task_file, result_file = bench.folder / "task.json", bench.folder / "result.json"
-    task_file.write_text(json.dumps(task), encoding="utf-8")
-    worker = str(CHECKOUT / "benchmarks" / "trl_worker.py")
-    wall, cpu = run_timed([str(TRL_PYTHON), worker, str(task_file), str(result_file)], bench)
-    result = json.loads(result_file.read_text(encoding="utf-8"))
     rows = read_rows(bench.rows_file)[: task["steps"] * bench.batch_rows]
-    return Measured(
-        who=who,
-        wall_seconds=result["wall_seconds"],
-        cpu_seconds=result["cpu_seconds"],
-        command_wall_seconds=wall,
-        command_cpu_seconds=cpu,
-        peak_bytes=result["peak_bytes"],
+    return run_trl(
+        bench,
+        who,
+        task,
+        worker="trl_worker.py",
         num_tokens=sum(len(row["input_ids"]) for row in rows),
         num_target_tokens=sum(label != -100 for row in rows for label in row["labels"]),
-        trained_parameters=result["trained_parameters"],
-        losses=result["losses"],
-        grad_norms=result["grad_norms"],
+    )
+
+
+def run_trl(
+    bench: Bench, who: str, task: dict[str, Any], *, worker: str, num_tokens: int, num_target_tokens: int
+) -> Measured:
+    """A task in TRL's environment, by one of the workers beside this file."""
+    task_file, result_file = bench.folder / "task.json", bench.folder / "result.json"
+    task_file.write_text(json.dumps(task), encoding="utf-8")
+    path = str(CHECKOUT / "benchmarks" / worker)
+    wall, cpu = run_timed([str(TRL_PYTHON), path, str(task_file), str(result_file)], bench)
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    taken = ("wall_seconds", "cpu_seconds", "peak_bytes", "trained_parameters", "losses", "grad_norms")
+    return Measured(
+        who=who,
+        command_wall_seconds=wall,
+        command_cpu_seconds=cpu,
+        num_tokens=num_tokens,
+        num_target_tokens=num_target_tokens,
         versions=result["versions"],
+        **{name: result[name] for name in taken},
     )
 
 
@@ -265,15 +279,15 @@ def read_rows(path: Path) -> list[dict[str, list[int]]]:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def find_best_settings(bench: Bench) -> tuple[str, list[dict[str, Any]]]:
+def find_best_settings(
+    run: Callable[[str], Measured], names: Sequence[str]
+) -> tuple[str, list[dict[str, Any]]]:
     """Try every candidate once and the three fastest again. Returns the fastest by CPU time, and all figures."""
     tried: list[Measured] = []
     for turn in (1, 2):
-        names = bench.candidates if turn == 1 else [one.who for one in sorted(tried, key=_cpu_seconds)[:3]]
-        for name in names:
-            measured = train_trl(
-                bench, name, **CANDIDATES[name], steps=min(bench.steps, bench.candidate_steps)
-            )
+        turns = names if turn == 1 else [one.who for one in sorted(tried, key=_cpu_seconds)[:3]]
+        for name in turns:
+            measured = run(name)
             tried.append(measured)
             say(
                 f"  candidate {turn}/2  {measured.cpu_seconds:6.2f} CPU s  {measured.wall_seconds:6.2f} s  {name}"
@@ -291,7 +305,10 @@ def compare(bench: Bench, *, rounds: int) -> dict[str, Any]:
     train_ours(bench, out=bench.folder / "warm-up")
     write_rows(bench.folder / "warm-up" / "prepared", bench)
     say("TRL's best settings on this machine:")
-    best, tried = find_best_settings(bench)
+    shortened = min(bench.steps, bench.candidate_steps)
+    best, tried = find_best_settings(
+        lambda name: train_trl(bench, name, **CANDIDATES[name], steps=shortened), bench.candidates
+    )
     runs: list[Measured] = []
     for number in range(1, rounds + 1):
         for who in (OURS, DEFAULTS, BEST):

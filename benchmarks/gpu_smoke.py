@@ -416,7 +416,7 @@ def list_paths(arguments: argparse.Namespace) -> dict[str, Callable[[], str]]:
         "job-qlora-fp8": lambda: check_job(folder, device, method={"name": "qlora", "compute": "fp8"}),
     }
     if arguments.peers:
-        for case in ("lora-bf16", "qlora-limit", "full-1.5b", "full-8b"):
+        for case in ("lora-bf16", "qlora-limit", "full-1.5b", "full-8b", "dpo-1.5b", "grpo-1.5b"):
             paths[f"peer-{case}"] = lambda case=case: check_peer(folder, arguments, case)
     return paths
 

@@ -88,6 +88,11 @@ def run_task(task: dict) -> dict:
             callbacks=[stopwatch],
         )
         trainer.train()
+    return describe_run(trainer.model, stopwatch)
+
+
+def describe_run(model: torch.nn.Module, stopwatch: Stopwatch) -> dict:
+    """What a worker answers."""
     return {
         "wall_seconds": stopwatch.wall_seconds,
         "cpu_seconds": stopwatch.cpu_seconds,
@@ -96,7 +101,7 @@ def run_task(task: dict) -> dict:
         "grad_norms": stopwatch.grad_norms,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {
             "torch": torch.__version__,
             "trl": trl.__version__,

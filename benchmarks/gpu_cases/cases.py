@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Who = Literal["ours", "unsloth", "trl"]
+Who = Literal["ours", "unsloth", "trl", "trl-dpo", "trl-grpo"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,17 @@ SHAPES = {
 @dataclass(frozen=True)
 class Rows:
     """Training rows. kind "full": random ids, every row `tokens` long, all but the first token trained; "real": the
-    rendered rows given with --rows, of their own lengths, answers trained."""
+    rendered rows given with --rows, of their own lengths, answers trained; "pairs": random ids, rows of `tokens` tokens
+    two by two, of which the first half is the same, a prompt, and the second the chosen and the rejected answer;
+    "prompts": random text of `tokens` tokens, to be answered."""
 
-    kind: Literal["full", "real"] = "full"
+    kind: Literal["full", "real", "pairs", "prompts"] = "full"
     tokens: int = 2048
+
+    @property
+    def per_example(self) -> int:
+        """Rows of what a step counts."""
+        return 2 if self.kind == "pairs" else 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Peer:
 
     unsloth: four_bit, checkpointing (False, True or "unsloth"), padding_free.
     trl:     `sft` (arguments of SFTConfig), `micro_rows` (rows of a forward pass), `weights` (dtype of the model).
+    trl-dpo, trl-grpo: the same with `config` (arguments of DPOConfig, GRPOConfig), and pairs or answers for rows.
     """
 
     who: Who
@@ -94,6 +102,8 @@ class Case:
     bar:       least ratio of our speed to the peer's; for measure "start", greatest ratio of our seconds. None: no bar.
     together:  all processes stay alive, and only the one that is measured holds more than its weights. Else they
                are started anew for every round.
+    objective: what is learned. With "grpo" a step is a rollout of `batch_rows` prompts with `SAMPLES` answers each of
+               `NEW_TOKENS` tokens, sampled, judged and trained on; speeds count answers, and no gradients are compared.
     steps, warm_up: steps of a round, and before the first one (of each process). Rows of many lengths need more: both
                sides compile for shapes they have not seen.
     """
@@ -112,9 +122,18 @@ class Case:
     limit_gib: float | None = None
     together: bool = True
     measure: Literal["speed", "start"] = "speed"
+    objective: Literal["sft", "dpo", "grpo"] = "sft"
     steps: int = 6
     warm_up: int = 4
 
+    @property
+    def unit(self) -> str:
+        """What speeds count."""
+        return "answers" if self.objective == "grpo" else "tokens"
+
+
+# Of each prompt that a model answers, and of each answer.
+SAMPLES, NEW_TOKENS = 8, 256
 
 FREE = Peer("unsloth", "Unsloth, no recompute", {"no recompute": {"checkpointing": False}})
 DEFAULT = Peer("unsloth", "Unsloth, its default", {"default": {"checkpointing": "unsloth"}})
@@ -169,6 +188,39 @@ TRL_FULL_MASTERS = Peer(
             "micro_rows": 8,
             "weights": "float32",
         },
+    },
+)
+
+_ONCE = {**_FUSED, "precompute_ref_log_probs": True}
+_IN_STEPS = {**_FUSED, "precompute_ref_log_probs": False}
+# `padding_free` is switched off in TRL's DPOTrainer (1.15, 1.16).
+TRL_DPO = Peer(
+    "trl-dpo",
+    "TRL, best settings",
+    {
+        "reference once, 8 pairs": {"config": _ONCE, "micro_rows": 8},
+        "reference once, 16 pairs": {"config": _ONCE, "micro_rows": 16},
+        "reference once, 4 pairs": {"config": _ONCE, "micro_rows": 4},
+        "reference once, 32 pairs": {"config": _ONCE, "micro_rows": 32},
+        "reference once, 16 pairs, Liger": {"config": {**_ONCE, "use_liger_kernel": True}, "micro_rows": 16},
+        "reference in every step, 16 pairs": {"config": _IN_STEPS, "micro_rows": 16},
+    },
+)
+TRL_GRPO = Peer(
+    "trl-grpo",
+    "TRL without vLLM, best settings",
+    {
+        "32 answers": {"config": _FUSED, "micro_rows": 32},
+        "64 answers": {"config": _FUSED, "micro_rows": 64},
+        "32 answers, static cache": {
+            "config": {**_FUSED, "cache_implementation": "static"},
+            "micro_rows": 32,
+        },
+        "32 answers, continuous batching": {
+            "config": {**_FUSED, "use_transformers_continuous_batching": True},
+            "micro_rows": 32,
+        },
+        "32 answers, Liger": {"config": {**_FUSED, "use_liger_kernel": True}, "micro_rows": 32},
     },
 )
 
@@ -276,6 +328,30 @@ CASES = {
         ),
         Case(
             "lora-1.5b", "LoRA, bf16, Qwen2.5-1.5B shape", "qwen-1.5b", FREE, 1.3, _BF16, steps=20, warm_up=8
+        ),
+        Case(
+            "dpo-1.5b",
+            "DPO, LoRA, bf16, Qwen2.5-1.5B shape (32 pairs a step, 256 + 256 tokens)",
+            "qwen-1.5b",
+            TRL_DPO,
+            1.5,
+            _BF16,
+            rows=Rows("pairs", 512),
+            batch_rows=32,
+            objective="dpo",
+        ),
+        Case(
+            "grpo-1.5b",
+            "GRPO, LoRA, bf16, Qwen2.5-1.5B shape (16 prompts of 200 tokens, 8 answers of 256)",
+            "qwen-1.5b",
+            TRL_GRPO,
+            1.5,
+            _BF16,
+            rows=Rows("prompts", 200),
+            batch_rows=16,
+            objective="grpo",
+            steps=3,
+            warm_up=3,
         ),
         Case(
             "first-step",

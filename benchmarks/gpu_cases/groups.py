@@ -81,7 +81,7 @@ def _share_side(one: Entry, other: Entry, options: Options) -> bool:
 
 def _decide_work(case: Case) -> list[Any]:
     """What both sides of a case do: equal for all cases of a group, which also have one reference."""
-    work = [case.shape, case.method, case.rows, case.batch_rows, case.steps, case.warm_up]
+    work = [case.objective, case.shape, case.method, case.rows, case.batch_rows, case.steps, case.warm_up]
     return [*work, case.together, case.measure, case.base == "nf4"]
 
 
@@ -134,7 +134,7 @@ class GroupRun:
         """Everything before the first step, of all sides at once."""
         with ThreadPoolExecutor(len(self.sides) + 1) as pool:
             reference = None
-            if not self.options.skip_parity:
+            if not self.options.skip_parity and self.case.objective != "grpo":
                 reference = pool.submit(make_reference, self.case, self.inputs, self.options)
 
             def prepare(side: Side) -> None:
@@ -224,6 +224,8 @@ class GroupRun:
         return record
 
     def _describe_parity(self, pair: Pair) -> Any:
+        if pair.entry.case.objective == "grpo":
+            return "answers are sampled"
         if self.options.skip_parity:
             return "skipped"
         return {role: side.parity for role, side in pair.sides.items() if side.parity}

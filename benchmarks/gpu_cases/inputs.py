@@ -36,8 +36,13 @@ NUM_SPECIAL = 3
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def write_random_rows(folder: Path, *, lengths: Sequence[int], vocab_size: int, seed: int) -> None:
-    """A folder of prepared rows, as our engine reads them: random ids, all but the first of a row trained."""
+def write_random_rows(
+    folder: Path, *, lengths: Sequence[int], vocab_size: int, seed: int, pairs: bool = False
+) -> None:
+    """A folder of prepared rows, as our engine reads them: random ids, all but the first of a row trained.
+
+    pairs: row 2p + 1 begins with the first half of row 2p, its prompt, and only what follows is trained.
+    """
     if (folder / "prepared.json").is_file():
         return
     from safetensors.numpy import save_file
@@ -47,6 +52,10 @@ def write_random_rows(folder: Path, *, lengths: Sequence[int], vocab_size: int, 
     ids_T = np.random.default_rng(seed).integers(NUM_SPECIAL, vocab_size, offsets[-1], dtype=np.int32)
     mask_T = np.ones(len(ids_T), dtype=np.uint8)
     mask_T[offsets[:-1]] = 0
+    for start, end in pairwise(offsets.tolist()[::2]) if pairs else ():
+        middle, half = (start + end) // 2, (end - start) // 4
+        ids_T[middle : middle + half] = ids_T[start : start + half]
+        mask_T[start : start + half] = mask_T[middle : middle + half] = 0
     save_file({"ids": ids_T, "mask": mask_T, "offsets": offsets}, str(folder / "train.safetensors"))
     row_ids = [
         hash_row(ids_T[start:end].tolist(), mask_T[start:end].tobytes())
@@ -59,7 +68,30 @@ def write_random_rows(folder: Path, *, lengths: Sequence[int], vocab_size: int, 
     ]
     (folder / "train.rows.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     index = {"schema": 1, "splits": ["train"], "fingerprints": {"train_sha256": hash_rows(row_ids)}}
+    index |= {"rows": "pairs"} if pairs else {}
     (folder / "prepared.json").write_text(json.dumps(index))
+
+
+def write_prompts(folder: Path, *, count: int, tokens: int, model: Path, seed: int) -> None:
+    """A folder of prepared prompts, as our engine reads them: random letters, of which the tokenizer in `model` makes a
+    token each. `prompts.json` in it holds their texts, for peers."""
+    if (folder / "prompts.json").is_file():
+        return
+    from tunesmith.data.prepare import prepare_data
+    from tunesmith.data.tokenizer import load_tokenizer
+    from tunesmith.job.load import job_from
+
+    letters = np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyz "), (count, tokens))
+    texts = ["".join(row) for row in letters]
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    split = {"validation": 0.0, "test": 0.0}
+    job = job_from({"model": str(model), "data": {"train": str(source), "split": split}})
+    prepare_data(job, tokenizer=load_tokenizer(model), folder=folder, rows="prompts")
+    if len(StoredRows(folder)) != count:
+        raise ValueError(f"{count} prompts became {len(StoredRows(folder))}")
+    (folder / "prompts.json").write_text(json.dumps(texts))
 
 
 def render_rows(data: Path, tokenizer: Path, folder: Path, *, template: str, max_tokens: int) -> int:
@@ -240,9 +272,16 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def write_adapter(
-    folder: Path, config: dict[str, Any], *, rank: int, alpha: int, seed: int, device: str
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    rank: int,
+    alpha: int,
+    seed: int,
+    device: str,
+    deviation_b: float = 1e-3,
 ) -> None:
-    """A LoRA adapter on all linear layers, in PEFT's format. B is not zero, so that A has a gradient, too."""
+    """A LoRA adapter on all linear layers, in PEFT's format. Unless B is zero, A has a gradient, too."""
     from safetensors.torch import save_file
 
     if (folder / "adapter_config.json").is_file():
@@ -256,7 +295,7 @@ def write_adapter(
         outputs, inputs = shape
         drawn = {
             "lora_A": _draw(module + "A", (rank, inputs), seed=seed, device=device, std=inputs**-0.5),
-            "lora_B": _draw(module + "B", (outputs, rank), seed=seed, device=device, std=1e-3),
+            "lora_B": _draw(module + "B", (outputs, rank), seed=seed, device=device, std=deviation_b),
         }
         for part, tensor in drawn.items():
             tensors[f"base_model.model.{module}.{part}.weight"] = tensor.cpu()

@@ -23,6 +23,7 @@ from tunesmith.api.tasks import TrainTask  # noqa: E402
 from tunesmith.api.training import run_train_task  # noqa: E402
 from tunesmith.core.events import Event  # noqa: E402
 from tunesmith.core.jsonl import write_json  # noqa: E402
+from tunesmith.data.examples import flatten  # noqa: E402
 from tunesmith.job.load import job_from  # noqa: E402
 from tunesmith.training import loop  # noqa: E402
 from tunesmith.training.step import Stepper  # noqa: E402
@@ -41,11 +42,26 @@ def take_and_note(self: Stepper, rows: Any, **arguments: Any) -> Any:
     """Stepper.take; what it was given and what came out is noted."""
     _used["stepper"] = self
     if session.wants_rows:
-        session.note_rows(hash_step([(row.ids, row.mask) for row in rows]))
+        session.note_rows(hash_examples(rows))
     result = _take(self, rows, **arguments)
-    _counts.update(num_tokens=result.num_tokens, num_target_tokens=result.num_target_tokens)
+    num_tokens = len(rows) if _samples() else result.num_tokens
+    _counts.update(num_tokens=num_tokens, num_target_tokens=result.num_target_tokens)
     _losses["loss"] = result.loss
     return result
+
+
+def _samples() -> bool:
+    """Whether rows are answers of our own: then they are what is counted."""
+    return session.task["job"].get("objective", {}).get("name") == "grpo"
+
+
+def hash_examples(examples: Any) -> str:
+    """Digest of a step's rows; of sampled ones, of their prompts."""
+    rows = flatten(examples)
+    if not _samples():
+        return hash_step([(row.ids, row.mask) for row in rows])
+    prompts = {tuple(row.ids[: list(row.mask).index(1)]) for row in rows}
+    return hash_step([(ids, [0] * len(ids)) for ids in prompts])
 
 
 def wait_and_plan(*given: Any) -> Any:
@@ -97,7 +113,7 @@ def gradients(out: Path) -> dict[str, Any]:
     digests: list[str] = []
 
     def take_and_copy(self: Stepper, rows: Any, **arguments: Any) -> Any:
-        digests.append(hash_step([(row.ids, row.mask) for row in rows]))
+        digests.append(hash_examples(rows))
         update = self.optimizer.update
 
         def copy_and_update(**settings: Any) -> None:

@@ -2,7 +2,8 @@
 
     python -m gpu_cases.reference task.json
 
-task: `model`, `adapter` (shortened), `rows`, `step` (row numbers), `method`, `four_bit`, `fp8`, `out` (folder). Writes
+task: `model`, `adapter` (shortened), `rows`, `step` (row numbers), `method`, `objective` ("sft" or "dpo", with `beta`;
+rows are then pairs, and the model as it is is the reference), `four_bit`, `fp8`, `out` (folder). Writes
 reference.safetensors (fp32) and rounded.safetensors: the same eager code in bf16, whose distance from fp32 is the
 noise of that precision. With `fp8` also rounded-fp8.safetensors: bf16, and the operands of every frozen product of the
 blocks in fp8 codes, multiplied in fp32.
@@ -86,18 +87,29 @@ def load(task: dict[str, Any], dtype: torch.dtype, *, fp8: bool) -> Any:
 
 
 def compute(task: dict[str, Any], dtype: torch.dtype, *, fp8: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss in nats per target token, and its gradients by common name, fp32 on the CPU."""
+    """Loss in nats per target token (of pairs, per pair), and its gradients by common name, fp32 on the CPU."""
     model = load(task, dtype, fp8=fp8)
     rows = [StoredRows(Path(task["rows"]))[number] for number in task["step"]]
     num_targets = sum(int(kept[1:].sum()) for _, kept in rows)
     total = 0.0
-    for ids, kept in rows:
-        ids_1T = torch.from_numpy(ids).long()[None].to(DEVICE)
-        targets = torch.from_numpy(kept[1:]).bool().to(DEVICE)
+
+    def sum_nll(row: tuple[Any, Any]) -> torch.Tensor:
+        ids_1T = torch.from_numpy(row[0]).long()[None].to(DEVICE)
+        targets = torch.from_numpy(row[1][1:]).bool().to(DEVICE)
         logits = model(input_ids=ids_1T).logits[0, :-1][targets]
-        loss = F.cross_entropy(logits.float(), ids_1T[0, 1:][targets], reduction="sum") / num_targets
-        loss.backward()
-        total += float(loss)
+        return F.cross_entropy(logits.float(), ids_1T[0, 1:][targets], reduction="sum")
+
+    if task["objective"] == "dpo":
+        for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+            gains = [value.detach() - value for value in map(sum_nll, (chosen, rejected))]
+            loss = -F.logsigmoid(task["beta"] * (gains[0] - gains[1])) / (len(rows) // 2)
+            loss.backward()
+            total += float(loss)
+    else:
+        for row in rows:
+            loss = sum_nll(row) / num_targets
+            loss.backward()
+            total += float(loss)
     found = {
         name_parameter(name): p.grad.float().cpu().clone()
         for name, p in model.named_parameters()

@@ -20,7 +20,9 @@ are held to eager transformers and PEFT in fp32 on a shortened model of the same
 are interleaved (A, B, A, B); a speed is the median over rounds, with the lowest and highest round in brackets, and
 warm-up is left out. Unless a row says otherwise: Llama-3.1-8B shape, LoRA of rank 16 on all linear layers, rows of
 2,048 tokens, 16,384 tokens in an optimizer step, bf16 on both sides. Peak is `max_memory_allocated` while training,
-with the reserved memory beside it. Tokens are never padding.
+with the reserved memory beside it. Tokens are never padding. Of DPO the reference's pass comes before the steps that
+are timed, on both sides (where TRL asks it in every step, its setting says so); of GRPO a step is a whole rollout,
+sampled, judged and trained on, speeds count answers, and no gradients are compared.
 """
 
 AGAIN = """## Measuring again
@@ -32,6 +34,7 @@ python benchmarks/slim_wheels.py --out .whl                                     
 python benchmarks/gpu.py --list
 python benchmarks/gpu.py --case lora-bf16 --case lora-fp8 --wheels .whl
 python benchmarks/gpu.py --tune full-8b --case full-8b --wheels .whl                 # TRL's fastest settings first
+python benchmarks/gpu.py --tune dpo-1.5b --tune grpo-1.5b --case dpo-1.5b --case grpo-1.5b --wheels .whl --minutes 25
 python benchmarks/gpu.py --make-rows dolly.jsonl --tokenizer LLAMA3 --rows ROWS      # for the real lengths
 python benchmarks/gpu.py --case real-lengths --rows ROWS --wheels .whl
 python benchmarks/gpu.py --table                                                     # this page
@@ -145,7 +148,7 @@ def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), *, more: S
 
 
 def read_cpu_results(folder: Path) -> list[Record]:
-    """The records of cpu_vs_trl.py, the bundled model first."""
+    """The records of cpu_vs_trl.py and cpu_dpo_vs_trl.py, the bundled model first."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu_vs_trl*.json"))]
 
 
@@ -156,7 +159,8 @@ def _cpu_table(cpu: Sequence[Mapping[str, Any]]) -> list[str]:
         "## On a CPU",
         "",
         "LoRA against TRL and PEFT, same token ids and labels, interleaved. Times: TRL's CPU seconds of training over",
-        "ours, of the medians, with the lowest and highest round in brackets. Made by `benchmarks/cpu_vs_trl.py`.",
+        "ours, of the medians, with the lowest and highest round in brackets. DPO's seconds hold the reference's pass",
+        "on both sides. Made by `benchmarks/cpu_vs_trl.py` and `cpu_dpo_vs_trl.py`.",
         "",
         "| what | ours, tokens per CPU second | TRL's defaults, times | its best settings, times | best settings "
         "| rows x steps x rounds | CPU, threads | commit |",
@@ -199,7 +203,7 @@ def _speed_table(cases: Mapping[str, Record]) -> list[str]:
             continue
         ratio = record["ratio"]
         lines.append(
-            f"{head}| {_rate(record['ours'])} | {_rate(record['peer'])} "
+            f"{head}| {_rate(record['ours'], case.unit)} | {_rate(record['peer'], case.unit)} "
             f"| {_tell(ratio['of_medians'], case.bar)} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}) | {aim} "
             f"| {_reached(verdict)} | {_memory(record['ours'])} | {_memory(record['peer'])} |"
         )
@@ -233,8 +237,11 @@ def _name_peer(case: Case, record: Record | None) -> str:
     return f"{case.peer.label} ({setting})" if several else case.peer.label
 
 
-def _rate(side: Mapping[str, Any]) -> str:
+def _rate(side: Mapping[str, Any], unit: str) -> str:
+    """Median and range; of what is not tokens, its name."""
     low, high = side["tokens_per_second_range"]
+    if unit != "tokens":
+        return f"{side['tokens_per_second']:,.1f} ({low:,.1f} to {high:,.1f}) {unit}"
     return f"{side['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
@@ -278,8 +285,8 @@ def _origins(cases: Mapping[str, Record]) -> list[str]:
                 versions.setdefault(package, set()).add(version)
         parity = record["parity"]
         distances = (
-            "skipped"
-            if parity == "skipped"
+            parity
+            if isinstance(parity, str)
             else " / ".join(f"{parity[who]['distance']['total']:.3g}" for who in ("ours", "peer"))
         )
         speed = CASES[name].measure == "speed"

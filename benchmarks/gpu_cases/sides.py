@@ -22,7 +22,13 @@ from gpu_cases.tasks import SETTLE, Inputs, find_reference, make_our_task, make_
 from tunesmith.core.fingerprint import hash_code, hash_json
 
 Role = Literal["ours", "peer"]
-MODULES = {"ours": "ours", "unsloth": "unsloth_peer", "trl": "trl_peer"}
+MODULES = {
+    "ours": "ours",
+    "unsloth": "unsloth_peer",
+    "trl": "trl_peer",
+    "trl-dpo": "trl_dpo_peer",
+    "trl-grpo": "trl_grpo_peer",
+}
 # Of the time that a group has left, what one answer may take that is not a timed round: who hangs must leave the
 # others enough to be measured.
 PATIENCE = 0.5
@@ -196,7 +202,8 @@ class Side:
         timed = {key: answer[key][SETTLE:] for key in ("seconds", "tokens", "targets", "losses")}
         timed |= {key: answer[key] for key in ("peak_bytes", "reserved_bytes", "facts")}
         self.rounds.append(timed)
-        say(f"  {self.name}: {sum(timed['tokens']) / sum(timed['seconds']):,.0f} tokens/s")
+        rate = sum(timed["tokens"]) / sum(timed["seconds"])
+        say(f"  {self.name}: {rate:,.{'1' if self.case.unit == 'answers' else '0'}f} {self.case.unit}/s")
         if not self.case.together:
             self.stop()
 

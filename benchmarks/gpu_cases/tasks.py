@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_cases.cases import SHAPES, Case, Shape
-from gpu_cases.inputs import StoredRows, hash_step, plan_steps, write_random_rows
+from gpu_cases.cases import NEW_TOKENS, SAMPLES, SHAPES, Case, Shape
+from gpu_cases.inputs import StoredRows, hash_step, plan_steps, write_prompts, write_random_rows
 from gpu_cases.options import CaseFailed, Options, locked, merge_keys, run_helper, say
 from gpu_cases.parity import measure_noise
 
 RANK, ALPHA = 16, 32
+BETA = 0.1
 LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
 SEED = 0
 # The first step of a round fills the allocator again; it is not timed.
 SETTLE = 1
 SHORT_LAYERS = 2
+# What both sides call to judge answers.
+REWARDS, REWARD = Path(__file__).with_name("rewards.py"), "even_tokens"
 # Random rows come in whole multiples of so many steps: cases of different lengths share rows, and so a reference.
 ROUND_STEPS = 96
 
@@ -47,14 +50,6 @@ def make_inputs(case: Case, options: Options) -> Inputs:
     num_steps = case.warm_up + (options.rounds if case.together else 1) * (SETTLE + case.steps)
     shape = SHAPES[case.shape]
     whole, short = options.folder / f"{case.shape}-whole", options.folder / f"{case.shape}-short"
-    rows = _find_rows(case, options, num_steps=num_steps)
-    stored = StoredRows(rows)
-    steps = plan_steps(len(stored), batch_rows=case.batch_rows, seed=SEED)
-    if len(steps) < num_steps:
-        raise CaseFailed(
-            f"{len(stored)} rows are {len(steps)} steps of {case.batch_rows}, {num_steps} are needed"
-        )
-    steps = steps[:num_steps]
     with ThreadPoolExecutor() as writers:
         written = [
             writers.submit(_write_weights, folder, wanted, options)
@@ -62,6 +57,14 @@ def make_inputs(case: Case, options: Options) -> Inputs:
         ]
         for future in written:
             future.result()
+    rows = _find_rows(case, options, num_steps=num_steps, model=whole / "model")
+    stored, size = StoredRows(rows), case.rows.per_example
+    steps = plan_steps(len(stored) // size, batch_rows=case.batch_rows, seed=SEED)
+    if len(steps) < num_steps:
+        raise CaseFailed(
+            f"{len(stored)} rows are {len(steps)} steps of {case.batch_rows}, {num_steps} are needed"
+        )
+    steps = [[size * example + at for example in step for at in range(size)] for step in steps[:num_steps]]
     return Inputs(
         folder=options.folder,
         model=whole / "model",
@@ -86,13 +89,24 @@ def _write_weights(folder: Path, shape: Shape, options: Options) -> None:
         run_helper("inputs", task | {"seed": SEED, "device": options.device}, options)
 
 
-def _find_rows(case: Case, options: Options, *, num_steps: int) -> Path:
+def _find_rows(case: Case, options: Options, *, num_steps: int, model: Path) -> Path:
     """Folder of the case's rows. Random ones are written."""
     if case.rows.kind == "real":
         if options.rows is None or not (options.rows / "prepared.json").is_file():
             raise CaseFailed(f"{case.name} needs --rows, a folder made with --make-rows")
         return options.rows
     vocab_size = SHAPES[case.shape].config["vocab_size"]
+    if case.rows.kind in ("pairs", "prompts"):
+        # No more than are needed: of pairs the reference is asked before the first step, of each.
+        count, kind = case.batch_rows * num_steps, case.rows.kind
+        rows = options.folder / f"{kind}-{vocab_size}-{case.rows.tokens}-{count}"
+        with locked(rows):
+            if kind == "prompts":
+                write_prompts(rows, count=count, tokens=case.rows.tokens, model=model, seed=SEED)
+            else:
+                lengths = [case.rows.tokens] * (2 * count)
+                write_random_rows(rows, lengths=lengths, vocab_size=vocab_size, seed=SEED, pairs=True)
+        return rows
     num_rows = case.batch_rows * ROUND_STEPS * -(-num_steps // ROUND_STEPS)
     rows = options.folder / f"rows-{vocab_size}-{case.rows.tokens}-{num_rows}"
     with locked(rows):
@@ -115,14 +129,15 @@ def make_reference(case: Case, inputs: Inputs, options: Options) -> None:
             say("  reference gradients in fp32")
             task = {"model": str(inputs.short_model), "adapter": str(inputs.short_adapter)}
             task |= {"rows": str(inputs.rows), "step": inputs.steps[0], "method": case.method}
+            task |= {"objective": case.objective, "beta": BETA}
             task |= {
                 "four_bit": _is_four_bit(case, options),
-                "fp8": case.method == "lora",
+                "fp8": case.method == "lora" and case.objective == "sft",
                 "out": str(folder),
             }
             run_helper("reference", task, options)
-        for kind in ("rounded", "rounded-fp8") if case.method == "lora" else ("rounded",):
-            measure_noise(folder, kind)
+        for file in sorted(folder.glob("rounded*.safetensors")):
+            measure_noise(folder, file.stem)
     say("  the reference is there")
 
 
@@ -158,6 +173,13 @@ def make_job(
             "keep_best": False,
         },
     }
+    if case.objective == "dpo":
+        job["objective"] = {"name": "dpo", "beta": BETA}
+    elif case.objective == "grpo":
+        # One optimizer step a rollout, as TRL takes it; the rewards are a function of the sampled tokens.
+        job["train"]["batch_rows"] = case.batch_rows * SAMPLES
+        job["objective"] = {"name": "grpo", "prompts": case.batch_rows, "samples": SAMPLES}
+        job["objective"] |= {"max_new_tokens": NEW_TOKENS, "rewards": [f"{REWARDS}:{REWARD}"]}
     return merge_keys(merge_keys(job, keys), options.job)
 
 
@@ -210,6 +232,9 @@ def make_peer_task(
         "alpha": ALPHA,
         "learning_rate": LEARNING_RATE,
         "clip_norm": CLIP_NORM,
+        "beta": BETA,
+        "samples": SAMPLES,
+        "new_tokens": NEW_TOKENS,
         "dtype": "bfloat16" if options.device == "cuda" else "float32",
         "settings": settings,
     }

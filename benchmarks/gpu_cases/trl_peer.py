@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def read_inputs(inputs: dict[str, torch.Tensor]) -> list[tuple[Any, Any]]:
 
 
 class Reporter(transformers.TrainerCallback):
-    trainer: Trainer
+    trainer: Any
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         session.loaded()
@@ -75,11 +76,14 @@ class Reporter(transformers.TrainerCallback):
         if self.trainer.fed:
             session.note_rows(hash_step(self.trainer.fed))
             self.trainer.fed.clear()
-        session.step_done(
-            loss,
-            num_tokens=sum(len(rows[number][0]) for number in numbers),
-            num_target_tokens=sum(int(rows[number][1].sum()) for number in numbers),
-        )
+        session.step_done(loss, **self.count(numbers))
+
+    def count(self, numbers: list[int]) -> dict[str, int]:
+        """Tokens of a step, and those that are trained."""
+        return {
+            "num_tokens": sum(len(rows[number][0]) for number in numbers),
+            "num_target_tokens": sum(int(rows[number][1].sum()) for number in numbers),
+        }
 
 
 class GradientCopier(transformers.TrainerCallback):
@@ -165,37 +169,39 @@ def _copy_adapter(model: Any, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def train() -> None:
+def serve(make: Callable[..., Any], reporter: Reporter, copier: GradientCopier) -> None:
+    """Answer the parent with the trainers that `make` makes."""
     task = session.task
-    reporter = Reporter()
-    reporter.trainer = make_trainer(
-        task["model"],
-        task["adapter"],
-        steps=task["steps"],
-        callback=reporter,
-        clip_norm=task["clip_norm"],
-    )
-    reporter.trainer.train()
 
+    def train() -> None:
+        reporter.trainer = make(
+            task["model"],
+            task["adapter"],
+            steps=task["steps"],
+            callback=reporter,
+            clip_norm=task["clip_norm"],
+        )
+        reporter.trainer.train()
 
-def gradients(out: Path) -> dict[str, Any]:
-    task, copier = session.task, GradientCopier()
-    trainer = make_trainer(
-        task["short_model"],
-        task["short_adapter"],
-        steps=task["steps"][:1],
-        callback=copier,
-        clip_norm=0.0,
-    )
-    trainer.train()
-    save_file(copier.found, str(out))
-    loss, digest = torch.stack(trainer.losses).sum(), hash_step(trainer.fed)
-    return {"loss": float(loss), "digest": digest}
+    def gradients(out: Path) -> dict[str, Any]:
+        trainer = make(
+            task["short_model"],
+            task["short_adapter"],
+            steps=task["steps"][:1],
+            callback=copier,
+            clip_norm=0.0,
+        )
+        trainer.train()
+        save_file(copier.found, str(out))
+        loss, digest = torch.stack(trainer.losses).sum(), hash_step(trainer.fed)
+        return {"loss": float(loss), "digest": digest}
 
-
-if __name__ == "__main__":
     session.serve(
         gradients=gradients,
         train=train,
         facts=lambda: describe_packages("trl", "accelerate", "datasets", "liger_kernel", "bitsandbytes"),
     )
+
+
+if __name__ == "__main__":
+    serve(make_trainer, Reporter(), GradientCopier())

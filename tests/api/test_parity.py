@@ -33,7 +33,7 @@ def test_rows_are_told_apart_again(share_prefix: bool) -> None:
     rows = [token_row([*range(10), 20 + n, 30 + n], [0] * 10 + [1, n % 2]) for n in range(3)]
     batch = make_batch(rows, round_tokens=64, share_prefix=share_prefix)
 
-    assert bool(batch.layout.num_shared) is share_prefix
+    assert bool(batch.layout.shared) is share_prefix
     assert split_rows(batch) == [(list(row.ids), list(row.mask)) for row in rows]
 
 

@@ -141,6 +141,20 @@ def test_ppo_begins_at_the_reference(tmp_path: Path, method: str) -> None:
     assert first["clipped"] == 0
 
 
+def test_answers_of_a_single_step_need_not_be_measured_before_it(tmp_path: Path) -> None:
+    # A bound on the KL asks for what each token's log-probability was; without one, the step itself knows it.
+    found = []
+    for name, more in (("asked", {"max_kl": 1e9}), ("known", {})):
+        objective = {"name": "grpo", "samples": 4, "max_new_tokens": 4, **more}
+        tunesmith.train(job(tmp_path, objective, steps=3, batch_rows=12), out=tmp_path / name)
+        steps = steps_of(tmp_path / name)
+        found.append([step["loss"] for step in steps] + [step["grad_norm"] for step in steps])
+        rewards = [step["measures"]["reward"] for step in steps]
+    assert 0 < min(rewards) < max(rewards) < 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-7)
+    assert max(found[0][3:]) > 0
+
+
 def test_every_reward_of_several_is_logged(tmp_path: Path) -> None:
     wanted = job(tmp_path, {"name": "grpo", "samples": 4, "max_new_tokens": 4}, steps=1, batch_rows=12)
     functions = [f"{tmp_path / 'rewards.py'}:{name}" for name in ("winner", "same")]

@@ -21,7 +21,7 @@ import gpu
 import slim_wheels
 from cpu_vs_trl import TRL_PYTHON
 from gpu_cases import inputs
-from gpu_cases.cases import CASES, Case, Peer, Rows
+from gpu_cases.cases import CASES, SHAPES, Case, Peer, Rows
 from gpu_cases.groups import Entry, plan_groups, prepare_group, run_group
 from gpu_cases.inputs import StoredRows, hash_step, list_tensors, plan_steps, write_model, write_random_rows
 from gpu_cases.options import CaseFailed, Options, make_environment, merge_keys, say, strip_paths
@@ -37,7 +37,10 @@ from gpu_cases.results import (
 )
 from gpu_cases.sides import Side
 from gpu_cases.tasks import make_inputs, make_our_task
+from tunesmith.data.prepare import load_prepared
+from tunesmith.data.tokenizer import load_tokenizer
 
+RATIO = {"of_medians": 1.0, "lowest": 1.0, "highest": 1.0}
 ITSELF = Peer("ours", "itself", {"same": {}})
 TINY = Case("tiny", "tiny against itself", "tiny", ITSELF, None, rows=Rows("full", 32), batch_rows=4, steps=2)
 TRL = Peer("trl", "TRL", {"same": {"sft": {"logging_strategy": "no", "disable_tqdm": True}, "micro_rows": 2}})
@@ -230,6 +233,8 @@ def test_cases_that_share_a_side_are_a_group(tmp_path):
         ["real-lengths", "real-lengths-trl"],
         ["lora-0.5b"],
         ["lora-1.5b"],
+        ["dpo-1.5b"],
+        ["grpo-1.5b"],
         ["first-step"],
     ]
 
@@ -492,6 +497,52 @@ def test_weights_follow_from_their_names_however_they_are_spread_over_files(tmp_
     assert all(bool((one[name] == many[name]).all()) for name in one)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == one.keys()
+
+
+def test_random_pairs_have_a_prompt_in_common_and_are_read_as_pairs(tmp_path):
+    write_random_rows(tmp_path, lengths=[12] * 4, vocab_size=100, seed=0, pairs=True)
+
+    stored, pairs = StoredRows(tmp_path), load_prepared(tmp_path).examples("train")
+    (chosen, kept), (rejected, _) = stored[2], stored[3]
+    assert (chosen[:6] == rejected[:6]).all()
+    assert (chosen[6:] != rejected[6:]).any()
+    assert kept.tolist() == [0] * 6 + [1] * 6
+    assert [list(row.ids) for row in pairs[1].rows] == [chosen.tolist(), rejected.tolist()]
+
+
+def test_prompts_are_a_token_for_each_letter_on_both_sides(tmp_path):
+    write_model(tmp_path / "model", SHAPES["tiny"].config, seed=0, device="cpu")
+    inputs.write_prompts(tmp_path / "prompts", count=3, tokens=20, model=tmp_path / "model", seed=0)
+
+    texts = json.loads((tmp_path / "prompts" / "prompts.json").read_text())
+    tokenizer = load_tokenizer(tmp_path / "model")
+    prompts = load_prepared(tmp_path / "prompts").prompts("train")
+    assert [list(prompt.ids) for prompt in prompts] == [tokenizer.encode(text) for text in texts]
+    assert {len(prompt.ids) for prompt in prompts} == {20}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "rows", "counted"), [("dpo", "pairs", 4 * 2 * 32), ("grpo", "prompts", 4 * 8)]
+)
+def test_a_step_of_pairs_counts_their_tokens_and_a_rollout_its_answers(tmp_path, objective, rows, counted):
+    case = dataclasses.replace(TINY, name=objective, objective=objective, rows=Rows(rows, 32))
+    case = dataclasses.replace(case, steps=1, warm_up=1)
+
+    [record] = run(make_options(tmp_path, rounds=1), case).records.values()
+
+    assert "failed" not in record
+    for side in (record["ours"], record["peer"]):
+        assert [r["tokens"] for r in side["rounds"]] == [[counted]]
+    if objective == "dpo":
+        # The reference is the model that training begins with, adapters and all.
+        assert record["ours"]["first_loss"] == pytest.approx(np.log(2), rel=1e-6)
+        assert record["parity"]["ours"]["distance"]["total"] < 1e-5
+    else:
+        assert record["parity"] == "answers are sampled"
+        assert "answers" in make_page(
+            {"schema": 1, "cases": {"grpo-1.5b": {**record, "ratio": RATIO}}, "tuned": {}}
+        )
 
 
 def test_rows_of_a_step_may_come_in_any_order_and_nothing_else_may_differ():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cpu_dpo_vs_trl as dpo_bench
 import cpu_vs_trl as bench
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -63,3 +64,15 @@ def test_full_fine_tuning_takes_the_same_steps(full):
     bench.check_same_work(full)
     assert ours.grad_norms == pytest.approx(trl.grad_norms, rel=1e-4)
     assert ours.losses == pytest.approx(trl.losses, rel=1e-4)
+
+
+def test_dpo_begins_at_ln_2_and_goes_on_as_trls(tmp_path):
+    if not bench.TRL_PYTHON.exists():
+        pytest.skip("TRL's environment is missing; run: make test-trl")
+    pairs = dpo_bench.make_bench(tmp_path, steps=6, batch_rows=4, precision="fp32", threads=1, seed=0)
+
+    losses = dpo_bench.check_losses(pairs)
+
+    assert losses["ours"][0] == pytest.approx(0.693147, rel=1e-6)
+    assert losses["ours"] == pytest.approx(losses["trl"], rel=dpo_bench.ALLOWED_LOSS)
+    assert len({round(loss, 4) for loss in losses["ours"]}) == dpo_bench.PARITY_STEPS

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_rows, relative_error
+from tiny_models import make_row, make_rows, relative_error
 
 from tunesmith.core.types import Example, RowGroup, TokenRow
 from tunesmith.data.examples import WithNumber, flatten
-from tunesmith.job.objective import ObjectiveSpec, as_objective_spec, kind_of_rows
+from tunesmith.job.objective import GrpoSpec, ObjectiveSpec, PpoSpec, as_objective_spec, kind_of_rows
 from tunesmith.job.spec import LoraSpec, TrainSpec
 from tunesmith.methods.objective import Objective
 from tunesmith.methods.objectives import (
@@ -22,6 +23,14 @@ from tunesmith.methods.objectives import (
     answer_logps,
     make_objective,
     mismatch,
+)
+from tunesmith.methods.policy_objectives import (
+    ADVANTAGE,
+    OLD,
+    OLD_VALUE,
+    RETURN,
+    REWARD,
+    TOKEN_REFERENCE,
 )
 from tunesmith.models.layout import make_batch
 from tunesmith.models.load import load_model
@@ -98,7 +107,16 @@ SPECS: list[Any] = [
 ]
 
 
+ROLLOUTS: list[Any] = [
+    GrpoSpec(name="grpo", rewards=["exact_match"]),
+    GrpoSpec(name="grpo", rewards=["exact_match"], normalise="answer", beta=0.1),
+    PpoSpec(name="ppo", rewards=["exact_match"]),
+]
+
+
 def spec_of(value: Any) -> ObjectiveSpec:
+    if isinstance(value, GrpoSpec | PpoSpec):
+        return value
     if isinstance(value, str):
         return as_objective_spec(value)
     return as_objective_spec(value["name"]).model_copy(update=value)
@@ -155,6 +173,98 @@ def test_gradients_are_those_of_the_definition(hf_folders: Any, device: str, val
     for one, other in both:
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or relative_error(one.grad, other.grad) < 1e-4
+
+
+@pytest.mark.parametrize("value", ["dpo", "orpo", "simpo", "reward"])
+def test_a_prompt_that_both_answers_share_changes_no_loss_and_no_gradient(
+    hf_folders: Any, value: str
+) -> None:
+    folder = hf_folders("llama")[0]
+    prompts, answers = make_rows([24, 40, 30], seed=1), make_rows([9, 14, 70, 20, 5, 33], seed=2)
+    rows = []
+    for at, answer in enumerate(answers):
+        prompt = prompts[at // 2].ids
+        rows.append(make_row([*prompt, *answer.ids], [0] * len(prompt) + [1] * len(answer.ids)))
+    pairs: list[Any] = [RowGroup(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+    objective = make_objective(as_objective_spec(value))
+    found = []
+    for share in (False, True):
+        batch = make_batch(flatten(WithNumber(pairs, REFERENCE, [-9.0] * 6)), share_prefix=share)
+        # The last token of a prompt is the source of a target, which each answer has for itself.
+        assert batch.layout.num_tokens == sum(len(row.ids) for row in rows) - share * (23 + 39 + 29)
+        model = open_adapted(folder, trained=True)
+        total = objective.loss(model, batch).total
+        total.backward()
+        gradients = [p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]
+        found.append((total.item(), torch.cat(gradients)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert relative_error(found[1][1], found[0][1]) < 1e-5
+
+
+def sample_rows() -> list[Any]:
+    """Answers with all that sampling knows of them, for PPO and GRPO."""
+    draw = torch.Generator().manual_seed(5)
+
+    def know(row: TokenRow) -> TokenRow:
+        of_tokens = {
+            name: torch.randn(row.num_targets, generator=draw).tolist()
+            for name in (OLD, ADVANTAGE, TOKEN_REFERENCE, OLD_VALUE, RETURN)
+        }
+        of_tokens[OLD] = [-3 + 0.1 * value for value in of_tokens[OLD]]
+        return replace(row, numbers={**of_tokens, REWARD: float(len(row.ids))})
+
+    return [know(row) for row in make_rows(LENGTHS[:8])]
+
+
+def lose_target(example: Any) -> Any:
+    """The same with other tokens, and one target less in each row that has several."""
+    if isinstance(example, RowGroup):
+        return RowGroup(tuple(lose_target(row) for row in example.rows))
+    row: TokenRow = example
+    lost = row.num_targets > 1
+    start = list(row.mask).index(1) + lost
+    mask = [0] * start + [1] * (len(row.mask) - start)
+    numbers = {n: v if isinstance(v, float) else v[lost:] for n, v in row.numbers.items()}  # type: ignore[index]
+    return replace(row, ids=list(reversed(row.ids)), mask=mask, numbers=numbers)
+
+
+@pytest.mark.parametrize("value", [*SPECS, *ROLLOUTS], ids=str)
+def test_a_batch_filled_up_for_recording_costs_what_another_of_its_signature_does(
+    hf_folders: Any, device: str, value: Any
+) -> None:
+    folder = hf_folders("llama")[0]
+    spec = spec_of(value)
+    if kind_of_rows(spec) == "prompts":
+        objective, examples = make_objective(spec), sample_rows()
+    else:
+        objective, examples = aim(spec, open_adapted(folder, device=device))
+    recorded, batch = (
+        make_batch_of(step, torch.device(device))
+        for step in (examples, [lose_target(examples[0]), *examples[1:]])
+    )
+    fixed = recorded.fixed()
+    assert fixed.num_targets > recorded.num_targets > batch.num_targets
+    assert recorded.signature(by_rows=True) == batch.signature(by_rows=True)
+    fixed.copy_(batch)
+    results = []
+    for given in (batch, fixed):
+        model = open_adapted(folder, trained=True, device=device)
+        if objective.before_step is not None:
+            objective.before_step(model, examples)
+        found = objective.loss(model, given)
+        found.total.backward()
+        gradients = [p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]
+        measures = {name: measure.item() for name, measure in found.measures.items()}
+        results.append((found.total.item(), measures, torch.cat(gradients)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
+    assert relative_error(results[1][2], results[0][2]) < 1e-5
+
+
+def test_batches_of_other_numbers_of_rows_differ_where_rows_are_weighed() -> None:
+    one, other = (make_batch(make_rows([8] * count), round_tokens=64) for count in (2, 3))
+    names = {"any_lengths": True}
+    assert one.signature(**names, by_rows=True) != other.signature(**names, by_rows=True)
 
 
 def define_loss(spec: Any, rows: list[TokenRow], logps: list[torch.Tensor], objective: Objective) -> Any:

@@ -77,7 +77,7 @@ def test_a_shared_beginning_changes_no_loss_and_no_gradient(hf_folders: Any, nam
         if not full:
             add_lora(model, LoraSpec(name="lora", rank=4), seed=0)
         batch = make_batch(rows, round_tokens=64, share_prefix=share)
-        assert batch.layout.num_shared == share * len(begin)
+        assert batch.layout.shares(1) == share * len(begin)
         total = sft_loss(model, batch).total
         (total / 7).backward()
         losses.append(total.item())
@@ -89,8 +89,19 @@ def test_a_shared_beginning_changes_no_loss_and_no_gradient(hf_folders: Any, nam
 def test_what_rows_share_ends_before_the_first_source() -> None:
     rows = [make_row([*range(3, 23), 30 + number], [0] * 15 + [1] * 6) for number in range(3)]
     batch = make_batch(rows, share_prefix=True)
-    assert batch.layout.num_shared == 14
+    assert batch.layout.shares(1) == 14
     assert batch.layout.num_tokens == 14 + 3 * 7
     assert batch.sources_K.tolist()[::6] == [14, 21, 28]
-    for alone in (rows[:1], [make_row([4, 5, 6], [0, 0, 1]), *rows]):
-        assert make_batch(alone, share_prefix=True).layout.num_shared == 0
+    assert make_batch(rows[:1], share_prefix=True).layout.shared == ()
+
+
+def test_rows_share_what_all_begin_with_or_more_with_the_row_before() -> None:
+    # Eight tokens of all, and of the last two six more than eight: one less than they have in common is too few.
+    begin, more = list(range(3, 11)), list(range(20, 29))
+    ends = [[30, 31], [*more, 32, 33], [*more, 34, 35], [*more[:7], 36, 37]]
+    rows = [make_row([*begin, *end], [0] * (len(begin) + len(end) - 1) + [1]) for end in ends]
+    layout = make_batch(rows, share_prefix=True).layout
+    assert (layout.shared, layout.hosts) == ((0, 8, 17, 8), (0, 0, 1, 0))
+    assert layout.num_tokens == 10 + 11 + 2 + 9
+    assert layout.find_tokens()[2].tolist() == [*range(8), *range(10, 19), 21, 22]
+    assert layout.positions_T.tolist() == [*range(10), *range(8, 19), 17, 18, *range(8, 17)]

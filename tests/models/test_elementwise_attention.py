@@ -43,13 +43,18 @@ def test_norm_and_gate_equal_plain_ops(dtype: torch.dtype, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("window", [0, 9])
-@pytest.mark.parametrize("num_shared", [0, 6])
+# Documents that begin as others do: some with document 0, one with a document that itself begins so.
+@pytest.mark.parametrize(
+    "sharing",
+    [{}, {"shared": [0, 6, 6, 0], "hosts": [0] * 4}, {"shared": [0, 6, 9, 6], "hosts": [0, 0, 1, 0]}],
+    ids=["apart", "with the first", "also with each other"],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
 def test_folded_attention_equals_plain_attention(
-    dtype: torch.dtype, tolerance: float, num_shared: int, window: int
+    dtype: torch.dtype, tolerance: float, sharing: dict[str, list[int]], window: int
 ) -> None:
     torch.manual_seed(0)
-    layout = make_layout([7, 40, 12, 200], num_shared=num_shared, num_sharing=3 if num_shared else 0)
+    layout = make_layout([7, 40, 12, 200], **sharing)
     qkv = torch.randn(layout.num_tokens, 4 + 2 * 2, 16).to(dtype)
     inverse = make_inverse_frequencies(RopeConfig(10000.0), 16)
     cos, sin = make_rotation(inverse, layout.positions_T, torch.float32)

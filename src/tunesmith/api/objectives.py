@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -86,18 +86,20 @@ def _aim_at_examples(setting: Setting) -> Aim:
 
     spec, model, prepared = setting.job.objective_spec, setting.model, setting.prepared
 
-    def run(rows: Sequence[TokenRow], on_rows: Callable[[int], None] = lambda _: None) -> Any:
-        """Log-probability of each row's targets, without gradients."""
+    def run(examples: Sequence[Example], on_rows: Callable[[int], None] = lambda _: None) -> Any:
+        """Log-probability of each row's targets, without gradients. Examples have equally many rows, which stay
+        together: what they have in common is then computed once, as in training."""
         import torch
 
-        found = torch.empty(len(rows), dtype=torch.float32)
-        lengths = [len(row.ids) for row in rows]
+        size = len(flatten(examples[:1]))
+        found = torch.empty(len(examples), size, dtype=torch.float32)
+        lengths = [len(example.ids) for example in examples]
         with torch.no_grad():
             for numbers in plan_micro_batches(lengths, budget_tokens=setting.budget_tokens):
-                batch = setting.make_batch([rows[number] for number in numbers], model.device)
-                found[numbers] = answer_logps(model, batch).float().cpu()
-                on_rows(len(numbers))
-        return found
+                batch = setting.make_batch([examples[number] for number in numbers], model.device)
+                found[numbers] = answer_logps(model, batch).float().cpu().view(-1, size)
+                on_rows(len(numbers) * size)
+        return found.flatten()
 
     splits: dict[str, Sequence[Any]] = {
         name: prepared.examples(name) for name in ("train", "validation") if name in prepared.splits
@@ -106,8 +108,7 @@ def _aim_at_examples(setting: Setting) -> Aim:
     if isinstance(spec, KtoSpec):
         others = {name: mismatch(flatten(examples)) for name, examples in splits.items()}
     if needs_reference(spec):
-        measured = {name: flatten(examples) for name, examples in splits.items()}
-        measured |= {f"{name}.others": rows for name, rows in others.items()}
+        measured = splits | {f"{name}.others": rows for name, rows in others.items()}
         values = _measure_reference(setting, measured, run)
         splits = {name: WithNumber(examples, REFERENCE, values[name]) for name, examples in splits.items()}
         others = {
@@ -151,15 +152,16 @@ def _make_validation(
 
 
 def _measure_reference(
-    setting: Setting, rows: dict[str, list[TokenRow]], run: Callable[..., Any]
+    setting: Setting, examples: Mapping[str, Sequence[Example]], run: Callable[..., Any]
 ) -> dict[str, list[float]]:
-    """Log-probabilities of rows under the model as it is, by split; read from the run folder if they are there, of the
-    same rows and weights."""
+    """Log-probabilities of examples' rows under the model as it is, by split; read from the run folder if they are
+    there, of the same rows and weights."""
     import torch
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     cache, model = setting.run.root / "reference.safetensors", setting.model
+    rows = {name: flatten(split) for name, split in examples.items()}
     hashes = {name: hash_rows(row.row_id for row in split) for name, split in rows.items()}
     key = hash_json({**hashes, "": setting.identity})
     if cache.is_file():
@@ -179,7 +181,7 @@ def _measure_reference(
 
     was_training = model.training
     model.train(False)
-    found = {name: run(split, count) for name, split in rows.items()}
+    found = {name: run(split, count) for name, split in examples.items()}
     model.train(was_training)
     try:
         partial = cache.with_name(cache.name + ".tmp")

@@ -145,15 +145,12 @@ def take_first_steps(task: TrainTask, on_event: OnEvent, way: Way) -> ParityReco
 
 def split_rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of each row that a batch holds, put together again from the stream. Fillers have no targets."""
-    layout, stream, rows = batch.layout, batch.ids_T.tolist(), list[tuple[list[int], list[int]]]()
-    starts, at = list[int](), 0
-    for number, length in enumerate(layout.lengths):
-        shared = layout.shares(number)
-        rows.append((stream[:shared] + stream[at : at + length - shared], [0] * length))
-        starts.append(at - shared)
-        at += length - shared
+    tokens = [places.tolist() for places in batch.layout.find_tokens()]
+    stream = batch.ids_T.tolist()
+    rows = [([stream[place] for place in places], [0] * len(places)) for places in tokens]
     for source, row in zip(batch.sources_K.tolist(), batch.row_K.tolist(), strict=True):
-        rows[row][1][source + 1 - starts[row]] = 1
+        # A source is its row's own: from there on, tokens lie one after the other.
+        rows[row][1][len(tokens[row]) - (tokens[row][-1] - source)] = 1
     return [row for row in rows if any(row[1])]
 
 

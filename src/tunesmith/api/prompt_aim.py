@@ -51,6 +51,7 @@ def open_prompt_aim(setting: Setting) -> Generator[Aim]:
                 frozen=_freeze(spec, model) if name == "train" else None,
                 seed=job.train.seed,
                 budget_tokens=setting.budget_tokens,
+                trained_once=spec.passes == 1 and spec.prompts * spec.samples <= job.train.batch_rows,
                 on_progress=lambda done, total: setting.report("answers", done, total),
             )
             for name, split in prompts.items()

@@ -75,6 +75,7 @@ class Sampler:
 
     judge:       answers -> what each is worth.
     make_batch:  (rows, device) -> batch, as training makes it.
+    trained_once: a rollout is one step's answers, trained on once: by the weights that sampled them.
     frozen:      the reference; None where the objective asks for none.
     on_progress: called with (answers sampled, answers in all).
     """
@@ -88,6 +89,7 @@ class Sampler:
     frozen: FrozenStart | None
     seed: int
     budget_tokens: int
+    trained_once: bool = False
     on_progress: Callable[[int, int], None] = lambda done, total: None
     tally: Tally = field(default_factory=lambda: Tally())
     # Weights as they were when the last rollout was found close enough to the reference.
@@ -117,7 +119,7 @@ class Sampler:
         return [
             replace(row, numbers={**facts, **more, **{name: worth[name][place] for name in worth}})
             for place, (row, facts, more) in enumerate(
-                zip(rows, known, weigh(scored.total, known), strict=True)
+                zip(rows, known, weigh(scored.total, rows, known), strict=True)
             )
         ]
 
@@ -132,17 +134,23 @@ class Sampler:
         """Answers to prompts, those to one prompt together, and their tokens with the one that stopped each. What is
         drawn follows from seed, `name` and the prompt's number."""
         from tunesmith.infer.generate import generate
+        from tunesmith.infer.together import sample_together
+        from tunesmith.models.decoder import Decoder
 
         wanted = [(number, sample) for number in numbers for sample in range(samples)]
-        found = generate(
-            self.model,
-            [self.prompts[number].ids for number, _ in wanted],
-            max_new_tokens=self.spec.max_new_tokens,
-            stop_ids=self.renderer.stop_ids,
-            sampling=SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
-            keys=[f"{name}/{number}/{sample}" for number, sample in wanted],
-            on_progress=self.on_progress,
-        )
+        asked = [self.prompts[number].ids for number, _ in wanted]
+        model, most = self.model, self.spec.max_new_tokens
+        rest: Any = {
+            "stop_ids": self.renderer.stop_ids,
+            "sampling": SamplingSpec(temperature=0.0 if greedy else self.spec.temperature, seed=self.seed),
+            "keys": [f"{name}/{number}/{sample}" for number, sample in wanted],
+            "on_progress": self.on_progress,
+        }
+        # Of what is judged nothing may depend on the batch; of what is drawn its last bits may.
+        if isinstance(model, Decoder) and model.device.type == "cuda" and not greedy:
+            found = sample_together(model, asked, max_new_tokens=most, **rest)
+        else:
+            found = generate(model, asked, max_new_tokens=most, **rest)
         sampled = [one.ids if one.stop_id is None else [*one.ids, one.stop_id] for one in found]
         answers = [
             Answer(
@@ -164,6 +172,8 @@ class Sampler:
         from tunesmith.methods.policy_objectives import OLD, OLD_VALUE, TOKEN_REFERENCE, expect
 
         temperature = self.spec.temperature
+        if self.trained_once and self.frozen is None and isinstance(self.spec, GrpoSpec):
+            return [{} for _ in rows]  # the loss knows the only thing that is asked for
 
         def now(batch: Any) -> Mapping[str, Tensor]:
             hidden_KD = source_states(self.model, batch)
@@ -216,10 +226,10 @@ class Sampler:
     # --- what tokens weigh --------------------------------------------------------------------------------------------
 
     def _compare(
-        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+        self, rewards: Sequence[float], rows: Sequence[TokenRow], _known: Sequence[Mapping[str, list[float]]]
     ) -> list[dict[str, list[float]]]:
         from tunesmith.methods.policy import compare_in_group
-        from tunesmith.methods.policy_objectives import ADVANTAGE, OLD
+        from tunesmith.methods.policy_objectives import ADVANTAGE
 
         assert isinstance(self.spec, GrpoSpec)
         size = self.spec.samples
@@ -227,10 +237,10 @@ class Sampler:
         for start in range(0, len(rewards), size):
             group = rewards[start : start + size]
             found += compare_in_group(group, by_deviation=self.spec.scale == "group").tolist()
-        return [{ADVANTAGE: [one] * len(facts[OLD])} for one, facts in zip(found, known, strict=True)]
+        return [{ADVANTAGE: [one] * row.num_targets} for one, row in zip(found, rows, strict=True)]
 
     def _estimate(
-        self, rewards: Sequence[float], known: Sequence[Mapping[str, list[float]]]
+        self, rewards: Sequence[float], _rows: Sequence[TokenRow], known: Sequence[Mapping[str, list[float]]]
     ) -> list[dict[str, list[float]]]:
         from tunesmith.methods.policy import estimate_advantages, whiten
         from tunesmith.methods.policy_objectives import ADVANTAGE, OLD_VALUE, RETURN

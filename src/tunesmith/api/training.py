@@ -222,8 +222,11 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
                 **{k: v for k, v in fingerprints.items() if k != "code"},
             },
             planner=planner,
-            # A recorded batch has places for tokens, none for numbers of rows or another model's states.
-            record_graphs=job.objective_spec.name == "sft" and records_graphs(model, device),
+            # Of a distillation a batch has no place for the teacher's states. Sampled answers are of all lengths, and to
+            # sample them needs the memory that graphs would hold.
+            record_graphs=job.objective_spec.name != "distill"
+            and kind_of_rows(job.objective) != "prompts"
+            and records_graphs(model, device),
         )
         warnings += aim.doubts()
     trained = time.perf_counter()

@@ -56,28 +56,17 @@ def generate(
     Raises DataError for a prompt that leaves no room in the context for a single new token.
     """
     sampling = sampling or SamplingSpec()
-    limit = model.config.max_positions
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {place} is empty")
-        if len(prompt) >= limit:
-            raise DataError(
-                f"prompt {place + 1}",
-                f"has {len(prompt)} tokens, the model's context {limit}",
-                rule="a prompt leaves room for an answer",
-                cure="Lower evaluate.shots or evaluate.retrieved",
-            )
+    room = count_room(model, prompts, max_new_tokens=max_new_tokens)
     was_training = model.training
     model.eval()
     prefix = _find_shared(prompts) if model.shares_prefix else []
 
     def open_prompts() -> Iterator[Opened]:
-        for places in _cut_batches(prompts, len(prefix), model, batch_size):
+        for places in cut_batches(prompts, len(prefix), model, batch_size):
             own = [prompts[place][len(prefix) :] for place in places]
             session = model.open_session(own, prefix=prefix)
             yield Opened(session, places, [len(ids) for ids in own], [[] for _ in own], session.prefill())
 
-    room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     try:
         return continue_all(
             model,
@@ -94,6 +83,22 @@ def generate(
         model.train(was_training)
 
 
+def count_room(model: CausalLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[int]:
+    """Most new tokens of each prompt. Raises DataError for one that leaves no room in the context for a single one."""
+    limit = model.config.max_positions
+    for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {place} is empty")
+        if len(prompt) >= limit:
+            raise DataError(
+                f"prompt {place + 1}",
+                f"has {len(prompt)} tokens, the model's context {limit}",
+                rule="a prompt leaves room for an answer",
+                cure="Lower evaluate.shots or evaluate.retrieved",
+            )
+    return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+
+
 def _find_shared(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Longest common start that leaves every prompt a token of its own; empty where sharing would not pay."""
     if len(prompts) < 2:
@@ -106,7 +111,7 @@ def _find_shared(prompts: Sequence[Sequence[int]]) -> list[int]:
     return first[:shared] if shared >= 64 else []
 
 
-def _cut_batches(
+def cut_batches(
     prompts: Sequence[Sequence[int]], shared: int, model: CausalLM, batch_size: int | None
 ) -> Iterator[list[int]]:
     """Places of the prompts of each prefill, neighbours in length."""
@@ -242,11 +247,7 @@ class _Chooser:
 
     def __init__(self, sampling: SamplingSpec, names: Sequence[str]) -> None:
         self.sampling = sampling
-        self.generators: list[torch.Generator] = []
-        if sampling.temperature > 0:
-            for name in names:
-                key = hashlib.sha256(f"{sampling.seed}:{name}".encode()).digest()
-                self.generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1))
+        self.generators = make_generators(sampling, names) if sampling.temperature > 0 else []
 
     def choose(self, logits_nV: Tensor, places: Sequence[int]) -> list[int]:
         logits_nV = logits_nV.float()
@@ -255,6 +256,12 @@ class _Chooser:
         probs_nV = shape_distribution(logits_nV, self.sampling)
         draws = torch.tensor([torch.rand((), generator=self.generators[place]).item() for place in places])
         return draw(probs_nV, draws.to(logits_nV.device)).tolist()
+
+
+def make_generators(sampling: SamplingSpec, names: Sequence[str]) -> list[torch.Generator]:
+    """What each sequence draws from: it follows from the seed and the sequence's name."""
+    keys = [hashlib.sha256(f"{sampling.seed}:{name}".encode()).digest() for name in names]
+    return [torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1) for key in keys]
 
 
 def pick_greedy(logits_nV: Tensor) -> Tensor:
@@ -268,6 +275,8 @@ def shape_distribution(logits_nV: Tensor, sampling: SamplingSpec) -> Tensor:
     top_p keeps the smallest set of most likely tokens whose probability reaches top_p; the most likely always stays.
     """
     logits_nV = logits_nV / sampling.temperature
+    if not sampling.top_k and sampling.top_p >= 1:
+        return logits_nV.softmax(-1)  # to sort a vocabulary takes longer than all the rest
     order = torch.argsort(logits_nV, dim=-1, descending=True, stable=True)
     ranked = logits_nV.gather(-1, order)
     if sampling.top_k:

@@ -1,14 +1,19 @@
 """Log-probabilities of target tokens that gradients can flow through, for losses that weigh whole answers.
 
-What a token's log-probability weighs in such a loss is known only when its answer is summed up, so the backward pass
-computes a chunk's logits again: one product of the head more than SFT's loss, and no (K, V) tensor is ever kept.
+No (K, V) tensor is ever kept: the head runs over a chunk of tokens at a time. A target of -1 only fills a batch up; its
+log-probability is 0.
 
 K: target tokens  C: tokens of a chunk  D: width  V: vocabulary  N: rows of a batch
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +47,11 @@ def head_logps(
     """`token_logps` from hidden states that are there already."""
     rows = chunk or choose_chunk(model, hidden_KD.device)
     if model.has_plain_head:
-        return _HeadLogps.apply(hidden_KD, model.head_weight, batch.targets_K, rows, 1 / temperature)
+        factor = 1 / temperature
+        score = partial(score_tokens, factor=factor)
+        if model.segments is not None:
+            score = partial(_score_scaled, score=model.segments.score_chunk, factor=factor)
+        return _HeadLogps.apply(hidden_KD, model.head_weight, batch.targets_K, rows, factor, score)
     kept_KD = hidden_KD[: batch.num_targets]
     chunks = zip(kept_KD.split(rows), batch.targets_K.split(rows), strict=True)
     return torch.cat(
@@ -57,53 +66,82 @@ def sum_rows(values_K: Tensor, batch: Batch) -> Tensor:
 
 def count_row_targets(batch: Batch) -> Tensor:
     """Target tokens of each row, (N,), fp32."""
-    ones_K = torch.ones(batch.num_targets, device=batch.row_K.device)
-    return sum_rows(ones_K, batch)
+    return sum_rows((batch.targets_K >= 0).float(), batch)
+
+
+def _score_scaled(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, *, score: Callable[..., Any], factor: float
+) -> tuple[Tensor, Tensor]:
+    return score(hidden_CD if factor == 1 else hidden_CD * factor, weight_VD, targets_C)
 
 
 def _chunk_logps(model: CausalLM, hidden_CD: Tensor, targets_C: Tensor, factor: float) -> Tensor:
     logits = model.head(hidden_CD)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * factor
-    return logits.gather(1, targets_C[:, None]).squeeze(1) - logits.logsumexp(-1)
+    logps_C = logits.gather(1, targets_C.clamp(min=0)[:, None]).squeeze(1) - logits.logsumexp(-1)
+    return logps_C * (targets_C >= 0)
+
+
+def score_tokens(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, *, factor: float
+) -> tuple[Tensor, Tensor]:
+    """`segments.score_chunk` of logits times `factor`, as a CPU is fast with it; gradients of fillers are no zeros."""
+    logits = hidden_CD @ weight_VD.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if factor == 1 else logits.mul_(factor)
+    kept_C1, picked_C1 = (targets_C >= 0)[:, None].to(logits.dtype), targets_C.clamp(min=0)[:, None]
+    top_C1, own_C1 = logits.amax(-1, keepdim=True), logits.gather(1, picked_C1)
+    probs = torch.softmax(logits, -1)
+    # log softmax = logit - largest logit + log(largest probability): no second pass of exponentials.
+    logps_C1 = own_C1 - top_C1 + probs.amax(-1, keepdim=True).log_()
+    probs.scatter_add_(1, picked_C1, -kept_C1)
+    return -(logps_C1 * kept_C1).squeeze(1), probs.to(hidden_CD.dtype)
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight^T)[target], softmax in fp32 (fp64 stays). Rows of `hidden_KD` beyond the targets are
-    fillers without a result or a gradient."""
+    """log softmax(factor * hidden @ weight^T)[target], softmax in fp32 (fp64 stays), and 0 where the target is -1. Rows
+    of `hidden_KD` beyond the targets are fillers without a result or a gradient.
+
+    score: (hidden states, weight, targets) -> cross-entropies, and their gradients with respect to factor * logits.
+
+    What a token's log-probability weighs comes with the backward pass. Of a frozen head nothing is summed over tokens,
+    so each row's gradient is formed for a weight of 1 while its logits are there, and only scaled then. A trained
+    head's is a sum of weighted rows: its logits are computed again.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_KD, weight_VD, targets_K, rows, factor):
+    def forward(ctx, hidden_KD, weight_VD, targets_K, rows, factor, score):
         wide = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
-        count = len(targets_K)
-        logps_K = torch.empty(count, dtype=wide, device=hidden_KD.device)
-        norms_K = torch.empty(count, dtype=wide, device=hidden_KD.device)
-        for start in range(0, count, rows):
-            span = slice(start, min(start + rows, count))
-            logits = (hidden_KD[span] @ weight_VD.t()).to(wide) * factor
-            norms_K[span] = logits.logsumexp(-1)
-            logps_K[span] = logits.gather(1, targets_K[span, None]).squeeze(1) - norms_K[span]
-        ctx.save_for_backward(hidden_KD, weight_VD, targets_K, norms_K)
-        ctx.rows, ctx.factor = rows, factor
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        logps_K = torch.empty(len(targets_K), dtype=wide, device=hidden_KD.device)
+        pull_KD = torch.zeros_like(hidden_KD) if needs_hidden and not needs_weight else None
+        for start in range(0, len(targets_K), rows):
+            span = slice(start, min(start + rows, len(targets_K)))
+            losses_C, grad_logits = score(hidden_KD[span], weight_VD, targets_K[span])
+            logps_K[span] = -losses_C
+            if pull_KD is not None:
+                torch.mm(grad_logits, weight_VD, out=pull_KD[span])
+        ctx.save_for_backward(targets_K, *((hidden_KD, weight_VD) if pull_KD is None else (pull_KD,)))
+        ctx.rows, ctx.factor, ctx.score = rows, factor, score
         return logps_K
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_K):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_KD, weight_VD, targets_K, norms_K = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden_KD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=norms_K.dtype) if needs_weight else None
+        targets_K, *others = ctx.saved_tensors
+        weights_K1 = (grad_K * (targets_K >= 0) * -ctx.factor)[:, None]
+        if len(others) == 1:
+            [pull_KD] = others
+            rest = len(pull_KD) - len(targets_K)
+            return (pull_KD * F.pad(weights_K1, (0, 0, 0, rest))).to(pull_KD.dtype), *[None] * 5
+        hidden_KD, weight_VD = others
+        grad_hidden = torch.zeros_like(hidden_KD) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=grad_K.dtype)
         for start in range(0, len(targets_K), ctx.rows):
             span = slice(start, min(start + ctx.rows, len(targets_K)))
-            hidden_CD, weights_C1 = hidden_KD[span], grad_K[span, None] * ctx.factor
-            logits = (hidden_CD @ weight_VD.t()).to(norms_K.dtype) * ctx.factor
-            # d log p / d logits = one_hot(target) - probabilities
-            grad_logits = logits.sub_(norms_K[span, None]).exp_().mul_(-weights_C1)
-            grad_logits.scatter_add_(1, targets_K[span, None], weights_C1)
-            narrow = grad_logits.to(hidden_KD.dtype)
+            _, grad_logits = ctx.score(hidden_KD[span], weight_VD, targets_K[span])
+            weighted = (grad_logits * weights_K1[span]).to(hidden_KD.dtype)
             if grad_hidden is not None:
-                torch.mm(narrow, weight_VD, out=grad_hidden[span])
-            if grad_weight is not None:
-                grad_weight += narrow.t() @ hidden_CD
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
-        return grad_hidden, grad_weight, None, None, None
+                torch.mm(weighted, weight_VD, out=grad_hidden[span])
+            grad_weight += weighted.t() @ hidden_KD[span]
+        return grad_hidden, grad_weight.to(weight_VD.dtype), *[None] * 4

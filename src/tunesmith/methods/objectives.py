@@ -158,7 +158,9 @@ class KtoBaseline:
         rows = [self._others[example.row_id] for example in examples]
         frozen_N = torch.tensor([float(row.numbers[REFERENCE]) for row in rows])  # pyright: ignore[reportArgumentType]
         gain_N = self._run(model, rows) - frozen_N.to(model.device)
-        self.value = gain_N.mean().clamp(min=0)
+        value = gain_N.mean().clamp(min=0)
+        # In its place: a recorded pass reads it there.
+        self.value = value if self.value is None else self.value.copy_(value)
 
 
 def mismatch(rows: Sequence[TokenRow]) -> list[TokenRow]:

@@ -1,7 +1,7 @@
 """PPO and GRPO as objectives: what a batch of sampled answers costs.
 
 Rows are prompts with a sampled answer. What sampling knew of them travels as their numbers, one for each token of an
-answer.
+answer, and its reward.
 
 K: sampled tokens of a batch  N: answers
 """
@@ -54,6 +54,7 @@ def ppo_objective(spec: PpoSpec, *, terms: Sequence[str] = ()) -> Objective:
         losses_K, found = _weigh(logps_K, batch, spec, terms)
         values_K, numbers = expect(model, hidden_KD, batch), batch.numbers
         value_K = clipped_value_loss(values_K, numbers[OLD_VALUE], numbers[RETURN], clip=spec.value_clip)
+        value_K = value_K * (batch.targets_K >= 0)
         kl_K = (logps_K - numbers[TOKEN_REFERENCE]).detach()
         means_N = sum_rows(value_K.detach(), batch) / count_row_targets(batch)
         found |= {"kl": kl_K.sum(), "value_loss": means_N.sum()}
@@ -79,7 +80,9 @@ def _weigh(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy losses of tokens, and what is worth logging."""
     numbers: Mapping[str, Tensor] = batch.numbers
-    given = (logps_K, numbers[OLD].to(logps_K.dtype), numbers[ADVANTAGE])
+    # Of answers that the weights as they are have sampled, what they say is what they said.
+    old_K = numbers[OLD].to(logps_K.dtype) if OLD in numbers else logps_K.detach()
+    given = (logps_K, old_K, numbers[ADVANTAGE])
     counts_N = count_row_targets(batch)
     clipped_N = sum_rows(
         count_clipped(*(t.detach() for t in given), clip=spec.clip, clip_high=clip_high), batch

@@ -121,8 +121,8 @@ class _SegmentHeadLoss(torch.autograd.Function):
         targets = F.pad(targets_K, (0, len(hidden_KD) - len(targets_K)), value=-1)
         for start in range(0, len(hidden_KD), rows):
             span = slice(start, start + rows)
-            loss, grad_logits = score_chunk(hidden_KD[span], weight_VD, targets[span])
-            total += loss
+            losses, grad_logits = score_chunk(hidden_KD[span], weight_VD, targets[span])
+            total += losses.sum()
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[span])
             if grad_weight is not None:

@@ -131,7 +131,7 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int) -> Tensor:
     """Variable-length flash attention (CUDA, 16-bit). Arguments as `attend_plain`; documents share nothing."""
-    assert not layout.num_shared
+    assert not layout.shared
     longest = layout.max_length
     left = window - 1 if window else None
     out = torch.ops.aten._flash_attention_forward(
@@ -218,9 +218,10 @@ class _FoldedAttention(torch.autograd.Function):
             torch.bmm(grad_scores.transpose(1, 2), block.q, out=into.k)
             rotate_(into.turned.mul_(ctx.scale), cos_Pd[:size], sin_Pd[:size], inverse=True)
         grad_qkv = grads.index_select(0, whole.back)
-        if len(whole.copies):
-            copies = grads.index_select(0, whole.copies.flatten()).view(*whole.copies.shape, -1)
-            grad_qkv[: whole.copies.shape[1]] += copies.sum(0, dtype=torch.float32)
+        for rows_m, blocks_cm in whole.copies:
+            copies = grads.index_select(0, blocks_cm.flatten()).view(*blocks_cm.shape, -1)
+            total = grad_qkv.index_select(0, rows_m) + copies.sum(0, dtype=torch.float32)
+            grad_qkv.index_copy_(0, rows_m, total.to(grad_qkv.dtype))
         return grad_qkv.view(ctx.shape), *[None] * 7
 
 

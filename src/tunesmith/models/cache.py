@@ -280,7 +280,7 @@ class Session:
     def __init__(
         self, model: Decoder, prompts: Sequence[Sequence[int]], *, prefix: SharedPrefix | None = None
     ) -> None:
-        self.model = model
+        self.model, self._prefix = model, prefix
         self.lengths = [len(prompt) for prompt in prompts]
         self.start = 0 if prefix is None else prefix.length
         self.windows = set(model.config.windows)
@@ -314,15 +314,37 @@ class Session:
         self._move_outgrown()
         device, order = self.model.device, [slot for group in self.groups for slot in group.members]
         lengths_n = torch.tensor([self.lengths[slot] for slot in order], device=device)
+        order_n = torch.tensor(order, device=device)
+        hidden_nD = self.step_in_place(ids_n[order_n], lengths_n)
+        self.lengths = [length + 1 for length in self.lengths]
+        return torch.empty_like(hidden_nD).index_copy_(0, order_n, hidden_nD)
+
+    def step_in_place(self, ids_n: Tensor, lengths_n: Tensor) -> Tensor:
+        """`step` of sequences in the order of their groups, which have room for one more token.
+
+        lengths_n: what `lengths` would say, which stays as it is. Nothing is read or decided by the host: of a session
+        whose groups stay (`spread`), a recording of this can be replayed.
+        """
+        count = len(ids_n)
         views = {window: StepView.of(self.groups, lengths_n, window=window) for window in self.windows}
         view = views[min(views)] if len(views) == 1 else views
-        fill = pad_length(len(order) + _ROUND_ROWS) - len(order)
-        order_n = torch.tensor(order, device=device)
-        hidden = self.model.step(
-            F.pad(ids_n[order_n], (0, fill)), F.pad(lengths_n + self.start, (0, fill)), self.caches, view
-        )
-        self.lengths = [length + 1 for length in self.lengths]
-        return torch.empty_like(hidden[: len(order)]).index_copy_(0, order_n, hidden[: len(order)])
+        fill = pad_length(count + _ROUND_ROWS) - count
+        positions_T = F.pad(lengths_n + self.start, (0, fill))
+        return self.model.step(F.pad(ids_n, (0, fill)), positions_T, self.caches, view)[:count]
+
+    def spread(self, slots: Sequence[int], *, size: int) -> Session:
+        """A session of these sequences, each as often as it is named, in one group that pads all to `size` tokens."""
+        made, group = Session(self.model, [], prefix=self._prefix), Group(self.model, size)
+        group.reserve(len(slots))
+        for source in self.groups:
+            rows = {slot: row for row, slot in enumerate(source.members)}
+            places = [place for place, slot in enumerate(slots) if slot in rows]
+            taken = source.store[:, :, [rows[slots[place]] for place in places]]
+            group.store[:, :, places, :, : source.padded_length] = taken
+        group.members = list(range(len(slots)))
+        made.groups.append(group)
+        made.lengths = [self.lengths[slot] for slot in slots]
+        return made
 
     def _move_outgrown(self) -> None:
         """Put each sequence into a group that has room for one more token."""

@@ -4,9 +4,10 @@ All linear layers run on the flat stream (T, D) without padding. Only attention 
 into buckets of one padded length each. The padded length of a document follows from its own length alone, so what else
 is in the batch never changes the shapes its numbers are computed with.
 
-Documents that begin alike (one system prompt for all) may share what they begin with: those tokens lie in the stream
-once, at the start of document 0, and every document's attention reads them there. Causal attention gives them the same
-hidden states in each document, so no number changes; only their gradients are added up before, not after, the layers.
+Documents that begin alike (one system prompt for all, one prompt for both answers of a pair) may share what they begin
+with: those tokens lie in the stream once, with an earlier document, and every document's attention reads them there.
+Causal attention gives them the same hidden states in each document, so no number changes; only their gradients are
+added up before, not after, the layers.
 
 T: flat tokens  N: documents  B: documents of a bucket  S: padded length  K: target tokens
 """
@@ -17,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Bucket:
     gather_BS:  flat position of every padded slot; empty slots repeat the document's first token, (B*S,).
     inside_n:   slots that hold a token of the document's own, in the order of `flat_n`, (n,).
     flat_n:     their flat positions, (n,).
-    empty_e:    slots without a token. The others, neither inside nor empty, hold tokens shared from document 0.
+    empty_e:    slots without a token. The others, neither inside nor empty, hold tokens of an earlier document.
     """
 
     documents: tuple[int, ...]
@@ -90,14 +91,14 @@ class Fold:
 
     into:    stream row of every block row; rows of empty slots repeat the document's first token, (R,).
     back:    block row of every stream row, (T * heads,).
-    foreign: block rows without a token of the document's own: empty, or shared from document 0.
-    copies:  block rows of the shared tokens in every document but the first, (documents - 1, shared * heads).
+    foreign: block rows without a token of the document's own: empty, or of an earlier document.
+    copies:  stream rows of shared tokens, (m,), and the block rows that repeat them, (c, m): a pair for each c.
     """
 
     into: Tensor
     back: Tensor
     foreign: Tensor
-    copies: Tensor
+    copies: Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Layout:
     lengths:       tokens per document, N of them, shared ones included.
     positions_T:   position of each token in its own document, int64.
     cumulative_N1: starts of the documents' own tokens and T at the end, int32, (N + 1,).
-    num_shared:    tokens that the first `num_sharing` documents begin with and that only document 0 stores.
+    shared:        how many of each document's first tokens an earlier one stores, its host, which begins with the same.
+    hosts:         their numbers. Both are empty where nothing is shared.
     bound:         what kernels may take for the longest document; 0 is the longest itself. With a bound, `lengths` are
                    an example: what counts is in the tensors, and `cumulative_N1` may end in empty documents.
     """
@@ -115,8 +117,8 @@ class Layout:
     lengths: tuple[int, ...]
     positions_T: Tensor
     cumulative_N1: Tensor
-    num_shared: int = 0
-    num_sharing: int = 0
+    shared: tuple[int, ...] = ()
+    hosts: tuple[int, ...] = ()
     bound: int = 0
 
     @property
@@ -130,7 +132,7 @@ class Layout:
     @property
     def is_even(self) -> bool:
         """Whether all documents have the same length and share nothing."""
-        return not self.num_shared and min(self.lengths) == max(self.lengths)
+        return not self.shared and min(self.lengths) == max(self.lengths)
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +196,20 @@ class Layout:
         return -(-len(self.lengths) // _ROUND_DOCUMENTS) * _ROUND_DOCUMENTS, longest
 
     def shares(self, document: int) -> int:
-        """How many of a document's first tokens lie in document 0."""
-        return self.num_shared if 0 < document < self.num_sharing else 0
+        """How many of a document's first tokens lie in an earlier one."""
+        return self.shared[document] if self.shared else 0
+
+    def find_tokens(self) -> list[Tensor]:
+        """Where each document's tokens lie in the stream, on the host: to read `cumulative_N1` would be to wait for a
+        GPU."""
+        found: list[Tensor] = []
+        start = 0
+        for document, length in enumerate(self.lengths):
+            shared = self.shares(document)
+            own = torch.arange(start, start + length - shared)
+            found.append(torch.cat((found[self.hosts[document]][:shared], own)) if shared else own)
+            start += length - shared
+        return found
 
     def _make_fold(self, blocks: Sequence[Tensor]) -> Fold:
         """blocks: numbers of the heads of each block of a bucket, (N, G)."""
@@ -212,23 +226,18 @@ class Layout:
                 owned.append(own.view(shape).expand_as(block).flatten())
                 documents.append(torch.tensor(bucket.documents).view(-1, 1, 1, 1).expand_as(block).flatten())
         into, own = torch.cat(rows), torch.cat(owned)
-        slots, copied = (own == 1).nonzero().flatten(), (own == 0).nonzero().flatten()
+        slots = (own == 1).nonzero().flatten()
         back = torch.empty(self.num_tokens * num_heads, dtype=torch.int64)
         back[into[slots]] = slots
-        copies = torch.empty(max(0, self.num_sharing - 1), self.num_shared * num_heads, dtype=torch.int64)
-        copies[torch.cat(documents)[copied] - 1, into[copied]] = copied
-        return Fold(into, back, (own != 1).nonzero().flatten(), copies)
+        return Fold(into, back, (own != 1).nonzero().flatten(), _sort_copies(into, own, torch.cat(documents)))
 
     def _make_bucket(self, size: int, documents: list[int]) -> Bucket:
-        # Counted again on the host: to read `cumulative_N1` would be to wait for a GPU.
-        own = (length - self.shares(number) for number, length in enumerate(self.lengths))
-        starts = list(accumulate(own, initial=0))
-        starts_B1 = torch.tensor([starts[document] for document in documents])[:, None]
+        tokens = self.find_tokens()
         lengths_B1 = torch.tensor([self.lengths[document] for document in documents])[:, None]
         shared_B1 = torch.tensor([self.shares(document) for document in documents])[:, None]
         offsets_S = torch.arange(size)[None]
-        flat_BS = torch.where(offsets_S < shared_B1, offsets_S, starts_B1 + offsets_S - shared_B1)
         inside_BS = offsets_S < lengths_B1
+        flat_BS = torch.stack([F.pad(tokens[n], (0, size - len(tokens[n]))) for n in documents])
         gather_BS = torch.where(inside_BS, flat_BS, flat_BS[:, :1]).flatten()
         slots_n = (inside_BS & (offsets_S >= shared_B1)).flatten().nonzero().flatten()
         empty_e = (~inside_BS).flatten().nonzero().flatten()
@@ -243,22 +252,36 @@ class Layout:
         )
 
 
+def _sort_copies(into: Tensor, own: Tensor, documents: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`Fold.copies`: block rows that are no document's own, by stream row, in the order of documents."""
+    copied = (own == 0).nonzero().flatten()
+    copied = copied[documents[copied].argsort(stable=True)]
+    copied = copied[into[copied].argsort(stable=True)]
+    rows, counts = into[copied].unique_consecutive(return_counts=True)
+    found = [(rows[counts == c], copied[counts.repeat_interleave(counts) == c]) for c in counts.unique()]
+    return [(of, block.view(len(of), -1).t()) for of, block in found]
+
+
 def make_layout(
-    lengths: Sequence[int], *, device: torch.device | str = "cpu", num_shared: int = 0, num_sharing: int = 0
+    lengths: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    shared: Sequence[int] = (),
+    hosts: Sequence[int] = (),
 ) -> Layout:
     """Layout of documents of the given lengths (tokens, each at least 1). Raises ValueError for empty ones.
 
-    num_shared: tokens that the first `num_sharing` documents have in common at their start; fewer than any of them has.
+    shared, hosts: as of `Layout`; a document shares fewer tokens than it has, and at most what its host has.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a layout needs documents of at least one token, got lengths {list(lengths)[:8]}")
-    firsts = [num_shared if 0 < document < num_sharing else 0 for document in range(len(lengths))]
+    firsts = shared or [0] * len(lengths)
     spans = list(zip(firsts, lengths, strict=True))
     positions_T = torch.cat([torch.arange(first, length) for first, length in spans])
     own = [0, *(length - first for first, length in spans)]
     cumulative_N1 = torch.tensor(own, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Layout(
-        tuple(lengths), send(positions_T, device), send(cumulative_N1, device), num_shared, num_sharing
+        tuple(lengths), send(positions_T, device), send(cumulative_N1, device), tuple(shared), tuple(hosts)
     )
 
 
@@ -272,6 +295,7 @@ class Batch:
     row_K:       which row of the batch each target belongs to, int64.
     num_rows:    rows of the batch, N; documents that only fill it up are none.
     numbers:     what rows know besides their tokens, fp32: one number a row (N,), or one a target (K,).
+    of_targets:  names of the numbers that are one a target.
     """
 
     ids_T: Tensor
@@ -281,21 +305,23 @@ class Batch:
     row_K: Tensor
     num_rows: int
     numbers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    of_targets: frozenset[str] = frozenset()
 
     @property
     def num_targets(self) -> int:
         return int(self.targets_K.shape[0])
 
-    def signature(self, *, any_lengths: bool = False) -> tuple[Hashable, ...]:
+    def signature(self, *, any_lengths: bool = False, by_rows: bool = False) -> tuple[Hashable, ...]:
         """What decides which kernels a training step runs, and over how much: batches of one signature differ in the
         values of their tensors alone, once they are filled up (`fixed`).
 
         any_lengths: attention's kernels read documents' lengths from a tensor, and are the same for all.
+        by_rows: what is computed has a value for each row.
         """
-        layout = self.layout
+        layout, rows = self.layout, self.num_rows if by_rows else 0
         if self._differs_in_values(any_lengths):
-            return layout.num_tokens, *layout.rounded(), self._round_targets(any_lengths)
-        return layout.lengths, layout.num_shared, layout.num_sharing, self._round_targets(any_lengths)
+            return layout.num_tokens, *layout.rounded(), self._round_targets(any_lengths), rows
+        return layout.lengths, layout.shared, layout.hosts, self._round_targets(any_lengths), rows
 
     def fixed(self, *, any_lengths: bool = False) -> Batch:
         """A copy that batches of the same signature can be copied into. Fillers repeat a source, with the target -1."""
@@ -313,6 +339,11 @@ class Batch:
             F.pad(self.targets_K, (0, missing), value=-1),
             torch.cat((self.row_K, self.row_K[:1].expand(missing))),
             self.num_rows,
+            {
+                name: F.pad(values, (0, missing)) if name in self.of_targets else values.clone()
+                for name, values in self.numbers.items()
+            },
+            self.of_targets,
         )
 
     def copy_(self, batch: Batch) -> None:
@@ -329,10 +360,13 @@ class Batch:
             mine[:kept].copy_(theirs)
             if kept < len(mine):
                 mine[kept:] = -1 if filler is None else filler
+        for name, values in batch.numbers.items():
+            self.numbers[name][: len(values)].copy_(values)
+            self.numbers[name][len(values) :] = 0
 
     def _differs_in_values(self, any_lengths: bool) -> bool:
         # Documents of one length have a kernel of their own.
-        return any_lengths and not self.layout.is_even and not self.layout.num_shared
+        return any_lengths and not self.layout.is_even and not self.layout.shared
 
     def _round_targets(self, any_lengths: bool) -> int:
         share = 0 if not self._differs_in_values(any_lengths) else self.layout.num_tokens // _TARGET_SHARES
@@ -353,7 +387,8 @@ def make_batch(
 ) -> Batch:
     """Batch of rendered rows.
 
-    share_prefix: compute tokens that all rows begin with once. Not for variable-length kernels, nor with dropout.
+    share_prefix: compute once the tokens that all rows begin with, and those that a row has in common with the one
+        before it. Not for variable-length kernels, nor with dropout.
 
     round_tokens: fill the stream up to a multiple of this many tokens with documents that nothing reads or scores.
         Kernels are compiled and kept per shape; of round lengths there are few, and each comes back.
@@ -362,14 +397,14 @@ def make_batch(
         ids 5 6 7, mask 0 1 1  ->  sources 0 1, targets 6 7
     Raises ValueError if a row's first token is a target: nothing precedes it.
     """
-    num_shared = _count_shared(rows) if share_prefix else 0
+    shared, hosts = _find_shared(rows) if share_prefix else ([0] * len(rows), [0] * len(rows))
     ids, mask = [], []
-    for number, token_row in enumerate(rows):
+    for token_row, first in zip(rows, shared, strict=True):
         if token_row.mask[0]:
             raise ValueError(
                 f"{token_row.origin.place}: the first token is a target, but nothing precedes it"
             )
-        own = slice(num_shared if number else 0, None)
+        own = slice(first, None)
         # Through numpy: to go through Python's integers takes a hundred times as long.
         ids.append(np.asarray(token_row.ids[own], dtype=np.int64))
         mask.append(np.asarray(token_row.mask[own], dtype=np.uint8))
@@ -383,32 +418,52 @@ def make_batch(
         layout=make_layout(
             [*(len(token_row.ids) for token_row in rows), *fillers],
             device=device,
-            num_shared=num_shared,
-            num_sharing=len(rows) if num_shared else 0,
+            shared=[*shared, *[0] * len(fillers)] if any(shared) else (),
+            hosts=[*hosts, *[0] * len(fillers)] if any(shared) else (),
         ),
         sources_K=send(places_K - 1, device),
         targets_K=send(ids_T[places_K], device),
         row_K=send(row_T[places_K], device),
         num_rows=len(rows),
         numbers={name: send(_collect(name, rows), device) for name in rows[0].numbers},
+        of_targets=frozenset(name for name, value in rows[0].numbers.items() if not _is_number(value)),
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _collect(name: str, rows: Sequence[TokenRow]) -> Tensor:
     """A number of each row, or the numbers of all rows' targets end to end; fp32."""
     values = [row.numbers[name] for row in rows]
-    if isinstance(values[0], int | float):
+    if _is_number(values[0]):
         return torch.tensor(values, dtype=torch.float32)
     return torch.from_numpy(np.concatenate([np.asarray(value, dtype=np.float32) for value in values]))
 
 
-def _count_shared(rows: Sequence[TokenRow]) -> int:
-    """Tokens that all rows begin with, if they are worth it. Every source of a target stays its row's own."""
-    first_targets = [next((at for at, kept in enumerate(row.mask) if kept), len(row.ids)) for row in rows]
-    most = max(0, min(first_targets) - 1)
-    begins = zip(*(row.ids[:most] for row in rows), strict=True)
-    alike = next((at for at, tokens in enumerate(begins) if len(set(tokens)) > 1), most)
-    return alike if len(rows) > 1 and alike >= MIN_SHARED else 0
+def _find_shared(rows: Sequence[TokenRow]) -> tuple[list[int], list[int]]:
+    """(how many of a row's first tokens another one stores, which one) of each row: what all have in common with the
+    first, or more with the one before."""
+    if len(rows) < 2:
+        return [0], [0]
+    # Every source of a target stays its row's own.
+    ends = [max(0, next((at for at, kept in enumerate(row.mask) if kept), len(row.ids)) - 1) for row in rows]
+    ids = [np.asarray(row.ids[:end]) for row, end in zip(rows, ends, strict=True)]
+    common = min(_count_equal(ids[0], other) for other in ids[1:])
+    common = common if common >= MIN_SHARED else 0
+    shared, hosts = [0], [0]
+    for number, pair in enumerate(pairwise(ids)):
+        more = _count_equal(*pair)
+        shared.append(more if more >= common + MIN_SHARED else common)
+        hosts.append(number if shared[-1] > common else 0)
+    return shared, hosts
+
+
+def _count_equal(one: np.ndarray, other: np.ndarray) -> int:
+    size = min(len(one), len(other))
+    differs = one[:size] != other[:size]
+    return int(differs.argmax()) if differs.any() else size
 
 
 def _split_filler(num_tokens: int) -> list[int]:

@@ -232,16 +232,16 @@ def finish_kept(x: Tensor, attended: Tensor, tensors: FinishTensors, plan: Block
 
 
 def score_chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of hidden @ weight^T, and its gradient with respect to these logits (C, V), in the
-    compute dtype. Softmax in fp32 (fp64 stays). A target of -1 counts for nothing."""
+    """Cross-entropy of each token from hidden @ weight^T, (C,), and its gradient with respect to these logits (C, V),
+    in the compute dtype. Softmax in fp32 (fp64 stays). A target of -1 counts for nothing."""
     logits = hidden_CD @ weight_VD.t()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_sum_C1 = torch.logsumexp(logits, -1, keepdim=True)
     picked = torch.arange(logits.shape[1], device=logits.device) == targets_C[:, None]
     kept_C1 = (targets_C >= 0)[:, None]
-    loss = (log_sum_C1 * kept_C1).sum() - torch.where(picked, logits, 0).sum()
+    losses_C = (log_sum_C1 * kept_C1).squeeze(1) - torch.where(picked, logits, 0).sum(-1)
     grad = torch.where(picked, -1.0, 0.0) + torch.exp(logits - log_sum_C1) * kept_C1
-    return loss, grad.to(hidden_CD.dtype)
+    return losses_C, grad.to(hidden_CD.dtype)
 
 
 def score_chunk_in_place(
@@ -255,7 +255,7 @@ def score_chunk_in_place(
     if not score_kernel.available(hidden_CD):
         return otherwise(hidden_CD, weight_VD, targets_C)
     logits = hidden_CD @ weight_VD.t()
-    return score_kernel.score_in_place(logits, targets_C).sum(), logits
+    return score_kernel.score_in_place(logits, targets_C), logits
 
 
 # A compiler finds a function by its code: what it shall compile in another way is a function of its own.

@@ -6,21 +6,22 @@ shape of a step has run twice, the next step records them, and from then on they
 same order. Rows of all lengths give micro-batches of many shapes; where kernels take any lengths, a shape is not much
 more than a number of tokens, and comes back, too.
 
-What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, the sum of losses,
-gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else may use.
-Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives the pool
-back, and only steps of few shapes are recorded.
+What a graph reads and adds to stays in place: copies of the batch's tensors, the factor of the loss, sums of losses and
+measures, gradients. Weights are updated in place anyway. Intermediate results lie in a pool of memory that no one else
+may use. Graphs and ordinary passes need it twice: where there is no room for that, whatever is not replayed first gives
+the pool back, and only steps of few shapes are recorded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from tunesmith.models.recording import leave_recording, name_cause, record
 
 # The first pass of a shape compiles, the second finds every buffer made.
 _PASSES_BEFORE = 2
@@ -38,7 +39,7 @@ RunMicroBatch = Callable[[Any, Tensor, Tensor], None]
 class FixedBatch(Protocol):
     """A batch whose kernels follow from `signature` alone (see `layout.Batch`)."""
 
-    def signature(self, *, any_lengths: bool) -> Hashable: ...
+    def signature(self, *, any_lengths: bool, by_rows: bool) -> Hashable: ...
     def fixed(self, *, any_lengths: bool) -> Any: ...
     def copy_(self, batch: Any) -> None: ...
 
@@ -54,7 +55,7 @@ class GraphRunner:
     hold_gradients: makes gradients stay where they are; False if they can't.
     refresh: brings what is computed with up to date with the weights, at the start of a step; False if nothing is.
     num_sums:    what a pass adds up: its loss, and measures.
-    any_lengths: as `layout.Batch.signature` takes it.
+    any_lengths, by_rows: as `layout.Batch.signature` takes them.
     has_room: memory suffices for graphs beside ordinary passes. Whoever runs out of it says so.
     failure: why nothing is recorded any more; empty while it is.
     """
@@ -68,9 +69,10 @@ class GraphRunner:
         device: torch.device,
         num_sums: int = 1,
         any_lengths: bool = False,
+        by_rows: bool = False,
         has_room: bool = False,
     ) -> None:
-        self._any_lengths, self.has_room = any_lengths, has_room
+        self._any_lengths, self._by_rows, self.has_room = any_lengths, by_rows, has_room
         self._run, self._hold_gradients, self._refresh = run, hold_gradients, refresh
         self._factor = torch.ones((), device=device)
         self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
@@ -102,7 +104,7 @@ class GraphRunner:
     def run(self, batch: FixedBatch, factor: float) -> None:
         """Gradients of a micro-batch's loss times `factor`, and what is summed up to the step's sums."""
         self._factor.fill_(factor)
-        key = batch.signature(any_lengths=self._any_lengths)
+        key = batch.signature(any_lengths=self._any_lengths, by_rows=self._by_rows)
         if key not in self._passes and len(self._passes) > (_MOST_COUNTED if self.has_room else _MOST_SHAPES):
             self._passes.clear()
         self._shapes.add(key)
@@ -149,36 +151,12 @@ class GraphRunner:
             return self._graphs[key]
         except RuntimeError as error:
             # Nothing was computed. Step by step it may well fit, or run.
-            self.failure = _name_cause(error)
+            self.failure = name_cause(error)
         finally:
-            _leave_recording(stream, self._pool)
+            leave_recording(stream, self._pool)
         # Only now, when no traceback holds them any more, can the pass's tensors go.
         self.release()
         return None
 
     def _capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads prepare batches meanwhile, with calls that would break a stricter recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
-        return graph
-
-
-def _name_cause(error: BaseException) -> str:
-    """What broke a recording off, which comes before what ending it then raised."""
-    cause = error.__context__ or error
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
-
-
-def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
-    """What torch leaves undone when it can't end a recording that broke off: its stream is still the current one, on
-    which nothing waits for the batches that are copied, its pool still counts as in use, and its random generator
-    still takes itself for recorded, and refuses to draw."""
-    if torch.cuda.current_stream() == stream:
-        return
-    torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[stream.device_index]
-    generator.graphsafe_set_state(generator.clone_state())
-    with suppress(RuntimeError):  # where the recording ended, and only its graph could not be made
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        torch._C._cuda_releasePool(stream.device_index, pool)
+        return record(function, self._pool)

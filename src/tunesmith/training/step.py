@@ -127,6 +127,8 @@ class Stepper:
             num_sums=1 + len(self._objective.measures),
             device=self._device,
             any_lengths=any_lengths,
+            # Of answers weighed as a whole, their number is a tensor's length.
+            by_rows=self._objective.per_example or bool(self._objective.measures),
             has_room=has_room,
         )
 
