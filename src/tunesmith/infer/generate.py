@@ -268,6 +268,8 @@ def shape_distribution(logits_nV: Tensor, sampling: SamplingSpec) -> Tensor:
     top_p keeps the smallest set of most likely tokens whose probability reaches top_p; the most likely always stays.
     """
     logits_nV = logits_nV / sampling.temperature
+    if not sampling.top_k and sampling.top_p >= 1:
+        return logits_nV.softmax(-1)  # to sort costs more than a step of a small model
     order = torch.argsort(logits_nV, dim=-1, descending=True, stable=True)
     ranked = logits_nV.gather(-1, order)
     if sampling.top_k:

@@ -114,6 +114,7 @@ class RewardSpec(Spec):
 # Rewards that come with us, and the setting that each needs.
 VERIFIERS: dict[str, str | None] = {
     "exact_match": None,
+    "json_fields": None,
     "json_valid": None,
     "json_schema": "schema_file",
     "regex": "pattern",
@@ -125,7 +126,7 @@ class RewardTerm(Spec):
     """One reward of a sampled answer. A bare string is `{source: ...}`."""
 
     source: str
-    """A verifier (`exact_match`, `json_valid`, `json_schema`, `regex`, `length`), a Python function
+    """A verifier (`exact_match`, `json_fields`, `json_valid`, `json_schema`, `regex`, `length`), a Python function
     (`rewards.py:json_score`, called as TRL calls it), or the folder of a reward model."""
     weight: float = 1.0
     """Weight in the sum of rewards."""
