@@ -12,6 +12,7 @@ import pytest
 from tunesmith.api import check
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.demo import make_alignment, make_tickets
+from tunesmith.eval.metrics import json_fields, json_valid
 
 PROMPTS, PAIRS = "tunesmith/tickets-prompts", "tunesmith/tickets-preferences"
 SPLITS = ("train", "validation", "test")
@@ -44,11 +45,10 @@ def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> 
             assert path.read_bytes() == (BUNDLED[name] / path.name).read_bytes(), path
 
 
-def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
+def test_another_seed_gives_other_prompts(tmp_path: Path) -> None:
     make_alignment.write_alignment(tmp_path, seed=1)
-    for name in (PROMPTS, PAIRS):
-        made = tmp_path / name.removeprefix("tunesmith/") / "test.jsonl"
-        assert made.read_bytes() != (BUNDLED[name] / "test.jsonl").read_bytes()
+    made = tmp_path / "tickets-prompts" / "test.jsonl"
+    assert made.read_bytes() != (BUNDLED[PROMPTS] / "test.jsonl").read_bytes()
 
 
 def test_no_writer_stands_in_two_splits_or_in_the_sealed_test(rows: dict[str, Rows]) -> None:
@@ -61,7 +61,7 @@ def test_no_writer_stands_in_two_splits_or_in_the_sealed_test(rows: dict[str, Ro
     assert sum(map(len, writers.values())) == len(set().union(*writers.values()))
     # The held-out writers are the clusters of intervals, all of the same size.
     assert set(Counter(row["family"] for row in rows[PROMPTS]["test"]).values()) == {8}
-    assert set(Counter(row["family"] for row in rows[PAIRS]["test"]).values()) == {8}
+    assert min(Counter(row["family"] for row in rows[PAIRS]["test"]).values()) >= 4
 
 
 def test_no_message_comes_twice(rows: dict[str, Rows]) -> None:
@@ -89,37 +89,13 @@ def test_every_right_answer_fits_the_schema(rows: dict[str, Rows]) -> None:
         validator.validate(json.loads(answer))
 
 
-def test_a_rejected_answer_has_the_fault_that_its_row_names(rows: dict[str, Rows]) -> None:
-    faults = Counter()
-    for row in (row for split in SPLITS for row in rows[PAIRS][split]):
-        chosen, rejected = list_sides(row)
-        assert chosen != rejected
-        faults[row["fault"]] += 1
-        if row["fault"] == "format":
-            continue
-        right, wrong = json.loads(chosen), json.loads(rejected)
-        differing = {key for key in right | wrong if right.get(key) != wrong.get(key)}
-        assert len(differing) == 1, row
-        key = differing.pop()
-        if row["fault"] == "too much":
-            assert key not in right or len(wrong[key]) == len(right[key]) + 1
-        elif row["fault"] == "too little":
-            assert key not in wrong or len(wrong[key]) == len(right[key]) - 1
-        else:
-            assert key in right
-            assert key in wrong
-    assert set(faults) == set(make_alignment.FAULTS)
-
-
-def test_what_is_taken_from_something_else_stands_in_the_message(rows: dict[str, Rows]) -> None:
-    taken = 0
-    for row in (row for split in SPLITS for row in rows[PAIRS][split] if row["fault"] != "format"):
-        right, wrong = map(json.loads, list_sides(row))
-        for key in ("order", "name", "date"):
-            if key in wrong and wrong[key] != right.get(key):
-                assert wrong[key] in row["prompt"][1]["content"]
-                taken += 1
-    assert taken > 50
+def test_a_rejected_answer_is_mostly_right_and_nearly_always_json(rows: dict[str, Rows]) -> None:
+    pairs = [list_sides(row) for split in SPLITS for row in rows[PAIRS][split]]
+    assert all(chosen.strip() != rejected.strip() for chosen, rejected in pairs)
+    shares = [json_fields(rejected, chosen) for chosen, rejected in pairs]
+    assert all(share < 1 for share in shares)
+    assert 0.7 < sum(shares) / len(shares) < 0.95
+    assert sum(json_valid(rejected, "") for _, rejected in pairs) / len(pairs) > 0.95
 
 
 def test_length_does_not_tell_which_answer_is_chosen(rows: dict[str, Rows]) -> None:
@@ -131,7 +107,7 @@ def test_length_does_not_tell_which_answer_is_chosen(rows: dict[str, Rows]) -> N
         assert abs(sum(chosen - rejected for chosen, rejected in sizes)) / len(sizes) < 5
 
 
-@pytest.mark.parametrize("name, objective", [(PROMPTS, "sft"), (PROMPTS, "grpo"), (PAIRS, "dpo")])
+@pytest.mark.parametrize(("name", "objective"), [(PROMPTS, "sft"), (PROMPTS, "grpo"), (PAIRS, "dpo")])
 def test_the_check_finds_nothing_wrong(name: str, objective: str, rows: dict[str, Rows]) -> None:
     learned = {"name": "grpo", "rewards": ["json_fields"]} if objective == "grpo" else objective
     report = check({"model": "tunesmith/tiny", "data": {"train": name}, "objective": learned})

@@ -207,6 +207,9 @@ class PpoSpec(RolloutSpec):
     """Discount from token to token."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Of generalised advantage estimation: 0 trusts values, 1 rewards."""
+    center_rewards: bool = False
+    """Take a rollout's mean reward off each of its rewards. Values begin at zero, and then begin right: where most
+    rewards are alike and far from zero, what a short training would else spend on learning their mean."""
     whiten_rewards: bool = False
     """Bring a rollout's rewards to variance 1 before advantages are made of them."""
 
