@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.api import check
+from tunesmith.api import check, demo_job
+from tunesmith.comparing.plan import plan_arms
 from tunesmith.core.bundled import BUNDLED
 from tunesmith.demo import make_alignment, make_tickets
 from tunesmith.eval.metrics import json_fields, json_valid
@@ -125,3 +126,16 @@ def test_readmes_name_the_rows_that_are_there(rows: dict[str, Rows]) -> None:
             found = re.search(rf"\| {split}\.jsonl \| ([\d,]+) \|", card)
             assert found, (name, split)
             assert int(found[1].replace(",", "")) == len(rows[name][split])
+
+
+def test_the_demo_goes_on_from_sft_by_three_objectives() -> None:
+    job = demo_job(about="alignment", seeds=2)
+    arms = plan_arms(job)
+    assert job.compare.seeds == [0, 1]
+    assert demo_job(about="alignment").compare.seeds == [0]
+    assert [(arm.name, arm.starts_from) for arm in arms] == [
+        ("sft", None),
+        ("dpo", "sft"),
+        ("ppo", "sft"),
+        ("grpo", "sft"),
+    ]
