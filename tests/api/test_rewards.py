@@ -91,6 +91,23 @@ def test_a_prompt_without_truth_is_worth_nothing_and_is_counted(score: Any) -> N
     assert found.num_missing == {"exact_match": 1}
 
 
+def test_fields_are_counted_against_the_truth(score: Any) -> None:
+    """Of a, b[0] and b[1]: all three; one wrong; one missing; one invented beside them; no JSON."""
+    prompt = ask(truth='{"a":1,"b":[2,3]}')
+    said = ['{"b":[2,3],"a":1}', '<think>?</think>{"a":1,"b":[2,4]}', '{"a":1,"b":[2]}']
+    said += ['{"a":1,"b":[2,3],"c":0}', '{"a":1,"b":[2,3]']
+    found = score(["json_fields"], [say(text, prompt) for text in said])
+    assert found.total == pytest.approx([1, 2 / 3, 2 / 3, 3 / 4, 0])
+
+
+def test_fields_of_a_truth_that_is_no_json_cannot_be_told(score: Any) -> None:
+    found = score(["json_fields"], [say("4", ask(truth="4")), say("{}", ask(truth='{"a":1}'))])
+    assert found.total == [0, 0]
+    assert found.num_missing == {"json_fields": 1}
+    with pytest.raises(JobError, match="no prompt has a truth that is a JSON object or list to match"):
+        score(["json_fields"], [say("4", ask(truth="4"))])
+
+
 def test_json_is_strict_and_may_have_a_schema(score: Any, tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     (tmp_path / "schema.json").write_text(json.dumps(schema))

@@ -174,6 +174,18 @@ def test_equal_rewards_teach_nothing(tmp_path: Path) -> None:
     assert any("were worth the same in 9 of 9 groups" in text for text in record.warnings)
 
 
+@pytest.mark.parametrize(("center", "expected"), [(False, 0.5), (True, 0.0)])
+def test_centered_rewards_are_what_values_begin_with(tmp_path: Path, center: bool, expected: float) -> None:
+    """All rewards are 1 and all values 0: half of 1 squared, or nothing to learn."""
+    objective = {"name": "ppo", "samples": 2, "max_new_tokens": 4, "kl_weight": 0, "gae_lambda": 1}
+    wanted = job(tmp_path, {**objective, "center_rewards": center}, steps=1, batch_rows=6)
+    wanted["objective"]["rewards"] = [f"{tmp_path / 'rewards.py'}:same"]
+    tunesmith.train(wanted, out=tmp_path / "run")
+    measures = steps_of(tmp_path / "run")[0]["measures"]
+    assert measures["value_loss"] == pytest.approx(expected)
+    assert measures["reward"] == 1
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 @pytest.mark.parametrize("cut_after", [3, 4])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, cut_after: int) -> None:

@@ -124,6 +124,8 @@ def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
     # 0.4 + 0.3 reaches 0.6: tokens 1 and 3 stay.
     kept = shape_distribution(logits, SamplingSpec(temperature=1.0, top_p=0.6))
     assert torch.allclose(kept, torch.tensor([[0.0, 4 / 7, 0.0, 3 / 7]]))
+    whole = shape_distribution(logits, SamplingSpec(temperature=0.5))
+    assert torch.allclose(whole, torch.tensor([[1.0, 16.0, 4.0, 9.0]]) / 30)
     kept = shape_distribution(logits, SamplingSpec(temperature=1.0, top_k=1))
     assert kept.tolist() == [[0.0, 1.0, 0.0, 0.0]]
     probs = torch.tensor([[0.25, 0.0, 0.75]] * 3)

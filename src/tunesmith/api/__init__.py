@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api.answering import answer_prompts
-    from tunesmith.api.comparing import compare, comparison_json, demo_job, report, report_markdown
+    from tunesmith.api.comparing import compare, comparison_json, report, report_markdown
+    from tunesmith.api.demo import demo_job
     from tunesmith.api.evaluation import evaluate, evaluate_tasks, evaluation_json, generate
     from tunesmith.api.inspection import check, preview
     from tunesmith.api.pair_evaluation import evaluate_pairs
@@ -46,7 +47,8 @@ __all__ = [
 
 _HOMES = {
     "tunesmith.api.answering": ("answer_prompts",),
-    "tunesmith.api.comparing": ("compare", "comparison_json", "demo_job", "report", "report_markdown"),
+    "tunesmith.api.comparing": ("compare", "comparison_json", "report", "report_markdown"),
+    "tunesmith.api.demo": ("demo_job",),
     "tunesmith.api.evaluation": ("evaluate", "evaluate_tasks", "evaluation_json", "generate"),
     "tunesmith.api.inspection": ("check", "preview"),
     "tunesmith.api.pair_evaluation": ("evaluate_pairs",),

@@ -44,7 +44,7 @@ from tunesmith.core.jsonl import read_json, write_json
 from tunesmith.core.records import RunRecord
 from tunesmith.core.rundir import RunDir
 from tunesmith.data.prepare import Prepared
-from tunesmith.job.load import job_from, load_job
+from tunesmith.job.load import job_from
 from tunesmith.job.resolve import ResolvedModel
 from tunesmith.job.spec import Job, LoraSpec
 from tunesmith.report.card import render_card
@@ -53,7 +53,6 @@ from tunesmith.report.page import render_report
 # Optimizer steps that a parity record holds.
 PARITY_STEPS = 20
 GENERAL_TEXT = BUNDLED["tunesmith/tickets"] / "general.jsonl"
-DEMO_JOB = BUNDLED["tunesmith/tickets"].parent / "demo.yaml"
 
 
 def compare(
@@ -103,11 +102,6 @@ def compare(
         write_pages(run, arms, samples=job.compare.samples)
         render_report(run)
     return comparison
-
-
-def demo_job(overrides: Sequence[str] = ()) -> Job:
-    """The job of `tunesmith demo`."""
-    return load_job(DEMO_JOB, overrides)
 
 
 def report(run: str | Path) -> Comparison:

@@ -18,7 +18,14 @@ from typing import Any, cast
 
 from tunesmith.api.reward_model import check_reward_model, open_reward_model
 from tunesmith.api.reward_process import RewardProcess
-from tunesmith.api.verifiers import check_pattern, check_settings, open_schema, open_verifier
+from tunesmith.api.verifiers import (
+    AGAINST_TRUTH,
+    can_verify,
+    check_pattern,
+    check_settings,
+    open_schema,
+    open_verifier,
+)
 from tunesmith.core.errors import JobError, TrainingFailed
 from tunesmith.core.types import Message
 from tunesmith.data.prompts import TRUTHS, Answer, Prompt
@@ -149,10 +156,10 @@ def _open_term(
     if term.source == "regex":
         return _search(term, process, place)
     if term.source in VERIFIERS:
-        if term.source == "exact_match" and not any(prompt.truth is not None for prompt in prompts):
+        if not any(can_verify(term.source, prompt.truth) for prompt in prompts):
             raise JobError(
                 place,
-                "no prompt has a truth to match",
+                f"no prompt has {AGAINST_TRUTH[term.source]} to match",
                 rule=f"a truth is a column {', '.join(TRUTHS)}, or the row's last answer",
                 cure="Add one to the data, or use another reward",
             )

@@ -248,6 +248,7 @@ class Sampler:
         spec = self.spec
         assert isinstance(spec, PpoSpec)
         worth = np.asarray(rewards, dtype=np.float64)
+        worth = worth - worth.mean() if spec.center_rewards else worth
         worth = whiten(worth, center=False) if spec.whiten_rewards else worth
         estimates = []
         for reward, facts in zip(worth, known, strict=True):

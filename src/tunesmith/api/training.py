@@ -222,8 +222,8 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
                 **{k: v for k, v in fingerprints.items() if k != "code"},
             },
             planner=planner,
-            # Of a distillation a batch has no place for the teacher's states. Sampled answers are of all lengths, and to
-            # sample them needs the memory that graphs would hold.
+            # A recorded batch has no place for a teacher's states. Sampled answers are of all lengths, and to sample
+            # them needs the memory that graphs would hold.
             record_graphs=job.objective_spec.name != "distill"
             and kind_of_rows(job.objective) != "prompts"
             and records_graphs(model, device),

@@ -10,9 +10,9 @@ from typing import Any, cast
 from tunesmith.core.errors import DataError, JobError
 from tunesmith.data.prompts import Answer
 from tunesmith.eval.metrics import (
+    METRICS,
     MetricContext,
     cut_reasoning,
-    exact_match,
     json_schema,
     json_valid,
     load_schema,
@@ -20,6 +20,8 @@ from tunesmith.eval.metrics import (
 from tunesmith.job.objective import VERIFIERS, RewardTerm
 
 Verify = Callable[[Answer], float | None]
+# Metrics that hold an answer against the prompt's truth, and what such a truth is.
+AGAINST_TRUTH = {"exact_match": "a truth", "json_fields": "a truth that is a JSON object or list"}
 
 
 def open_verifier(term: RewardTerm, place: str) -> Verify:
@@ -27,10 +29,21 @@ def open_verifier(term: RewardTerm, place: str) -> Verify:
     return _OPEN[term.source](term, place)
 
 
-def _verify_match(term: RewardTerm, place: str) -> Verify:
+def can_verify(source: str, truth: str | None) -> bool:
+    """Whether a verifier that holds answers against truths could tell of this one; the others need none."""
+    if source not in AGAINST_TRUTH:
+        return True
+    return truth is not None and METRICS[source].applies(truth, MetricContext())
+
+
+def _verify_truth(term: RewardTerm, place: str) -> Verify:
+    metric = METRICS[term.source]
+
     def verify(answer: Answer) -> float | None:
         truth = answer.prompt.truth
-        return None if truth is None else exact_match(cut_reasoning(answer.text, truth), truth)
+        if truth is None or not can_verify(term.source, truth):
+            return None
+        return metric(_said(answer), truth, MetricContext())
 
     return verify
 
@@ -50,7 +63,8 @@ def _verify_length(term: RewardTerm, place: str) -> Verify:
 
 
 _OPEN: dict[str, Callable[[RewardTerm, str], Verify]] = {
-    "exact_match": _verify_match,
+    "exact_match": _verify_truth,
+    "json_fields": _verify_truth,
     "json_valid": _verify_json,
     "json_schema": _verify_schema,
     "length": _verify_length,

@@ -323,6 +323,12 @@ def compare(
 @app.command()
 def demo(
     out: OutDir = Path("demo-run"),
+    align: Annotated[
+        bool, typer.Option("--align", help="Compare SFT with DPO, PPO and GRPO after it.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="How many; default: 3, with --align 1.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -331,7 +337,7 @@ def demo(
     from tunesmith import api
     from tunesmith.cli.progress import watch
 
-    job = api.demo_job(overrides)
+    job = api.demo_job(overrides, about="alignment" if align else "methods", seeds=seeds)
     with watch() as on_event:
         comparison = api.compare(job, out=out, fresh=fresh, on_event=on_event)
     _print_comparison(comparison, out, as_json)

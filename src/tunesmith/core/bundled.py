@@ -1,11 +1,13 @@
-"""The names of what ships inside the package: `tunesmith/tiny` (a model) and `tunesmith/tickets` (a data set)."""
+"""The names of what ships inside the package: `tunesmith/tiny` (a model), `tunesmith/tickets` (a data set), and what to
+align a model with: `tunesmith/tickets-prompts` and `tunesmith/tickets-preferences`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _DEMO = Path(__file__).parent.parent / "demo"
-BUNDLED = {"tunesmith/tiny": _DEMO / "tiny", "tunesmith/tickets": _DEMO / "tickets"}
+_NAMES = ("tiny", "tickets", "tickets-prompts", "tickets-preferences")
+BUNDLED = {f"tunesmith/{name}": _DEMO / name for name in _NAMES}
 
 
 def bundled_path(name: str) -> Path | None:

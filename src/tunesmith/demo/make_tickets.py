@@ -126,9 +126,9 @@ def split_dated(family: Family) -> dict[str, list[str]]:
     return {"context": [re.sub(r"\[[^]]*\]", "", frame) for frame in family["context"]], "dated": dated}
 
 
-def deal(names: Sequence[str], counts: dict[str, int]) -> dict[str, str]:
+def deal(names: Sequence[str], counts: dict[str, int], *, salt: str = DEAL) -> dict[str, str]:
     """Name -> split: in the order of a hash the first go to the test, the next to validation, the rest to train."""
-    shuffled = sorted(names, key=lambda name: hashlib.sha256((DEAL + name).encode()).hexdigest())
+    shuffled = sorted(names, key=lambda name: hashlib.sha256((salt + name).encode()).hexdigest())
     splits = [split for split, count in counts.items() for _ in range(count)]
     return {name: splits[at] if at < len(splits) else "train" for at, name in enumerate(shuffled)}
 
@@ -140,12 +140,15 @@ def choose_values(values: tuple[str, ...], split: str, *, own: bool) -> list[str
     return [value for value in values if dealt[value] == (split if own else "train")]
 
 
-def load_families() -> list[Family]:
-    """All families, in file order, each joined with its split, its split's clauses and pool, and the shared cores."""
+def load_families(dealt: dict[str, str] | None = None) -> list[Family]:
+    """All families, in file order, each joined with its split, its split's clauses and pool, and the shared cores.
+
+    dealt: name -> split of the writers that train does not have to itself; default: as the tickets are dealt.
+    """
     cores, only_train, writers = (read_wordings(name) for name in ("cores", "families", "writers"))
     shared = {"cores": cores["issue"] | cores["want"] | cores["urgency"]}
     clauses = writers["clauses"] | {"train": only_train["clauses"]}
-    dealt = deal([family["name"] for family in writers["family"]], NUM_WRITERS)
+    dealt = dealt or deal([family["name"] for family in writers["family"]], NUM_WRITERS)
     joined = []
     for family in only_train["family"] + writers["family"]:
         split = dealt.get(family["name"], "train")

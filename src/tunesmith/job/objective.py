@@ -114,6 +114,7 @@ class RewardSpec(Spec):
 # Rewards that come with us, and the setting that each needs.
 VERIFIERS: dict[str, str | None] = {
     "exact_match": None,
+    "json_fields": None,
     "json_valid": None,
     "json_schema": "schema_file",
     "regex": "pattern",
@@ -125,7 +126,7 @@ class RewardTerm(Spec):
     """One reward of a sampled answer. A bare string is `{source: ...}`."""
 
     source: str
-    """A verifier (`exact_match`, `json_valid`, `json_schema`, `regex`, `length`), a Python function
+    """A verifier (`exact_match`, `json_fields`, `json_valid`, `json_schema`, `regex`, `length`), a Python function
     (`rewards.py:json_score`, called as TRL calls it), or the folder of a reward model."""
     weight: float = 1.0
     """Weight in the sum of rewards."""
@@ -206,6 +207,9 @@ class PpoSpec(RolloutSpec):
     """Discount from token to token."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Of generalised advantage estimation: 0 trusts values, 1 rewards."""
+    center_rewards: bool = False
+    """Take a rollout's mean reward off each of its rewards. Values begin at zero, and then begin right: where most
+    rewards are alike and far from zero, what a short training would else spend on learning their mean."""
     whiten_rewards: bool = False
     """Bring a rollout's rewards to variance 1 before advantages are made of them."""
 
