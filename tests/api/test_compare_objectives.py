@@ -146,6 +146,10 @@ def test_running_again_trains_nothing_and_a_changed_start_trains_what_follows(fi
     tunesmith.compare(changed, out=finished / "out", on_event=events.append)
     trained = {event.task for event in events if event.kind == "step"}
     assert trained == {"lora seed 0", "dpo seed 0"}
+    # The reference is the start as it is now, not what an earlier one was.
+    first = next(iter(read_jsonl(finished / "out" / "arms" / "dpo" / "seed-0" / "steps.jsonl")))[1]
+    assert first["measures"]["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert "dpo" in [arm.name for arm in api.report(finished / "out").arms if arm.status == "done"]
 
 
 def test_no_arm_learns_from_what_it_is_judged_on(tmp_path: Path) -> None:

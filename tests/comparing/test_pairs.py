@@ -10,7 +10,7 @@ from tunesmith.comparing.result import compare_run
 from tunesmith.core.jsonl import write_json, write_jsonl
 from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord
 from tunesmith.core.rundir import RunDir
-from tunesmith.job.spec import Job
+from tunesmith.job.spec import ArmSpec, Job
 
 ARMS = [
     "zero-shot",
@@ -90,3 +90,37 @@ def test_an_arm_scored_on_other_pairs_is_not_ranked(tmp_path: Path) -> None:
     write_arm(run, "dpo", [[-2.0, -4.0]] * 3, rewards=[1.0, 1.0], tokens=1)
     comparison = compare_run(run, make_job("reward"))
     assert comparison.arms[2].not_comparable == "scored on other pairs than zero-shot"
+
+
+def test_what_is_measured_against_a_start_is_not_compared_between_starts(tmp_path: Path) -> None:
+    run, even = RunDir(tmp_path), [[-2.0, -4.0]] * 2
+    for name in ("zero-shot", "sft", "dpo"):
+        write_arm(run, name, even, rewards=[1.0, 3.0], tokens=10)
+    chain = {
+        "name": "more",
+        "method": "lora",
+        "objective": "dpo",
+        "starts_from": "dpo",
+        "data": {"train": "p"},
+    }
+    write_arm(run, "more", [[-1.0, -4.0]] * 2, rewards=[1.0, 3.0], tokens=10)
+    job = make_job("reward")
+    job = job.model_copy(
+        update={"compare": job.compare.model_copy(update={"arms": [*job.compare.arms, ArmSpec(**chain)]})}
+    )
+    arms = compare_run(run, job).arms
+    assert arms[3].metrics["preference_margin"].value == pytest.approx(1.0)
+    assert "preference_margin" not in arms[3].from_start
+    assert "preference_margin" not in arms[2].differences
+
+
+def test_the_headline_is_what_going_on_was_worth(tmp_path: Path) -> None:
+    run, even = RunDir(tmp_path), [[-2.0, -4.0]] * 2
+    write_arm(run, "sft", even, rewards=[1.0, 3.0], tokens=10)
+    write_arm(run, "dpo", even, rewards=[2.0, 5.0], tokens=12)
+    job = make_job("reward")
+    job = job.model_copy(update={"compare": job.compare.model_copy(update={"arms": job.compare.arms[1:]})})
+    comparison = compare_run(run, job)
+    assert comparison.verdict.startswith("Exploratory, one seed: dpo reaches 3.50 reward, +1.500")
+    assert "from sft, which it starts from" in comparison.verdict
+    assert not any("zero-shot" in warning for warning in comparison.warnings)

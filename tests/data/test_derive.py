@@ -46,7 +46,10 @@ def test_prompts_keep_their_splits_and_no_test_row_becomes_one(tmp_path: Path) -
 
 def test_a_prompt_ends_where_the_answer_began(tmp_path: Path) -> None:
     prepared, renderer = prepare(tmp_path, [chat(number) for number in range(40)])
-    for prompt, row in zip(list_prompts(prepared, renderer, "test"), prepared.rows("test"), strict=True):
+    asked = list_prompts(prepared, renderer, "test", count=3)
+    assert list(asked) == [0, 1, 2]
+    for number, prompt in asked.items():
+        row = prepared.rows("test")[number]
         first = list(row.mask).index(1)
         assert list(prompt.ids) == list(row.ids)[:first]
         assert dict(prompt.columns) == {"answer": prompt.truth}

@@ -50,17 +50,32 @@ def summarise_pairs(pairs: Sequence[PreferenceRecord]) -> dict[str, float]:
 
 
 def reward_answers(
-    run: RunDir, prompts: Sequence[Prompt], terms: Sequence[RewardTerm], renderer: Renderer, *, device: Any
-) -> list[float | None]:
-    """What each of an arm's answers is worth; None where nothing was answered. prompts: one for each."""
+    run: RunDir,
+    prompts: Mapping[int, Prompt],
+    terms: Sequence[RewardTerm],
+    renderer: Renderer,
+    *,
+    device: Any,
+) -> tuple[dict[int, float], list[str]]:
+    """What each of an arm's answers is worth, by row, and what to know about it. prompts: by row."""
     answers, log = read_answers(run), run.root / "rewards.log"
-    asked = [number for number, answer in enumerate(answers) if answer.answer is not None]
+    asked = [number for number in prompts if answers[number].answer is not None]
     said = [_as_answer(answers[number], prompts[number], renderer) for number in asked]
     with open_rewards(
-        terms, prompts=prompts, renderer=renderer, log=log, device=device, key="evaluate.rewards"
+        terms,
+        prompts=list(prompts.values()),
+        renderer=renderer,
+        log=log,
+        device=device,
+        key="evaluate.rewards",
     ) as rewards:
-        found: dict[int, float] = dict(zip(asked, rewards(said).total, strict=True))
-    return [found.get(number) for number in range(len(answers))]
+        scored = rewards(said)
+    doubts = [
+        f"{name} said nothing (None) of {count:,} of {len(said):,} answers: they count as 0"
+        for name, count in scored.num_missing.items()
+        if count
+    ]
+    return dict(zip(asked, scored.total, strict=True)), doubts
 
 
 def _as_answer(answer: AnswerRecord, prompt: Prompt, renderer: Renderer) -> Answer:
@@ -100,16 +115,14 @@ def measure_kl(model: CausalLM, start: CausalLM, rows: Sequence[TokenRow]) -> li
     return [before.nll - now.nll for now, before in zip(ours, theirs, strict=True)]
 
 
-def add_scores(run: RunDir, record: EvalRecord, scores: Mapping[str, Sequence[float | None]]) -> EvalRecord:
-    """Write values of rows beside the metrics of a judged arm's answers: name -> one value for each row, or None."""
-    answers = read_answers(run)
-    for name, values in scores.items():
-        answers = [
-            answer if value is None else replace(answer, scores={**answer.scores, name: value})
-            for answer, value in zip(answers, values, strict=True)
-        ]
+def add_scores(run: RunDir, record: EvalRecord, scores: Mapping[str, Mapping[int, float]]) -> EvalRecord:
+    """Write values of rows beside the metrics of a judged arm's answers: name -> row -> value."""
+    answers: list[AnswerRecord] = []
+    for answer in read_answers(run):
+        own = {name: values[answer.row] for name, values in scores.items() if answer.row in values}
+        answers.append(replace(answer, scores={**answer.scores, **own}))
     write_jsonl(run.answers, (answer.to_json() for answer in answers))
-    means = {name: fmean(v for v in values if v is not None) for name, values in scores.items()}
+    means = {name: fmean(values.values()) for name, values in scores.items() if values}
     record = replace(record, metrics={**record.metrics, **means})
     write_json(run.evaluation, record.to_json())
     return record

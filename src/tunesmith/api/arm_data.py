@@ -84,6 +84,10 @@ def prepare_preferences(
         rejects=run.preferences.with_suffix(".rejected.jsonl"),
         rows="pairs",
     )
+    for finding in pairs.report.findings:
+        # The pairs stand in for training rows, too: what they share with themselves is no news.
+        if finding.level == "warning" and not finding.code.startswith("overlap"):
+            on_event(Event("warning", text=f"evaluate.preferences: {finding.message}"))
     for name, rows in learned.items():
         _refuse_questions(rows, pairs.conversations("test"), arm=name, of="the pairs of evaluate.preferences")
     return pairs

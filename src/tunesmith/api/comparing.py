@@ -21,7 +21,7 @@ from tunesmith.api.opening import open_job, open_run, writing_to
 from tunesmith.api.pages import write_pages
 from tunesmith.api.pool import Work, plan_parallel, run_works
 from tunesmith.api.rewards import check_rewards
-from tunesmith.api.tasks import JudgeTask, Task, TrainTask
+from tunesmith.api.tasks import JudgeTask, Task, TrainTask, clear_scores, is_finished
 from tunesmith.api.training import prepare, resolve_learning_rate
 from tunesmith.api.win_rates import judge_answers
 from tunesmith.comparing.plan import (
@@ -155,6 +155,7 @@ class _Comparing:
         text = f"Comparing {len(arms)} arms in {len(works)} jobs, {parallel} at a time"
         self.on_event(Event("stage", text=text))
         failed = run_works(works, parallel=parallel, threads=threads, on_event=self.on_event)
+        _drop_unfinished(works)
         return failures | _by_arm(failed, arms)
 
     # --- learning-rate search ---------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ class _Comparing:
         folder = None if trained is None else trained.adapter if weights == "adapter" else trained.model
         quantize = arm.quantize.model_dump(mode="json") if arm.quantize else None
         job = job_of_arm(self.job, arm, seed=seed).model_dump(mode="json", exclude={"compare"})
-        rewards = self.job.evaluate.reward_terms
+        rewards, owner = self.job.evaluate.reward_terms, arms.get(arm.trained_by or "")
         general = (
             str(self.job.evaluate.general or GENERAL_TEXT)
             if self.job.evaluate.forgetting and (trained or arm.quantize)
@@ -370,7 +371,7 @@ class _Comparing:
                     **self._shared_hashes(("train", "validation", "test"), self.prepared),
                     **({"preferences": self.pairs.fingerprints} if self.pairs else {}),
                     **({"rewards": fingerprint_rewards(rewards)} if rewards else {}),
-                    **({"start": self._key_of_start(arm, seed, arms)} if arm.starts_from else {}),
+                    **({"training": self._train_task(owner, seed, arms).key} if owner else {}),
                 }
             ),
             weights=weights,
@@ -401,6 +402,15 @@ class _Comparing:
         found = fingerprint_data(self.job, prepared)
         kept = {name: value for name, value in found.items() if name in names}
         return kept | {"model": fingerprint_model(self.base.folder, self.base.revision)}
+
+
+def _drop_unfinished(works: Sequence[Work]) -> None:
+    """Delete scores that are not of exactly these tasks (of a judgement that failed, of an earlier job): they would be
+    shown as this job's."""
+    for work in works:
+        for task in work.tasks:
+            if isinstance(task, JudgeTask) and not is_finished(task):
+                clear_scores(RunDir(Path(task.out)))
 
 
 def _by_arm(failed: Mapping[str, str], arms: Sequence[PlannedArm]) -> dict[str, str]:

@@ -315,22 +315,25 @@ def _judge_further(
     """Held-out pairs, rewards of the answers, and how far the model went from where its training began."""
     from tunesmith.api import alignment
 
-    run, scores, began = RunDir(Path(task.out)), dict[str, Sequence[float | None]](), time.perf_counter()
+    run, scores, began = RunDir(Path(task.out)), dict[str, dict[int, float]](), time.perf_counter()
     if task.preferences:
         pairs = alignment.score_pairs(model, load_prepared(Path(task.preferences)))
         write_jsonl(run.pair_scores, (pair.to_json() for pair in pairs))
         record = replace(record, metrics={**record.metrics, **alignment.summarise_pairs(pairs)})
         write_json(run.evaluation, record.to_json())
-    asks = all(c.kind != "text" for c in prepared.conversations("test"))
-    if not asks or not (job.evaluate.rewards or task.start):
-        return record
-    prompts = list_prompts(prepared, renderer, "test")[: record.num_rows]
+    prompts = list_prompts(prepared, renderer, "test", count=record.num_rows)
+    doubts: list[str] = []
     if job.evaluate.rewards:
-        scores["reward"] = alignment.reward_answers(
+        if len(prompts) < record.num_rows:
+            doubts.append(
+                f"{record.num_rows - len(prompts):,} rows are plain text: rewards are of the others"
+            )
+        scores["reward"], said = alignment.reward_answers(
             run, prompts, job.evaluate.reward_terms, renderer, device=model.device
         )
-    if task.start:
-        fitting = [n for n, prompt in enumerate(prompts) if len(prompt.ids) < model.config.max_positions]
+        doubts += said
+    if task.start and prompts:
+        fitting = [n for n, prompt in prompts.items() if len(prompt.ids) < model.config.max_positions]
         asked = fitting[: alignment.MAX_KL_PROMPTS]
         drawn = alignment.sample_answers(
             model, [prompts[n] for n in asked], renderer, job.evaluate, seed=task.seed
@@ -338,10 +341,10 @@ def _judge_further(
         start = load_target(
             replace(target, weights_folder=Path(task.start)), precision=job.evaluate.precision
         )
-        gaps = dict(zip(asked, alignment.measure_kl(model, start, drawn), strict=True))
-        scores["kl_from_start"] = [gaps.get(number) for number in range(len(prompts))]
+        scores["kl_from_start"] = dict(zip(asked, alignment.measure_kl(model, start, drawn), strict=True))
         del start
-    record = replace(record, wall_seconds=record.wall_seconds + time.perf_counter() - began)
+    seconds = record.wall_seconds + time.perf_counter() - began
+    record = replace(record, wall_seconds=seconds, warnings=[*record.warnings, *doubts])
     return alignment.add_scores(run, record, scores)
 
 

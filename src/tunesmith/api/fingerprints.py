@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tunesmith.api.tasks import TrainTask
 from tunesmith.core.fingerprint import hash_bytes, hash_code, hash_file, hash_json, hash_text
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.stream import find_stream_sources
 from tunesmith.job.objective import DistillSpec, RewardTerm, RolloutSpec
-from tunesmith.job.spec import Job
+from tunesmith.job.spec import Job, LoraSpec
 
 # Above this, a base model is known by its tensors' names, shapes and its revision instead of every byte.
 MAX_HASHED_BYTES = 4 << 30
@@ -22,8 +23,26 @@ def fingerprint_run(task: TrainTask, job: Job, prepared: Prepared) -> dict[str, 
         **fingerprint_data(job, prepared),
         "model": fingerprint_model(Path(task.model_folder), task.revision),
         "code": hash_code(),
+        **_fingerprint_adapter(job),
         **fingerprint_objective(job, Path(task.model_folder)),
     }
+
+
+def describe_learning(job: Job) -> dict[str, Any]:
+    """Method and objective as a checkpoint knows them. An adapter to go on from is known by its hash
+    (`fingerprint_run`): its folder may move, or hold another one."""
+    said = job.model_dump(mode="json", include={"method", "objective"})
+    if isinstance(job.method_spec, LoraSpec) and job.method_spec.adapter:
+        said["method"] = {**said["method"], "adapter": None}
+    return said
+
+
+def _fingerprint_adapter(job: Job) -> dict[str, str]:
+    method = job.method_spec
+    if not isinstance(method, LoraSpec) or method.adapter is None:
+        return {}
+    files = sorted(path for path in Path(method.adapter).glob("adapter_*") if path.is_file())
+    return {"adapter": hash_text("\n".join(f"{path.name}:{hash_file(path)}" for path in files))}
 
 
 def fingerprint_objective(job: Job, model_folder: Path) -> dict[str, str]:

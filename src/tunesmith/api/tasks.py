@@ -113,9 +113,14 @@ def mark_started(task: Task) -> None:
             folder.clear()
             state = {}
         else:
-            for path in (folder.evaluation, folder.answers, folder.pair_scores):
-                path.unlink(missing_ok=True)
+            clear_scores(folder)
     write_json(folder.create().tasks, {**state, _kind(task): {"key": task.key, "done": False}})
+
+
+def clear_scores(folder: RunDir) -> None:
+    """Delete what a judgement left in a folder."""
+    for path in (folder.evaluation, folder.answers, folder.pair_scores):
+        path.unlink(missing_ok=True)
 
 
 def mark_finished(task: Task) -> None:

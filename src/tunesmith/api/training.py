@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tunesmith.api.aim import Aim, Setting
-from tunesmith.api.fingerprints import fingerprint_data, fingerprint_run
+from tunesmith.api.fingerprints import describe_learning, fingerprint_data, fingerprint_run
 from tunesmith.api.fp8_check import Fp8Check, multiplies_in_fp8, warn_of_emulation
 from tunesmith.api.objectives import list_training_rows, open_aim
 from tunesmith.api.opening import note_long_rows, open_job, open_run
@@ -200,7 +200,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
     rejects = Rejects(run.stream_rejects if task.skip_bad_rows else None)
     built, ends = time.perf_counter(), list[float]()
     kept = {name: value for name, value in fingerprints.items() if name != "code"}
-    learned = {name: job.model_dump(mode="json")[name] for name in ("method", "objective")}
+    learned = describe_learning(job)
     identity = hash_json({**kept, "method": learned["method"], "dtype": str(model.dtype)})
     with open_aim(
         Setting(job, model, prepared, tokenizer, run, task.label, identity, rejects, on_event)
@@ -218,7 +218,7 @@ def run_train_task(task: TrainTask, on_event: OnEvent) -> RunRecord:
             resume=task.resume,
             # Edited code does not stop a resume: the checkpoint's environment tells of it with a warning.
             identity={
-                **{name: job.model_dump(mode="json")[name] for name in ("method", "objective")},
+                **learned,
                 **{k: v for k, v in fingerprints.items() if k != "code"},
             },
             planner=planner,

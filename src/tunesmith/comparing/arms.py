@@ -120,8 +120,6 @@ def check_comparable(arms: Sequence[ArmFiles]) -> None:
     asked = _list_questions(first.answers[first.seeds[0]])
     data = first.evals[first.seeds[0]].data_sha256
     trained = [arm for arm in complete if arm.runs]
-    # Whoever has rows of its own is held against those that learn from the job's.
-    trained.sort(key=lambda arm: (arm.plan.has_own_rows, arm.plan.starts_from is not None))
     for arm in complete:
         for seed in arm.seeds:
             if arm.evals[seed].data_sha256 != data:
@@ -131,17 +129,7 @@ def check_comparable(arms: Sequence[ArmFiles]) -> None:
             elif _list_pairs(arm, seed) != _list_pairs(first, first.seeds[0]):
                 arm.not_comparable = f"scored on other pairs than {first.plan.name}"
         if arm.runs and not arm.not_comparable:
-            reference = next(iter(trained[0].runs.values()))
-            held = _HELD_EQUAL if not arm.plan.has_own_rows else _HELD_BY_ALL
-            # Weights that a whole model's training went on from are another arm's.
-            held = tuple(word for word in held if word not in _OF_BASE or not arm.plan.starts_from)
-            changed = {
-                key for run in arm.runs.values() for key in _compare_fingerprints(run, reference, held)
-            }
-            if changed:
-                arm.not_comparable = (
-                    f"trained with another {', '.join(sorted(changed))} than {trained[0].plan.name}"
-                )
+            arm.not_comparable = _find_other_training(arm, trained)
 
 
 def block_unlike(arms: Sequence[ArmFiles], parity: Mapping[str, Parity]) -> list[ArmFiles]:
@@ -159,14 +147,30 @@ def _list_questions(answers: Sequence[AnswerRecord]) -> list[tuple[int, str, str
     return [(answer.row, answer.truth, answer.cluster) for answer in answers]
 
 
+def _find_other_training(arm: ArmFiles, trained: Sequence[ArmFiles]) -> str:
+    """What a training rests on and the others do not, or "". Rows of an arm's own, and the weights of an arm that it
+    starts from, are its own affair."""
+    learns_alike = [other for other in trained if not other.plan.has_own_rows]
+    from_base = [other for other in trained if not other.plan.starts_from]
+    held = [(trained, _OF_TEXT)]
+    held += [(learns_alike, _OF_ROWS)] if not arm.plan.has_own_rows else []
+    held += [(from_base, _OF_BASE)] if not arm.plan.starts_from else []
+    for others, words in held:
+        reference = next(iter(others[0].runs.values()))
+        changed = {key for run in arm.runs.values() for key in _compare_fingerprints(run, reference, words)}
+        if changed:
+            return f"trained with another {', '.join(sorted(changed))} than {others[0].plan.name}"
+    return ""
+
+
 def _list_pairs(arm: ArmFiles, seed: int) -> list[str]:
     return [pair.row_id for pair in arm.pairs.get(seed, [])]
 
 
 # A training's fingerprints that must agree, by a word in their names; the rest (code, adapter) may differ.
 _OF_BASE = ("model", "weights")
-_HELD_BY_ALL = ("template", "tokenizer", *_OF_BASE)
-_HELD_EQUAL = (*_HELD_BY_ALL, "train", "stream", "validation", "test")
+_OF_TEXT = ("template", "tokenizer")
+_OF_ROWS = ("train", "stream", "validation", "test")
 
 
 def _compare_fingerprints(run: RunRecord, reference: RunRecord, held: Sequence[str]) -> list[str]:

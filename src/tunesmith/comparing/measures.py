@@ -29,6 +29,8 @@ MEASURES: dict[str, MetricInfo] = {
 
 # Neither more nor less of these is better.
 NEUTRAL = ("kl_from_start", "answer_tokens")
+# Measured against the arm that each starts from: arms with different starts have nothing to compare.
+AGAINST_START = ("win_rate", "preference_margin", "kl_from_start")
 
 
 def describe_metric(name: str) -> MetricInfo:

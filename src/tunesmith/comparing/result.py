@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.comparing.arms import ArmFiles, block_unlike, check_comparable, read_arm
 from tunesmith.comparing.costs import describe_arm
-from tunesmith.comparing.measures import describe_metric
+from tunesmith.comparing.measures import AGAINST_START, describe_metric
 from tunesmith.comparing.pareto import find_dominated
 from tunesmith.comparing.plan import order_trainings, plan_arms
 from tunesmith.comparing.samples import Pool, pair_seeds, pool_samples
@@ -214,7 +214,7 @@ def _judge_all(arms: list[ArmResult], pool: Pool, metric: str) -> tuple[list[Arm
     for arm in arms:
         differences = {metric: declared[arm.name]} if arm.name in declared else {}
         if base is not None and arm is not base:
-            for name in arm.metrics:
+            for name in (name for name in arm.metrics if name not in AGAINST_START):
                 if name != metric and (arm.name, name) in pool.index and (base.name, name) in pool.index:
                     differences[name] = _judge_family([(arm, base)], name, pool)[0]
         word = declared[arm.name].verdict if arm.name in declared else None
@@ -231,7 +231,7 @@ def _from_start(
     if start is None:
         return {}
     moved: dict[str, Difference] = {}
-    for name in arm.metrics:
+    for name in (name for name in arm.metrics if name not in AGAINST_START):
         if (arm.name, name) in pool.index and (start.name, name) in pool.index:
             moved[name] = _judge_family([(arm, start)], name, pool)[0]
     for pair in pairs:

@@ -22,9 +22,7 @@ def check_comparison(job: Job) -> None:
             rule="the job's rows are answers that all arms are judged on, and objectives are the arms' own",
             cure="Give it to an arm: {method: lora, objective: ..., starts_from: lora, data: {train: FILE}}",
         )
-    key = {"reward": "rewards", "preference_accuracy": "preferences", "win_rate": "judge"}.get(
-        job.compare.metric
-    )
+    key = {"reward": "rewards", "preference_accuracy": "preferences"}.get(job.compare.metric)
     if key and not getattr(job.evaluate, key):
         raise JobError(
             "compare.metric",

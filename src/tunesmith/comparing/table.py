@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tunesmith.comparing.measures import (
+    AGAINST_START,
     NEUTRAL,
     describe_metric,
     format_bounds,
@@ -70,7 +71,7 @@ def _metric_column(metric: str, comparison: Comparison) -> Column:
 
 def _find_best(comparison: Comparison, metric: str) -> float | None:
     """The best value of a column; None where likelihoods of different prompts would be ranked against each other."""
-    if metric in NEUTRAL:
+    if metric in (*NEUTRAL, *AGAINST_START):
         return None
     info = describe_metric(metric)
     arms = [arm for arm in comparison.arms if metric in arm.metrics and not arm.not_comparable]
@@ -160,8 +161,6 @@ def _cost_cell(key: str, arm: ArmResult) -> Cell:
 
 # Said by another measure already.
 _NOT_FROM_START = ("bits_per_byte", "finished", "perplexity")
-# Measured against the start as they are.
-AGAINST_START = ("win_rate", "preference_margin", "kl_from_start")
 
 
 def build_starts(comparison: Comparison) -> Table:
@@ -180,7 +179,7 @@ def build_starts(comparison: Comparison) -> Table:
 
 def _start_cell(arm: ArmResult, metric: str) -> Cell:
     info = describe_metric(metric)
-    if metric not in arm.from_start or metric in AGAINST_START:
+    if metric not in arm.from_start:
         interval = arm.metrics.get(metric)
         if interval is None:
             return Cell("–", tone="muted")

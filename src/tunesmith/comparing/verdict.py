@@ -20,6 +20,8 @@ def write_verdict(comparison: Comparison) -> tuple[str, list[str]]:
         prompted = [arm for arm in prompted if arm.name == comparison.base]
     if trained and prompted:
         headline = _weigh_training(trained[0], prompted[0], comparison)
+    elif trained and (moved := trained[0].from_start.get(metric)):
+        headline = _weigh_start(trained[0], moved)
     elif trained:
         best = f"{_state(trained[0], metric)} is the best of the trained arms"
         headline = f"{_say_absent('prompted', comparison)}: {best}."
@@ -137,6 +139,27 @@ def _weigh_training(trained: ArmResult, prompted: ArmResult, comparison: Compari
         )
     advice = f": {pair.advice}" if pair.advice else ""
     return f"Inconclusive: {reached}, {difference}{_say_interval(pair)} from {other}{advice}."
+
+
+def _weigh_start(arm: ArmResult, moved: Difference) -> str:
+    """The best arm against the one it starts from."""
+    info = describe_metric(moved.metric)
+    reached = (
+        f"{arm.name} reaches {format_value(arm.metrics[moved.metric].value, info)} {_say_title(info.title)}"
+    )
+    start = f"{arm.starts_from}, which it starts from"
+    above, below = ("above", "below") if info.higher_is_better else ("below", "above")
+    gap, sure = format_gap(moved.delta, info), _say_interval(moved, signed=False)
+    if moved.verdict == "better":
+        return f"Going on won: {reached}, {gap}{sure} {above} {start}."
+    if moved.verdict == "worse":
+        return f"Going on did not pay: {reached}, the best, {gap}{sure} {below} {start}."
+    if moved.verdict == "tie":
+        return f"A tie: {reached}, within {format_gap(MARGIN, info)} of {start}."
+    found = f"{reached}, {format_difference(moved.delta, info)}{_say_interval(moved)} from {start}"
+    if moved.verdict == "exploratory":
+        return f"Exploratory, one seed: {found}. No winner is declared; run three seeds or more."
+    return f"Inconclusive: {found}{f': {moved.advice}' if moved.advice else ''}."
 
 
 def _say_interval(pair: Difference, *, signed: bool = True) -> str:

@@ -49,7 +49,7 @@ def _check_design(comparison: Comparison) -> list[str]:
         found.append(
             f"only {comparison.num_clusters} clusters of test rows: intervals are rough below {FEW_CLUSTERS}"
         )
-    if comparison.base is None:
+    if comparison.base is None and not any(arm.starts_from for arm in comparison.arms):
         found.append("no zero-shot arm: nothing says what training gained over the base model")
     return found
 

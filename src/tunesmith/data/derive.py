@@ -39,10 +39,14 @@ def derive_prompts(
     return Prepared(folder)
 
 
-def list_prompts(prepared: Prepared, renderer: Renderer, split: str) -> list[Prompt]:
-    """What the judge asks: the last question of each conversation of a split, in their order."""
-    asked = [ask(conversation) for conversation in prepared.conversations(split)]
-    return [make_prompt(_render(conversation, renderer), conversation) for conversation in asked]
+def list_prompts(prepared: Prepared, renderer: Renderer, split: str, *, count: int) -> dict[int, Prompt]:
+    """What the judge asks: the last question of the first `count` conversations of a split, by their number. Plain text
+    asks nothing and is left out."""
+    rows = enumerate(prepared.conversations(split)[:count])
+    asked = {number: ask(conversation) for number, conversation in rows if conversation.kind != "text"}
+    return {
+        n: make_prompt(_render(conversation, renderer), conversation) for n, conversation in asked.items()
+    }
 
 
 def ask(conversation: Conversation) -> Conversation:

@@ -401,7 +401,7 @@ class EvaluateSpec(Spec):
     """What generated answers are worth, as in `objective.rewards`. Adds the metric `reward`, their weighted sum."""
 
     judge: JudgeSpec | None = None
-    """Adds the metric `win_rate`: how often a judge prefers an arm's answer over that of the arm it starts from, else
+    """Adds the measure `win_rate`: how often a judge prefers an arm's answer over that of the arm it starts from, else
     over zero-shot's. Each pair is shown in both orders; preferred in one order only is a tie. It reads the test rows'
     questions and the answers; never the true ones."""
 
@@ -477,6 +477,12 @@ class ArmSpec(Spec):
     """Name of an arm before it, whose weights of the same seed its training goes on from, with the same method. They
     are the reference of objectives that have one, and what the report holds this arm against."""
 
+    @model_validator(mode="after")
+    def _check_length(self) -> ArmSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps both say how long to train; leave one out")
+        return self
+
 
 class TuneSpec(Spec):
     trials: Annotated[int, Field(ge=0)] = 0
@@ -496,7 +502,7 @@ class CompareSpec(Spec):
     """What is compared: names, or mappings with settings."""
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_check_seeds)] = [0, 1, 2]
     """Paired: the same seeds, row order and initial adapters for every arm."""
-    metric: MetricName | Literal["nll", "reward", "preference_accuracy", "win_rate"] = "exact_match"
+    metric: MetricName | Literal["nll", "reward", "preference_accuracy"] = "exact_match"
     """Declared before the run; verdicts rest on it alone. nll ranks trained arms only."""
     track: Literal["tokens", "native"] = "tokens"
     """What other frameworks train on: `tokens`, our own rows; `native`, what their own preprocessing makes of the raw
