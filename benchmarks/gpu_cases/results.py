@@ -21,8 +21,8 @@ are interleaved (A, B, A, B); a speed is the median over rounds, with the lowest
 warm-up is left out. Unless a row says otherwise: Llama-3.1-8B shape, LoRA of rank 16 on all linear layers, rows of
 2,048 tokens, 16,384 tokens in an optimizer step, bf16 on both sides. Tokens are never padding.
 
-Every case sets `train.compile: true` on our side. Two or three rounds are few: their number is in the table of what each
-case was measured on. Its commit is the code that was measured; code of later commits is not.
+Every case sets `train.compile: true` on our side. Two or three rounds are few: their number is in the table of what
+each case was measured on. Its commit is the code that was measured; code of later commits is not.
 
 Peak is `max_memory_allocated` while training, with the reserved memory beside it. A limit ("within 19.7 GiB") is held
 against allocated memory; reserved memory may be above it, and is in both bf16 cases under a limit.
