@@ -112,13 +112,14 @@ def read_section(path: Path = RESULT) -> str:
     if not path.is_file():
         return ""
     record = json.loads(path.read_text(encoding="utf-8"))
-    hardware = record["hardware"]
+    where = record["hardware"].get("gpu", record["hardware"]["cpu"])
+    commit = record["versions"].get("commit", "")
     lines = [
         "## Frameworks on the same job",
         "",
-        f"`{record['command']}`: {hardware.get('gpu', hardware['cpu'])}, "
-        f"commit `{record['versions'].get('commit', '')}`, {record['date'][:10]}. Medians over seeds, with the lowest and highest. No arm of a framework has "
-        "recomputation or Liger kernels: these are settings that all can share, not the fastest of each.",
+        f"`{record['command']}`: {where}, commit `{commit}`, {record['date'][:10]}. Medians over seeds, with the "
+        "lowest and highest. No arm of a framework has recomputation or Liger kernels: these are settings that all "
+        "can share, not the fastest of each.",
         "",
         "| arm | parity gates | nats per test token | tokens/s | peak memory GiB (allocated; on a CPU, resident) |",
         "|---|---|---|---|---|",
@@ -128,7 +129,7 @@ def read_section(path: Path = RESULT) -> str:
         memory = [run.get("memory") or {} for run in runs]
         peaks = [found.get("allocated", found.get("resident")) for found in memory]
         cells = [
-            f"{arm['name']} ({arm['framework']})",
+            f"{arm['name']} ({arm['framework']})" + (f", {arm['status']}" if arm["status"] != "done" else ""),
             _tell_gates(arm["parity"]),
             _tell_spread(arm["per_seed"].get("nll", []), "{:.4f}"),
             _tell_spread([run["tokens_per_second"] for run in runs], "{:,.0f}"),

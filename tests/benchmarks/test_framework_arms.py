@@ -11,7 +11,14 @@ from framework_arms import describe_command, read_section
 
 
 def make_arm(name: str, framework: str, nll: list[float], parity: dict[str, str] | None) -> dict[str, Any]:
-    return {"name": name, "framework": framework, "per_seed": {"nll": nll}, "parity": parity}
+    status = "done" if nll else "missing"
+    return {
+        "name": name,
+        "framework": framework,
+        "status": status,
+        "per_seed": {"nll": nll},
+        "parity": parity,
+    }
 
 
 def make_record() -> dict[str, Any]:
@@ -47,7 +54,7 @@ def test_arms_are_shown_with_gates_and_the_spread_over_seeds(tmp_path: Path) -> 
     assert section.splitlines()[-3:] == [
         "| lora (tunesmith) |  | 1.5000 (1.2500 to 1.7500) | 2,000 (1,000 to 3,000) | 1.00 (1.00 to 2.00) |",
         "| lora-trl (trl) | PASS: tokens, loss; FAIL: curve | 1.5000 |  | 3.00 |",
-        "| lora-axolotl (axolotl) |  |  |  |  |",
+        "| lora-axolotl (axolotl), missing |  |  |  |  |",
     ]
 
 
