@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.rewards import open_rewards
-from tunesmith.comparing.arms import read_answers
 from tunesmith.core.fingerprint import hash_row
 from tunesmith.core.jsonl import write_json, write_jsonl
-from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord
+from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord, read_answers
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.data.prepare import Prepared
@@ -53,7 +52,7 @@ def reward_answers(
     run: RunDir, prompts: Sequence[Prompt], terms: Sequence[RewardTerm], renderer: Renderer, *, device: Any
 ) -> list[float | None]:
     """What each of an arm's answers is worth; None where nothing was answered. prompts: one for each."""
-    answers, log = read_answers(run), run.root / "rewards.log"
+    answers, log = read_answers(run.answers), run.root / "rewards.log"
     asked = [number for number, answer in enumerate(answers) if answer.answer is not None]
     said = [_as_answer(answers[number], prompts[number], renderer) for number in asked]
     with open_rewards(
@@ -102,7 +101,7 @@ def measure_kl(model: CausalLM, start: CausalLM, rows: Sequence[TokenRow]) -> li
 
 def add_scores(run: RunDir, record: EvalRecord, scores: Mapping[str, Sequence[float | None]]) -> EvalRecord:
     """Write values of rows beside the metrics of a judged arm's answers: name -> one value for each row, or None."""
-    answers = read_answers(run)
+    answers = read_answers(run.answers)
     for name, values in scores.items():
         answers = [
             answer if value is None else replace(answer, scores={**answer.scores, name: value})
