@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -26,15 +27,18 @@ for _folder in (CHECKOUT / "src", CHECKOUT / "benchmarks"):
         sys.path.insert(0, str(_folder))
 
 import tunesmith  # noqa: E402
+from cpu_vs_trl import describe_hardware  # noqa: E402
 from gpu_cases.cases import SHAPES  # noqa: E402
 from gpu_cases.inputs import write_model  # noqa: E402
 from tunesmith import api  # noqa: E402
+from tunesmith.api.devices import describe_gpu  # noqa: E402
 from tunesmith.core.bundled import BUNDLED  # noqa: E402
 from tunesmith.core.events import Event  # noqa: E402
 from tunesmith.core.fingerprint import describe_versions, hash_code  # noqa: E402
-from tunesmith.core.jsonl import read_json  # noqa: E402
+from tunesmith.core.jsonl import read_json, read_jsonl  # noqa: E402
 from tunesmith.core.rundir import RunDir  # noqa: E402
 from tunesmith.frameworks.adding import add_environment  # noqa: E402
+from tunesmith.report.trainings import measure_rates  # noqa: E402
 
 RESULT = CHECKOUT / "benchmarks" / "results" / "framework_arms.json"
 # Not kept: what each is known by elsewhere, or what is long.
@@ -79,17 +83,76 @@ def tell(event: Event) -> None:
 
 
 def collect(comparison: Any, out: Path) -> dict[str, Any]:
-    """What the comparison found, and what every training took."""
+    """What the comparison found, and what every training took; `tokens_per_second` are all tokens but padding."""
     run = RunDir(out)
-    runs = {
-        f"{path.parts[-3]} {path.parts[-2]}": {k: v for k, v in read_json(path).items() if k not in _LEFT_OUT}
-        for path in sorted(out.glob("arms/*/seed-*/run.json"))
-    }
+    runs: dict[str, Any] = {}
+    for path in sorted(out.glob("arms/*/seed-*/run.json")):
+        rates = measure_rates([line for _, line in read_jsonl(path.with_name("steps.jsonl"))])
+        kept = {name: value for name, value in read_json(path).items() if name not in _LEFT_OUT}
+        runs[f"{path.parts[-3]} {path.parts[-2]}"] = kept | {"tokens_per_second": rates and rates[1]}
     return {
         "comparison": api.comparison_json(comparison, out),
         "gates": read_json(run.gates) if run.gates.is_file() else {},
         "runs": runs,
     }
+
+
+def describe_command(arguments: argparse.Namespace) -> str:
+    """The command with every option that decides a number, defaults too; interpreters without their paths."""
+    words = [f"--python {given.partition('=')[0]}=PYTHON" for given in arguments.python]
+    words += [
+        f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+        for name in ("shape", "steps", "seeds", "test_rows", "precision")
+    ]
+    return " ".join(["python benchmarks/framework_arms.py", *words])
+
+
+def read_section(path: Path = RESULT) -> str:
+    """The part of docs/benchmarks.md; empty if nothing is measured."""
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    where = record["hardware"].get("gpu", record["hardware"]["cpu"])
+    commit = record["versions"].get("commit", "")
+    lines = [
+        "## Frameworks on the same job",
+        "",
+        f"`{record['command']}`: {where}, commit `{commit}`, {record['date'][:10]}. Medians over seeds, with the "
+        "lowest and highest. No arm of a framework has recomputation or Liger kernels: these are settings that all "
+        "can share, not the fastest of each.",
+        "",
+        "| arm | parity gates | nats per test token | tokens/s | peak memory GiB (allocated; on a CPU, resident) |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in record["comparison"]["arms"]:
+        runs = [run for name, run in record["runs"].items() if name.rpartition(" ")[0] == arm["name"]]
+        memory = [run.get("memory") or {} for run in runs]
+        peaks = [found.get("allocated", found.get("resident")) for found in memory]
+        cells = [
+            f"{arm['name']} ({arm['framework']})" + (f", {arm['status']}" if arm["status"] != "done" else ""),
+            _tell_gates(arm["parity"]),
+            _tell_spread(arm["per_seed"].get("nll", []), "{:.4f}"),
+            _tell_spread([run["tokens_per_second"] for run in runs], "{:,.0f}"),
+            _tell_spread([peak / 2**30 for peak in peaks if peak], "{:.2f}"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _tell_gates(parity: dict[str, str] | None) -> str:
+    """What each gate said, gates of one word together; nothing for our own engine, which they are held against."""
+    if not parity:
+        return ""
+    words = {word: [gate for gate, said in parity.items() if said == word] for word in parity.values()}
+    return "; ".join(f"{word}: {', '.join(gates)}" for word, gates in words.items())
+
+
+def _tell_spread(values: list[float | None], show: str) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return ""
+    middle, low, high = (show.format(one) for one in (statistics.median(found), min(found), max(found)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def main() -> None:
@@ -123,17 +186,19 @@ def main() -> None:
         found = collect(comparison, folder / "compare")
     record = {
         "schema": 1,
-        "command": "python benchmarks/framework_arms.py "
-        + " ".join(f"--python {name}=PYTHON" for name in frameworks),
+        "command": describe_command(arguments),
         "shape": arguments.shape,
         "precision": arguments.precision,
         "seconds": time.monotonic() - began,
+        "hardware": describe_hardware() | describe_gpu(torch.device(device)),
         "versions": describe_versions(),
         "code": hash_code(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **found,
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    # Where it happened to lie is of no interest.
+    text = json.dumps(record, indent=1).replace(json.dumps(str(folder))[1:-1], "DIR")
+    arguments.out.write_text(text + "\n", encoding="utf-8")
     print(api.report_markdown(comparison))
 
 

@@ -299,10 +299,11 @@ def run(arguments: argparse.Namespace) -> bool:
 def make_whole_page(results: dict[str, Any]) -> str:
     """docs/benchmarks.md: this script's results, and those that other scripts left beside them."""
     import attention_choice
+    import framework_arms
     import gpu_tests
     import plan_accuracy
 
-    more = [script.read_section() for script in (plan_accuracy, attention_choice, gpu_tests)]
+    more = [script.read_section() for script in (framework_arms, plan_accuracy, attention_choice, gpu_tests)]
     return make_page(results, read_cpu_results(RESULT.parent), more=more)
 
 

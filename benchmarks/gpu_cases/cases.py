@@ -151,7 +151,7 @@ _8BIT = {**_QUIET, "optim": "adamw_bnb_8bit"}
 _CHECKPOINTED = {"gradient_checkpointing": True}
 TRL_REAL = Peer(
     "trl",
-    "TRL, best settings",
+    "TRL",
     {
         "padding-free": {"sft": _PADDING_FREE, "micro_rows": 32},
         "padded": {"sft": _FUSED, "micro_rows": 32},
@@ -161,7 +161,7 @@ TRL_REAL = Peer(
 )
 TRL_FULL_8B = Peer(
     "trl",
-    "TRL, best settings",
+    "TRL",
     {
         "chunked loss, 2 rows": {"sft": _8BIT, "micro_rows": 2, "weights": "bfloat16"},
         "Liger, 4 rows": {"sft": {**_8BIT, "use_liger_kernel": True}, "micro_rows": 4, "weights": "bfloat16"},
@@ -180,7 +180,7 @@ TRL_FULL_8B = Peer(
 )
 TRL_FULL_MASTERS = Peer(
     "trl",
-    "TRL, best settings",
+    "TRL",
     {
         "chunked loss, 8 rows": {"sft": _FUSED, "micro_rows": 8, "weights": "float32"},
         "Liger, 8 rows": {

@@ -19,10 +19,17 @@ One GPU, random weights, the same token ids and labels on both sides. Before any
 are held to eager transformers and PEFT in fp32 on a shortened model of the same widths; who fails is not timed. Runs
 are interleaved (A, B, A, B); a speed is the median over rounds, with the lowest and highest round in brackets, and
 warm-up is left out. Unless a row says otherwise: Llama-3.1-8B shape, LoRA of rank 16 on all linear layers, rows of
-2,048 tokens, 16,384 tokens in an optimizer step, bf16 on both sides. Peak is `max_memory_allocated` while training,
-with the reserved memory beside it. Tokens are never padding. Of DPO the reference's pass comes before the steps that
-are timed, on both sides (where TRL asks it in every step, its setting says so); of GRPO a step is a whole rollout,
-sampled, judged and trained on, speeds count answers, and no gradients are compared.
+2,048 tokens, 16,384 tokens in an optimizer step, bf16 on both sides. Tokens are never padding.
+
+Every case sets `train.compile: true` on our side. Two or three rounds are few: their number is in the table of what
+each case was measured on. Its commit is the code that was measured; code of later commits is not.
+
+Peak is `max_memory_allocated` while training, with the reserved memory beside it. A limit ("within 19.7 GiB") is held
+against allocated memory; reserved memory may be above it, and is in both bf16 cases under a limit.
+
+Of DPO the reference's pass comes before the steps that are timed, on both sides (where TRL asks it in every step, its
+setting says so); of GRPO a step is a whole rollout, sampled, judged and trained on, speeds count answers, and no
+gradients are compared.
 """
 
 AGAIN = """## Measuring again
@@ -135,9 +142,10 @@ def make_page(results: Record, cpu: Sequence[Mapping[str, Any]] = (), *, more: S
     lines = [
         "<!-- Made by `python benchmarks/gpu.py --table`; edit that script, not this page. -->",
         INTRODUCTION,
-        *_speed_table(cases),
-        *_start_table(cases),
-        *_verdicts(cases),
+        *_speed_table(results),
+        *_start_table(results),
+        *_slow_steps(cases.get("real-lengths")),
+        *_verdicts(results),
         *_origins(cases),
         "",
         AGAIN,
@@ -186,7 +194,8 @@ def _cpu_table(cpu: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _speed_table(cases: Mapping[str, Record]) -> list[str]:
+def _speed_table(results: Record) -> list[str]:
+    cases = results["cases"]
     lines = [
         "| case | against | ours, tokens/s | theirs, tokens/s | times | aim | reached "
         "| our peak (reserved) GiB | their peak (reserved) GiB |",
@@ -197,7 +206,7 @@ def _speed_table(cases: Mapping[str, Record]) -> list[str]:
             continue
         record, verdict = cases.get(case.name), judge(case, cases.get(case.name))
         aim = f"{case.bar:g}" if case.bar is not None else "none"
-        head = f"| {case.what} | {_name_peer(case, record)} "
+        head = f"| {case.what} | {_name_peer(case, results)} "
         if record is None or "failed" in record:
             lines.append(f"{head}| | | | {aim} | {verdict.partition(':')[0]} | | |")
             continue
@@ -210,7 +219,8 @@ def _speed_table(cases: Mapping[str, Record]) -> list[str]:
     return [*lines, ""]
 
 
-def _start_table(cases: Mapping[str, Record]) -> list[str]:
+def _start_table(results: Record) -> list[str]:
+    cases = results["cases"]
     lines = [
         "| time to the first step | against | ours, s | theirs, s | of theirs | aim, at most | reached |",
         "|---|---|---|---|---|---|---|",
@@ -219,7 +229,7 @@ def _start_table(cases: Mapping[str, Record]) -> list[str]:
         if case.measure != "start":
             continue
         record, verdict = cases.get(case.name), judge(case, cases.get(case.name))
-        head = f"| {case.what} | {_name_peer(case, record)} "
+        head = f"| {case.what} | {_name_peer(case, results)} "
         if record is None or "failed" in record:
             lines.append(f"{head}| | | | {case.bar:g} | {verdict.partition(':')[0]} |")
             continue
@@ -231,10 +241,33 @@ def _start_table(cases: Mapping[str, Record]) -> list[str]:
     return [*lines, ""]
 
 
-def _name_peer(case: Case, record: Record | None) -> str:
-    setting = (record or {}).get("peer_setting")
-    several = len(case.peer.settings) > 1 and setting
-    return f"{case.peer.label} ({setting})" if several else case.peer.label
+def _name_peer(case: Case, results: Record) -> str:
+    """The peer, of several settings also which one, and whether others were tried."""
+    setting = results["cases"].get(case.name, {}).get("peer_setting")
+    if len(case.peer.settings) == 1 or not setting:
+        return case.peer.label
+    tuned = results["tuned"].get(case.name)
+    if tuned and tuned["best"] == setting:
+        how = f"the fastest of {len(tuned['tried'])} settings tried"
+    elif setting == next(iter(case.peer.settings)):
+        how = f"not tuned: the first of {len(case.peer.settings)} settings"
+    else:
+        how = f"not tuned: one of {len(case.peer.settings)} settings"
+    return f"{case.peer.label} ({setting}; {how})"
+
+
+def _slow_steps(record: Mapping[str, Any] | None) -> list[str]:
+    """What is known of a peer that is far slower than on rows of one length: its figures, and no reason."""
+    if record is None or "failed" in record:
+        return []
+    rounds = record["peer"]["rounds"]
+    seconds = [second for one in rounds for second in one["seconds"]]
+    tokens = [count for one in rounds for count in one["tokens"]]
+    return [
+        f"On real lengths a step of Unsloth takes {min(seconds):.2f} to {max(seconds):.2f} s, for "
+        f"{statistics.mean(tokens):,.0f} tokens in the mean. Why so long, we have not found out.",
+        "",
+    ]
 
 
 def _rate(side: Mapping[str, Any], unit: str) -> str:
@@ -253,13 +286,16 @@ def _reached(verdict: str) -> str:
     return {"met": "yes", "no bar": ""}.get(verdict, "**no**")
 
 
-def _verdicts(cases: Mapping[str, Record]) -> list[str]:
+def _verdicts(results: Record) -> list[str]:
     """What was not reached, one line each, before what it was measured on."""
+    cases = results["cases"]
     missed: list[str] = []
     for case in CASES.values():
         verdict, record = judge(case, cases.get(case.name)), cases.get(case.name) or {}
         if verdict == "not measured" or verdict.startswith(("missed", "failed")):
-            missed.append(f"- {case.what}, against {case.peer.label}: {verdict.replace('missed: ', '')}.")
+            missed.append(
+                f"- {case.what}, against {_name_peer(case, results)}: {verdict.replace('missed: ', '')}."
+            )
         if record.get("parity") == "skipped":
             missed.append(f"- {case.what}: measured without the gradient check.")
         if later := record.get("failed_later"):

@@ -732,6 +732,37 @@ def test_the_page_says_what_falls_short_as_plainly_as_what_does_not():
     assert "measured without the gradient check" in page
 
 
+def test_the_page_says_of_a_peer_with_several_settings_whether_others_were_tried():
+    fast, slow = make_side(1.0, 1.0), make_side(2.0, 2.0)
+    cases = {
+        name: make_record(name, fast, slow) | {"peer_setting": setting}
+        for name, setting in (
+            ("full-8b", "Liger, 4 rows"),
+            ("full-1.5b", "Liger, 8 rows"),
+            ("real-lengths-trl", "padding-free"),
+        )
+    }
+    tuned = {"full-8b": {"best": "Liger, 4 rows", "tried": {"Liger, 4 rows": {}, "chunked loss, 4 rows": {}}}}
+
+    page = make_page({"schema": 1, "cases": cases, "tuned": tuned})
+
+    assert "| TRL (Liger, 4 rows; the fastest of 2 settings tried) |" in page
+    assert "| TRL (Liger, 8 rows; not tuned: one of 2 settings) |" in page
+    assert "| TRL (padding-free; not tuned: the first of 4 settings) |" in page
+
+
+def test_every_case_compiles_as_the_page_says():
+    assert all(case.job["train"]["compile"] is True for case in CASES.values())
+
+
+def test_slow_steps_of_unsloth_on_real_lengths_are_told_with_their_figures():
+    record = make_record("real-lengths", make_side(0.1, 0.1), make_side(0.65, 1.17))
+
+    page = make_page({"schema": 1, "cases": {"real-lengths": record}, "tuned": {}})
+
+    assert "takes 0.65 to 1.17 s, for 100 tokens in the mean. Why so long, we have not found out." in page
+
+
 def test_the_page_in_the_docs_is_what_the_results_give():
     assert gpu.PAGE.read_text(encoding="utf-8") == gpu.make_whole_page(load_results(gpu.RESULT)), (
         "run: python benchmarks/gpu.py --table"

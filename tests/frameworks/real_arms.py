@@ -59,5 +59,10 @@ def read_steps(out: Path, arm: str) -> list[dict[str, Any]]:
 
 def read_gates(out: Path, arm: str) -> list[str]:
     """What each parity gate says of an arm: `PASS`, or its name, word and figure."""
-    gates = read_json(out / "gates.json")["arms"][arm]["gates"]
+    gates = read_figures(out, arm)
     return [g["word"] if g["word"] == "PASS" else f"{g['name']}: {g['word']}, {g['says']}" for g in gates]
+
+
+def read_figures(out: Path, arm: str) -> list[dict[str, Any]]:
+    """The parity gates of an arm as they were stored."""
+    return read_json(out / "gates.json")["arms"][arm]["gates"]

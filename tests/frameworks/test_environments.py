@@ -152,7 +152,9 @@ def test_an_import_that_hangs_is_ended(tiny: Tiny) -> None:
 def test_doctor_of_what_is_not_installed_says_how_to_install_it(tiny: Tiny) -> None:
     with pytest.raises(SetupError, match=r"tiny: not installed. Run: tunesmith frameworks install tiny"):
         frameworks("doctor", "tiny")
-    with pytest.raises(SetupError, match=r"tini: no such framework; one of trl, .*tiny"):
+    with pytest.raises(
+        SetupError, match=r"tini: no such framework; one of trl, .*tiny. Did you mean .tiny.\?"
+    ):
         frameworks("doctor", "tini")
 
 

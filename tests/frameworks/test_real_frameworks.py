@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_arms import TRAIN, compare_arms, read_gates, read_parity, read_steps
+from real_arms import TRAIN, compare_arms, read_figures, read_gates, read_parity, read_steps
 
 from tunesmith import api
 from tunesmith.core.events import Event
@@ -63,11 +63,13 @@ def test_the_first_steps_are_the_same(compared: tuple[str, str, Path]) -> None:
 def test_every_gate_passes(compared: tuple[str, str, Path]) -> None:
     name, method, out = compared
     said = read_gates(out, f"{method}-{name}")
-    # Adam's first updates make steps of rounding: whole models leave our curve by about what the gate lets through
-    # (Unsloth 5.4e-6 of 4.8e-6). The test above bounds it.
-    let_off = "curve: " if method == "full" else "PASS"
     assert len(said) == 6
-    assert [text for text in said if text != "PASS" and not text.startswith(let_off)] == []
+    if (name, method) == ("unsloth", "full"):
+        # Adam's first updates make steps of rounding: the whole model leaves our curve by 5.4e-6 of 4.8e-6.
+        (curve,) = (gate for gate in read_figures(out, f"{method}-{name}") if gate["name"] == "curve")
+        assert curve["figure"] <= 1e-5
+        said = [text for text in said if not text.startswith("curve: ")]
+    assert set(said) == {"PASS"}
 
 
 def test_the_whole_training_is_the_same_and_judged_alike(compared: tuple[str, str, Path]) -> None:

@@ -39,6 +39,7 @@ def write(folder: Path, text: str | bytes) -> Path:
         (HEAD + "train: {zzz: 1}\n", 3, "unknown key 'train.zzz'"),
         (HEAD + "method: {name: lora, rnk: 4}\n", 3, "did you mean 'method.rank'?"),
         (HEAD + "method: lorra\n", 3, "method is 'lorra'; it should be 'full', 'lora' or 'qlora' or a mapping"),
+        (HEAD + "compare: {arms: [{method: lora, framework: unslot}]}\n", 3, "'unsloth'. Did you mean 'unsloth'? All"),
         (HEAD + "method: {rank: 4}\n", 3, "key 'method.name' is missing"),
         (HEAD + "method: {name: qlora, base: int8}\n", 3, "qlora trains on an nf4 base"),
         (HEAD + "method: {name: lora, qat: int3}\n", 3, "method.qat is 'int3'; it should be 'int4' or 'int8-int4'"),

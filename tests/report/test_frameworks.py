@@ -150,6 +150,7 @@ def test_the_page_of_a_framework_tells_what_it_was_told(compared: tuple[RunDir, 
         "Importing", "Loading", "First step", "Steps", "Saving", "Whole process",
     ]  # fmt: skip
     assert "Trainings may have run beside each other" in page
+    assert "without recomputation and without Liger kernels" in page
 
 
 def test_a_comparison_of_our_own_arms_has_none_of_it(example: tuple[RunDir, Any, Comparison]) -> None:

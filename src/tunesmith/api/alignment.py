@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.rewards import open_rewards
-from tunesmith.comparing.arms import read_answers
 from tunesmith.core.fingerprint import hash_row
 from tunesmith.core.jsonl import write_json, write_jsonl
-from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord
+from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord, read_answers
 from tunesmith.core.rundir import RunDir
 from tunesmith.core.types import TokenRow
 from tunesmith.data.prepare import Prepared
@@ -58,7 +57,7 @@ def reward_answers(
     device: Any,
 ) -> tuple[dict[int, float], list[str]]:
     """What each of an arm's answers is worth, by row, and what to know about it. prompts: by row."""
-    answers, log = read_answers(run), run.root / "rewards.log"
+    answers, log = read_answers(run.answers), run.root / "rewards.log"
     asked = [number for number in prompts if answers[number].answer is not None]
     said = [_as_answer(answers[number], prompts[number], renderer) for number in asked]
     with open_rewards(
@@ -118,7 +117,7 @@ def measure_kl(model: CausalLM, start: CausalLM, rows: Sequence[TokenRow]) -> li
 def add_scores(run: RunDir, record: EvalRecord, scores: Mapping[str, Mapping[int, float]]) -> EvalRecord:
     """Write values of rows beside the metrics of a judged arm's answers: name -> row -> value."""
     answers: list[AnswerRecord] = []
-    for answer in read_answers(run):
+    for answer in read_answers(run.answers):
         own = {name: values[answer.row] for name, values in scores.items() if answer.row in values}
         answers.append(replace(answer, scores={**answer.scores, **own}))
     write_jsonl(run.answers, (answer.to_json() for answer in answers))

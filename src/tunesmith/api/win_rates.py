@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tunesmith.comparing.arms import read_answers
 from tunesmith.comparing.plan import PlannedArm
 from tunesmith.core.errors import DataError
 from tunesmith.core.events import Event, OnEvent
 from tunesmith.core.fingerprint import hash_json
 from tunesmith.core.jsonl import read_json, write_json, write_jsonl
-from tunesmith.core.records import AnswerRecord, EvalRecord
+from tunesmith.core.records import AnswerRecord, EvalRecord, read_answers
 from tunesmith.core.rundir import RunDir
 from tunesmith.eval.win_rate import judge_win_rate
 from tunesmith.infer.endpoint import Endpoint
@@ -43,7 +42,7 @@ def judge_answers(run: RunDir, arms: Sequence[PlannedArm], spec: JudgeSpec, on_e
 def _judge(
     ours: RunDir, theirs: RunDir, name: str, spec: JudgeSpec, endpoint: Endpoint, on_event: OnEvent
 ) -> None:
-    answers, others = read_answers(ours), read_answers(theirs)
+    answers, others = read_answers(ours.answers), read_answers(theirs.answers)
     asked = [n for n, answer in enumerate(answers) if answer.answer is not None][: spec.max_rows]
     shown = [(answers[n].question, answers[n].answer or "", others[n].answer or "") for n in asked]
     key = hash_json([spec.model_dump(mode="json", exclude={"parallel"}), shown])

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from tunesmith.comparing.plan import PlannedArm
 from tunesmith.core.comparison import Parity, Trial
 from tunesmith.core.jsonl import read_json, read_jsonl
-from tunesmith.core.records import AnswerRecord, EvalRecord, PreferenceRecord, RunRecord, StepRecord
+from tunesmith.core.records import (
+    AnswerRecord,
+    EvalRecord,
+    PreferenceRecord,
+    RunRecord,
+    StepRecord,
+    read_answers,
+)
 from tunesmith.core.rundir import RunDir
 
 
@@ -47,7 +54,7 @@ def read_arm(run_dir: RunDir, arm: PlannedArm, *, num_trials: int) -> ArmFiles:
         if folder.evaluation.is_file() and folder.answers.is_file():
             place = str(folder.evaluation)
             files.evals[seed] = EvalRecord.from_json(read_json(folder.evaluation), place=place)
-            files.answers[seed] = read_answers(folder)
+            files.answers[seed] = read_answers(folder.answers)
             if folder.pair_scores.is_file():
                 files.pairs[seed] = read_pairs(folder)
         if arm.trained_by is not None:
@@ -65,15 +72,6 @@ def read_arm(run_dir: RunDir, arm: PlannedArm, *, num_trials: int) -> ArmFiles:
     if arm.trained_by is not None:
         files.trials = _read_trials(run_dir, arm.trained_by, files, num_trials)
     return files
-
-
-def read_answers(folder: RunDir) -> list[AnswerRecord]:
-    """The answers of one arm and seed, ordered by test row."""
-    name = str(folder.answers)
-    rows = [
-        AnswerRecord.from_json(value, place=f"{name}:{line}") for line, value in read_jsonl(folder.answers)
-    ]
-    return sorted(rows, key=lambda answer: answer.row)
 
 
 def read_pairs(folder: RunDir) -> list[PreferenceRecord]:

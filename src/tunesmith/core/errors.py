@@ -37,7 +37,7 @@ class TunesmithError(Exception):
         if self.rule:
             text += f"; {self.rule}"
         if self.cure:
-            text += f". {self.cure}"
+            text += f"{'' if text.endswith('?') else '.'} {self.cure}"
         return " ".join(text.split())
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from tunesmith.core.errors import DataError
+from tunesmith.core.jsonl import read_jsonl
 
 SCHEMA = 1
 
@@ -84,6 +86,12 @@ class AnswerRecord(_Record):
     num_new_tokens: int = 0
     finished: bool = True
     scores: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def read_answers(path: Path) -> list[AnswerRecord]:
+    """The answers of one arm and seed, ordered by test row. Raises DataError at the line that is none."""
+    rows = [AnswerRecord.from_json(value, place=f"{path}:{line}") for line, value in read_jsonl(path)]
+    return sorted(rows, key=lambda answer: answer.row)
 
 
 @dataclass(frozen=True, slots=True)

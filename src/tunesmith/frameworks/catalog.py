@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ FRAMEWORKS = {
 
 def find_framework(name: str) -> Framework:
     if name not in FRAMEWORKS:
-        raise SetupError(name, "no such framework", rule=f"one of {', '.join(FRAMEWORKS)}")
+        near = difflib.get_close_matches(name.lower(), FRAMEWORKS, n=1)
+        guess = f"Did you mean {near[0]!r}?" if near else ""
+        raise SetupError(name, "no such framework", rule=f"one of {', '.join(FRAMEWORKS)}", cure=guess)
     return FRAMEWORKS[name]
 
 

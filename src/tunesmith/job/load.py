@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,9 @@ def _finding(location: Location, item: Any, cleaned: list[tuple[Location, Any]])
         else f"a {_yaml_type(item['input'])}"
     )
     wanted = list(dict.fromkeys(_wanted(other) for where, other in cleaned if where == location))
-    return f"{key} is {shown[:60]}; it should be {' or '.join(wanted)}"
+    near = difflib.get_close_matches(str(item["input"]).lower(), re.findall("'(.*?)'", " ".join(wanted)), n=1)
+    guess = f". Did you mean {near[0]!r}?" if near else ""
+    return f"{key} is {shown[:60]}; it should be {' or '.join(wanted)}{guess}"
 
 
 def _wanted(item: Any) -> str:

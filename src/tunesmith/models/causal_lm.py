@@ -155,9 +155,10 @@ class CausalLM(nn.Module, ABC):
     def close_sessions(self) -> None:
         """Forget what sessions share; call it when weights may change."""
 
-    @abstractmethod
     def bytes_per_token(self) -> int:
         """Cache memory of one token of one sequence."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     @property
     def shares_prefix(self) -> bool:

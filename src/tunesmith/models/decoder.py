@@ -329,11 +329,6 @@ class Decoder(CausalLM):
     def close_sessions(self) -> None:
         self._prefix = None
 
-    def bytes_per_token(self) -> int:
-        """Cache memory of one token of one sequence."""
-        config = self.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
-
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens.weight", self.embedding.weight.detach()
         for module in self.modules():

@@ -227,10 +227,6 @@ class Fallback(CausalLM):
     def close_sessions(self) -> None:
         pass
 
-    def bytes_per_token(self) -> int:
-        config = self.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
-
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.embedding.name}.weight", self.embedding.weight.detach()
         if self.untied_head is not None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from tunesmith.core.comparison import ArmResult, Comparison
-from tunesmith.core.jsonl import read_jsonl
-from tunesmith.core.records import AnswerRecord
+from tunesmith.core.records import AnswerRecord, read_answers
 from tunesmith.core.rundir import RunDir
 
 MAX_ROWS = 300
@@ -75,18 +74,10 @@ class FieldShares:
 def read_all_answers(run_dir: RunDir, comparison: Comparison) -> Answers:
     """The answers of every ranked arm and seed."""
     return {
-        arm.name: {seed: _read_answers(run_dir.arm(arm.name, seed)) for seed in arm.seeds}
+        arm.name: {seed: read_answers(run_dir.arm(arm.name, seed).answers) for seed in arm.seeds}
         for arm in comparison.arms
         if arm.seeds and not arm.not_comparable
     }
-
-
-def _read_answers(folder: RunDir) -> list[AnswerRecord]:
-    name = str(folder.answers)
-    rows = [
-        AnswerRecord.from_json(value, place=f"{name}:{line}") for line, value in read_jsonl(folder.answers)
-    ]
-    return sorted(rows, key=lambda answer: answer.row)
 
 
 def choose_row_metric(comparison: Comparison, answers: Answers) -> str:

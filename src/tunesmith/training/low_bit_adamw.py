@@ -30,8 +30,9 @@ _PIECE_BLOCKS = {"cpu": 1 << 10, "cuda": 1 << 17}
 class AdamW8bit(MasterWeights):
     """AdamW whose two states take 8 bits a value, about 2 bytes a weight in place of 8.
 
-    Weight decay applies to matrices only. A second moment above zero is never rounded to zero: the weight's next update
-    would be divided by epsilon.
+    States are `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`; of large tensors codes, with `exp_avg_scale.NAME` and
+    `exp_avg_sq_scale.NAME`. Weight decay applies to matrices only. A second moment above zero is never rounded to zero:
+    the weight's next update would be divided by epsilon.
     Source: Dettmers et al. 2022, arXiv:2110.02861.
     """
 
@@ -50,13 +51,6 @@ class AdamW8bit(MasterWeights):
             if not master.is_contiguous():
                 raise ValueError(f"{name} is not contiguous; blocks are cut from memory in order")
         self._states = {name: _make_states(master) for name, master in self.masters.items()}
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """`exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; of large tensors codes, with `exp_avg_scale.NAME` and
-        `exp_avg_sq_scale.NAME`."""
-        return {
-            f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()
-        }
 
     @torch.no_grad()
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:

@@ -75,6 +75,8 @@ class MasterWeights(ABC):
             raise ValueError("nothing to train: no parameter requires a gradient")
         self._named, self._holds = dict(named), False
         self._rounded: dict[str, Tensor] = {}
+        # Of each weight by kind, as in {"exp_avg": ...}; subclasses fill it.
+        self._states: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {
             name: self._make_master(name, parameter) for name, parameter in named.items()
         }
@@ -174,9 +176,11 @@ class MasterWeights(ABC):
     def update(self, *, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """See `Optimizer`."""
 
-    @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """See `Optimizer`."""
+        return {
+            f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()
+        }
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
@@ -221,7 +225,7 @@ def _read_gradient(master: Tensor) -> Tensor:
 
 
 class MasterAdamW(MasterWeights):
-    """AdamW in fp32, on masters. 8 bytes of states for each weight.
+    """AdamW in fp32, on masters. 8 bytes of states for each weight: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`.
 
     Weight decay applies to matrices only: vectors (norms, biases, DoRA magnitudes) are scales, not directions.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2.
@@ -337,12 +341,6 @@ class MasterAdamW(MasterWeights):
             amsgrad=False,
             maximize=False,
         )
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """`exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-        return {
-            f"{kind}.{name}": tensor for name, state in self._states.items() for kind, tensor in state.items()
-        }
 
 
 @torch.no_grad()
