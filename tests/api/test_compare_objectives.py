@@ -134,6 +134,7 @@ def test_a_model_is_at_no_distance_from_itself_and_at_some_from_another(finished
     assert any(gap != 0.0 for gap in measure_kl(ours, load(finished, "lora"), rows))
 
 
+@pytest.mark.slow
 def test_running_again_trains_nothing_and_a_changed_start_trains_what_follows(finished: Path) -> None:
     events: list[Event] = []
     tunesmith.compare(make_job(finished), out=finished / "out", on_event=events.append)
@@ -168,6 +169,7 @@ def test_held_out_pairs_are_held_out(tmp_path: Path) -> None:
         tunesmith.compare(job, out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_judge_prefers_answers_of_an_arm_or_of_its_start(
     finished: Path, loopback: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_judge_prefers_answers_of_an_arm_or_of_its_start(
     assert len(loopback.asked) == asked
 
 
+@pytest.mark.slow
 def test_a_reward_that_changed_is_trained_with_and_judged_by_again(finished: Path) -> None:
     out = finished / "changed"
     job = make_job(finished)

@@ -157,8 +157,8 @@ def test_schema_is_json(folder: Path) -> None:
         (["check", "job.yaml", "--bogus"], "--bogus"),
         (["check", "job.yaml", "--on-bad-row", "maybe"], "maybe"),
         (["train", "job.yaml"], "--out"),
-        (["eval", "tunesmith/tiny"], "--data or --tasks"),
-        (["eval", "tunesmith/tiny", "--data", "x", "--tasks", "blimp"], "--data or --tasks"),
+        (["eval", "tunesmith/tiny"], "--pairs or --tasks"),
+        (["eval", "tunesmith/tiny", "--data", "x", "--tasks", "blimp"], "--pairs or --tasks"),
         (["eval", "tunesmith/tiny", "--tasks", "blimp", "--no-generate"], "--no-generate"),
     ],
 )
