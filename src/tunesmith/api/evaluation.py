@@ -321,6 +321,8 @@ def _judge_further(
         write_jsonl(run.pair_scores, (pair.to_json() for pair in pairs))
         record = replace(record, metrics={**record.metrics, **alignment.summarise_pairs(pairs)})
         write_json(run.evaluation, record.to_json())
+    if not (job.evaluate.rewards or task.start):
+        return record
     prompts = list_prompts(prepared, renderer, "test", count=record.num_rows)
     doubts: list[str] = []
     if job.evaluate.rewards:
